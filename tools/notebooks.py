@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Run the notebooks and store what they print and draw.
+
+    python tools/notebooks.py            # all of them
+    python tools/notebooks.py nbs/05_rope.ipynb
+
+Each notebook runs top to bottom in a process of its own, on the packaged model. Its Colab badge and its install cell are
+made from settings.ini, pictures are reduced to 64 colours, progress bars and times are left out, so that a second run
+changes nothing. `--badges` only rewrites badges and install cells; `--check` says which of them are out of date.
+"""
+import argparse
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+QUIET = dict(IN_TEST="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", MPLBACKEND="agg",
+             HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", PYTHONWARNINGS="ignore", PYTHONHASHSEED="0")
+
+
+def settings():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def badge(name):
+    s = settings()
+    link = f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}/nbs/{name}"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+
+
+def install_cell():
+    return ("import sys\nif \"google.colab\" in sys.modules:\n"
+            f"    %pip install -qq \"qwen_nb @ git+{settings()['git_url']}\" \"transformers>=5\"")
+
+
+def dress(nb, name):
+    "Put the badge into the first cell, and the install cell second."
+    cells = nb["cells"]
+    first = "".join(cells[0]["source"])
+    first = re.sub(r"\n*\[!\[Open in Colab\].*", "", first).rstrip() + "\n\n" + badge(name)
+    cells[0]["source"] = first.splitlines(True)
+    is_install = len(cells) > 1 and "google.colab" in "".join(cells[1]["source"])
+    if not is_install:
+        cells.insert(1, dict(cell_type="code", id="colab", metadata={}, execution_count=None, outputs=[], source=[]))
+    cells[1]["source"] = install_cell().splitlines(True)
+    return nb
+
+
+def small_png(data, colours=64):
+    from PIL import Image
+    picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    out = io.BytesIO()
+    picture.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode() + "\n"
+
+
+def tidy(outputs):
+    "What is worth keeping of a cell's outputs."
+    kept = []
+    for out in json.loads(json.dumps(outputs)):
+        if out["output_type"] == "stream" and out["name"] == "stderr": continue
+        data = out.get("data", {})
+        if "application/vnd.jupyter.widget-view+json" in data: continue
+        if "image/png" in data:
+            data["image/png"] = small_png("".join(data["image/png"]))
+            data.pop("text/plain", None)
+        if "execution_count" in out: out["execution_count"] = None
+        kept.append(out)
+    return kept
+
+
+def run_here(path):
+    "Run one notebook in this process and store its outputs."
+    from execnb.shell import CaptureShell
+    os.chdir(path.parent)
+    nb = dress(json.loads(path.read_text(encoding="utf-8")), path.name)
+    shell = CaptureShell(path, mpl_format="png")
+    skip = re.compile(r"^#\|\s*(eval:\s*false|slow|real_weights)\s*$", re.M)
+    for i, cell in enumerate(nb["cells"]):
+        if cell["cell_type"] != "code": continue
+        source = "".join(cell["source"])
+        cell["outputs"], cell["execution_count"] = [], None
+        if skip.search(source) or not source.strip(): continue
+        outputs = shell.run(source)
+        if shell.exc: sys.exit(f"{path.name}, cell {i}: {shell.prettytb(path.name)}\n--- the cell ---\n{source}")
+        cell["outputs"] = tidy(outputs)
+    write(nb, path)
+
+
+def write(nb, path):
+    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="which ones (default: all)")
+    parser.add_argument("--badges", action="store_true", help="only rewrite badges and install cells")
+    parser.add_argument("--check", action="store_true", help="only check badges and install cells")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    paths = [p.resolve() for p in args.notebooks] or sorted(NBS.glob("*.ipynb"))
+    if args.here: return run_here(paths[0])
+    stale = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        if args.badges or args.check:
+            nb = json.loads(text)
+            if dress(json.loads(text), path.name) != nb:
+                stale.append(path.name)
+                if args.badges: write(dress(nb, path.name), path)
+            continue
+        print(path.name, flush=True)
+        env = {k: v for k, v in os.environ.items() if k != "QWEN_NB_MODEL"} | QUIET
+        subprocess.run([sys.executable, __file__, "--here", str(path)], env=env, check=True)
+        subprocess.run(["nbdev-clean", "--fname", str(path)], check=True)
+    if args.check and stale: sys.exit(f"badge or install cell out of date in {', '.join(stale)}: run `make notebooks`")
+
+
+if __name__ == "__main__": main()
