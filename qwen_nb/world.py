@@ -2,43 +2,46 @@
 
 # %% auto #0
 __all__ = ['PEOPLE', 'PLACES', 'THINGS', 'EVENT_WEIGHTS', 'SPECIAL', 'TAGS', 'SPLIT', 'World', 'events', 'happen', 'ask',
-           'Chooser', 'Line', 'opening', 'pick', 'questions', 'story', 'make_tokenizer', 'encode_story', 'measure']
+           'Chooser', 'Line', 'pick', 'opening', 'questions', 'story', 'make_tokenizer', 'encode_story', 'measure']
 
-# %% ../nbs/03a_world.ipynb #ab05b220
-import math, random
+# %% ../nbs/03a_world.ipynb #0a0866af
+import math
+import random
 from dataclasses import dataclass, field
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn import functional as F
 
 # %% ../nbs/03a_world.ipynb #d1d98307
 PEOPLE = "Max Anna Tom Lily Sam Emma Ben Nora".split()
 PLACES = "kitchen garden library attic market".split()
 THINGS = "ball book key lamp cup map".split()
 
-# %% ../nbs/03a_world.ipynb #36efacdd
+# %% ../nbs/03a_world.ipynb #609f8ac5
 @dataclass
 class World:
-    "What is true at one moment. A thing is in somebody's hands (`has`) or lies somewhere (`at`); a person is somewhere (`at`)."
-    at: dict = field(default_factory=dict)   # person, or thing that lies about → place
-    has: dict = field(default_factory=dict)  # thing that is carried → person
+    "What is true at one moment."
+    at: dict = field(default_factory=dict)   # a person, or a thing that lies about → place
+    has: dict = field(default_factory=dict)  # a thing that is carried → person
 
     def place(self, name): return self.at[self.has.get(name, name)]
     def people(self): return [n for n in self.at if n in PEOPLE]
     def things(self): return [n for n in [*self.at, *self.has] if n in THINGS]
 
-# %% ../nbs/03a_world.ipynb #f214ceee
-def events(
-    w:World,
-):
-    "Everything that may happen next, by kind: a dict from kind to a list of tuples `(kind, who, …)`."
+# %% ../nbs/03a_world.ipynb #7f085b48
+def events(w:World) -> dict:
+    "Everything that may happen next: from kind to a list of `(kind, who, what or where[, to whom])`."
     people, held = w.people(), sorted(w.has.items())
-    all_ = dict(
+    found = dict(
         go=[("go", p, place) for p in people for place in PLACES if place != w.at[p]],
         take=[("take", p, t) for p in people for t in w.things() if t not in w.has and w.at[t] == w.at[p]],
         drop=[("drop", p, t) for t, p in held],
-        give=[("give", p, t, other) for t, p in held for other in people if other != p and w.at[other] == w.at[p]])
-    return {kind: found for kind, found in all_.items() if found}
+        give=[("give", p, t, q) for t, p in held for q in people if q != p and w.at[q] == w.at[p]])
+    return {kind: some for kind, some in found.items() if some}
 
-# %% ../nbs/03a_world.ipynb #c41112c5
-def happen(w:World, event):
+# %% ../nbs/03a_world.ipynb #242b7d02
+def happen(w:World, event) -> str:
     "Change the world by one event, and tell it."
     kind, who, what, *rest = event
     if kind == "go":
@@ -55,16 +58,18 @@ def happen(w:World, event):
     w.has[what] = rest[0]
     return f"{who} gave the {what} to {rest[0]}."
 
-# %% ../nbs/03a_world.ipynb #404ed6a6
+# %% ../nbs/03a_world.ipynb #45440d70
 def ask(w:World, kind, name):
-    "A question about the world and its one right answer."
+    "A question (`who`, `person` or `thing`) about the world as it is, and its one right answer."
     if kind == "who": return f"Who has the {name}?", f"{w.has.get(name, 'Nobody')}."
     return f"Where is {name if kind == 'person' else 'the ' + name}?", f"In the {w.place(name)}."
 
-# %% ../nbs/03a_world.ipynb #feac76c3
+# %% ../nbs/03a_world.ipynb #273b04da
 class Chooser:
-    "Picks at random and adds up `nats`: minus the log of the probability of everything it picked."
-    def __init__(self, rng): self.rng, self.nats = rng, 0.
+    "Picks at random and adds up `nats`, minus the log of the probability of everything it picked."
+    def __init__(self,
+                 rng:random.Random):
+        self.rng, self.nats = rng, 0.
 
     def __call__(self, options, weights=None):
         options = list(options)
@@ -73,17 +78,22 @@ class Chooser:
         self.nats -= math.log(weights[i] / sum(weights))
         return options[i]
 
-# %% ../nbs/03a_world.ipynb #09bf3aa2
-EVENT_WEIGHTS = dict(go=4, take=3, drop=1, give=2)
-
+# %% ../nbs/03a_world.ipynb #7d8a354f
 @dataclass
 class Line:
-    "One line of a story: what it says, where its answer begins if it is a question, and which kind of question it is."
+    "One line of a story."
     text: str
-    answer_at: int = None  # index in `text` of the answer's first character
-    kind: str = None       # who, person, lying (thing that lies somewhere), carried (thing in somebody's hands)
+    answer_at: int = None  # index in `text` where the answer begins, if this is a question
+    kind: str = None       # who, person, lying (where is a thing that lies about) or carried (where is a thing in someone's hands)
 
-# %% ../nbs/03a_world.ipynb #46d67b83
+def pick(choose, names, n):
+    "n different names, in an order that is part of the choice."
+    left = list(names)
+    for _ in range(n):
+        left.remove(name := choose(left))
+        yield name
+
+# %% ../nbs/03a_world.ipynb #b6c75609
 def opening(choose, w, n_people, n_things):
     "Put people and things into the world, one sentence each."
     for name in pick(choose, PEOPLE, n_people):
@@ -97,13 +107,6 @@ def opening(choose, w, n_people, n_things):
             w.has[thing] = choose(w.people())
             yield Line(f"{w.has[thing]} has the {thing}.")
 
-def pick(choose, names, n):
-    "n different names, in an order that is part of the choice."
-    left = list(names)
-    for _ in range(n):
-        left.remove(name := choose(left))
-        yield name
-
 # %% ../nbs/03a_world.ipynb #07ad1437
 def questions(choose, w, n):
     "n different questions about the world as it is now."
@@ -113,13 +116,15 @@ def questions(choose, w, n):
         if kind == "thing": kind = "carried" if name in w.has else "lying"
         yield Line(f"{q} {a}", len(q) + 1, kind)
 
-# %% ../nbs/03a_world.ipynb #5620585f
+# %% ../nbs/03a_world.ipynb #21ce8751
+EVENT_WEIGHTS = dict(go=4, take=3, drop=1, give=2)
+
 def story(
-    choose,               # a `Chooser`, or any function from options (and weights) to one of them
-    n_events=range(3, 9), # how many events a story may have
-    n_questions=range(3), # how many questions may follow the opening, and each event
-):
-    "One story as a list of `Line`s. Every choice can be read back from the text, so its probability is the text's."
+    choose,                # a `Chooser`, or any function from options (and weights) to one of the options
+    n_events=range(3, 9),  # how many events a story may have
+    n_questions=range(3),  # how many questions may follow the opening, and each event
+) -> list:
+    "One story, a list of `Line`s. Every choice can be read back from the text, so the choices' probability is the text's."
     w = World()
     lines = list(opening(choose, w, choose([2, 3]), choose([1, 2])))
     for i in range(choose(n_events) + 1):
@@ -130,15 +135,7 @@ def story(
         lines += questions(choose, w, choose(n_questions))
     return lines
 
-# %% ../nbs/03a_world.ipynb #af1f7f7c
-import json
-from pathlib import Path
-
-import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch.nn import functional as F
-
-# %% ../nbs/03a_world.ipynb #37c8f833
+# %% ../nbs/03a_world.ipynb #69c194f0
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -147,8 +144,8 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 def make_tokenizer(
     texts,           # an iterable of strings to learn merges from
     vocab_size:int,  # the most ids it may use, the added tokens included
-):
-    "A byte-level BPE `tokenizers.Tokenizer` built like Qwen's: NFC, Qwen's split pattern, 256 bytes and merges, then the added tokens."
+) -> Tokenizer:
+    "A byte-level BPE tokenizer built like Qwen's: NFC, Qwen's split pattern, 256 bytes and merges, then the added tokens."
     tok = Tokenizer(models.BPE())
     tok.normalizer = normalizers.NFC()
     tok.pre_tokenizer = pre_tokenizers.Sequence([
@@ -162,33 +159,29 @@ def make_tokenizer(
     tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAGS])
     return tok
 
-# %% ../nbs/03a_world.ipynb #ec95e882
+# %% ../nbs/03a_world.ipynb #b5d8cdf2
 def encode_story(
     lines,      # what `story` returns
     tokenizer,  # a `tokenizers.Tokenizer`
 ):
-    "The story's ids, `<|endoftext|>` at the end, and for every question `(kind, first, last+1)`: where its answer's ids stand."
+    "The story's ids with `<|endoftext|>` at the end, and for every question `(kind, first, last + 1)`: where its answer's ids stand."
     ids, answers = [], []
     for line in lines:
         enc = tokenizer.encode(line.text + "\n", add_special_tokens=False)
         if line.kind:
-            first = next(i for i, (a, b) in enumerate(enc.offsets) if b > line.answer_at)
+            first = next(i for i, (_, end) in enumerate(enc.offsets) if end > line.answer_at)
             answers.append((line.kind, len(ids) + first, len(ids) + len(enc.ids)))
         ids += enc.ids
     return ids + [tokenizer.token_to_id("<|endoftext|>")], answers
 
-# %% ../nbs/03a_world.ipynb #c7ce133a
+# %% ../nbs/03a_world.ipynb #028977ed
 @torch.no_grad()
 def measure(
-    model,          # anything that takes ids `(1, seq)` and gives logits `(1, seq, vocab)`
+    model,      # anything that takes ids `(1, seq)` and gives logits `(1, seq, vocab)`
     tokenizer,
-    seeds,          # one story each
-):
-    """Loss, floor and accuracy over fresh stories.
-
-    `loss` is the model's, in nats per token, over every token but the first; `floor` is what the story's true
-    probability costs over the same tokens: no model can be expected to do better. An answer counts as right when every one of its
-    tokens is the model's first choice."""
+    seeds,      # one story each
+) -> dict:
+    "Loss and floor in nats per token (the first token of a story left out), and accuracy by kind of question."
     nll = nats = tokens = 0.
     right, asked = {}, {}
     for seed in seeds:
