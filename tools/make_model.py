@@ -13,16 +13,16 @@ import math
 import os
 import random
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.world import PEOPLE, PLACES, THINGS, Chooser, encode_story, make_tokenizer, measure, story
+from qwen_nb.world import Chooser, encode_story, make_tokenizer, measure, story
 
 HELD_OUT = 1_000_000_000  # the first seed that is never trained on
 CONFIG = dict(
@@ -83,6 +83,11 @@ def save(model, out, note):
         (out / name).write_text(json.dumps(dict(sorted(what.items())), indent=2) + "\n")
 
 
+def settings(args):
+    "What a rerun needs to know."
+    return {k: getattr(args, k) for k in ("steps", "batch", "seq_len", "lr", "answer_weight", "first_seed", "seed")}
+
+
 def train(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -95,9 +100,10 @@ def train(args):
     scales = [p for p in model.parameters() if p.dim() == 1]
     opt = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=scales, weight_decay=0.0)],
                             lr=args.lr, betas=(0.9, 0.95))
+    (out / "training_log.jsonl").write_text(json.dumps(settings(args)) + "\n")
     data, start, seen = rows(tokenizer, args.first_seed, args.seq_len, args.answer_weight), time.time(), 0
     forward = torch.compile(model) if args.compile else model
-    for step in range(args.steps):
+    for step in tqdm(range(args.steps), unit="step", disable=None):
         for group in opt.param_groups: group["lr"] = lr_at(step, args.steps, args.lr)
         ids, weights = (torch.tensor(z) for z in zip(*(next(data) for _ in range(args.batch))))
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
@@ -112,8 +118,10 @@ def train(args):
         seen += ids.numel()
         if (step + 1) % args.log == 0 or step + 1 == args.steps:
             model.eval()
-            scores = measure(model, tokenizer, range(HELD_OUT, HELD_OUT + 100))
+            scores = measure(model, tokenizer, range(HELD_OUT, HELD_OUT + args.score_stories))
             save(model, out, f"step {step + 1} of {args.steps}")
+            with open(out / "training_log.jsonl", "a") as f:
+                f.write(json.dumps(dict(step=step + 1, tokens=seen, train=round(loss.item(), 4), **{k: round(v, 4) for k, v in scores.items()})) + "\n")
             print(f"step {step + 1:6d}  {seen / 1e6:6.2f} M tokens  {time.time() - start:6.0f} s  "
                   f"train {loss.item():.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
             model.train()
@@ -131,7 +139,7 @@ def score(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="qwen_nb/pretrained", help="folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10_000, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="rows a step (default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a row (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
@@ -139,6 +147,7 @@ if __name__ == "__main__":
     parser.add_argument("--first-seed", type=int, default=0, help="first story (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: %(default)s)")
     parser.add_argument("--log", type=int, default=500, help="score and save every so many steps (default: %(default)s)")
+    parser.add_argument("--score-stories", type=int, default=100, help="unseen stories to score on while training (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--stories", type=int, default=1000, help="stories to score with --measure-only (default: %(default)s)")
