@@ -59,7 +59,7 @@ def small_png(data, colours=64):
     from PIL import Image
     picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
     out = io.BytesIO()
-    picture.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    picture.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode() + "\n"
 
 
@@ -68,6 +68,7 @@ def tidy(outputs):
     kept = []
     for out in json.loads(json.dumps(outputs)):
         if out["output_type"] == "stream" and out["name"] == "stderr": continue
+        if out["output_type"] == "stream" and not "".join(out["text"]).replace("\x1b[2K", "").strip(): continue  # a widget's clearing
         data = out.get("data", {})
         if "application/vnd.jupyter.widget-view+json" in data: continue
         if "image/png" in data:
