@@ -6,7 +6,8 @@
 
 Each notebook runs top to bottom in a process of its own, on the packaged model. Its Colab badge and its install cell are
 made from settings.ini, pictures are reduced to 64 colours, progress bars and times are left out, so that a second run
-changes nothing. `--badges` only rewrites badges and install cells; `--check` says which of them are out of date.
+changes nothing. `--badges` only rewrites badges, install cells and links to this repository after settings.ini has changed;
+`--check` says which notebooks need that.
 """
 import argparse
 import base64
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -21,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+CLEAN = shutil.which("nbdev-clean", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 QUIET = dict(IN_TEST="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", MPLBACKEND="agg",
              HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", PYTHONWARNINGS="ignore", PYTHONHASHSEED="0")
 
@@ -42,9 +45,18 @@ def install_cell():
             f"    %pip install -qq \"qwen_nb @ git+{settings()['git_url']}\" \"transformers>=5\"")
 
 
+def linked(text):
+    "The same text with links to this repository as settings.ini has them."
+    s = settings()
+    text = re.sub(rf"(github(?:\.com)?/)[\w.-]+/{s['repo']}\b", rf"\g<1>{s['user']}/{s['repo']}", text)
+    return re.sub(rf"[\w-]+\.github\.io/{s['repo']}\b", f"{s['user']}.github.io/{s['repo']}", text)
+
+
 def dress(nb, name):
-    "Put the badge into the first cell, and the install cell second."
+    "Put the badge into the first cell and the install cell second, and set the links."
     cells = nb["cells"]
+    for cell in cells:
+        if cell["cell_type"] == "markdown": cell["source"] = [linked(line) for line in cell["source"]]
     first = "".join(cells[0]["source"])
     first = re.sub(r"\n*\[!\[Open in Colab\].*", "", first).rstrip() + "\n\n" + badge(name)
     cells[0]["source"] = first.splitlines(True)
@@ -98,7 +110,7 @@ def run_here(path):
 
 
 def write(nb, path):
-    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
 
 
 def main():
@@ -122,8 +134,8 @@ def main():
         print(path.name, flush=True)
         env = {k: v for k, v in os.environ.items() if k != "QWEN_NB_MODEL"} | QUIET
         subprocess.run([sys.executable, __file__, "--here", str(path)], env=env, check=True)
-        subprocess.run(["nbdev-clean", "--fname", str(path)], check=True)
-    if args.check and stale: sys.exit(f"badge or install cell out of date in {', '.join(stale)}: run `make notebooks`")
+        subprocess.run([CLEAN, "--fname", str(path)], check=True)
+    if args.check and stale: sys.exit(f"badge, install cell or link out of date in {', '.join(stale)}: run python tools/notebooks.py --badges")
 
 
 if __name__ == "__main__": main()

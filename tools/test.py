@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Every check of the project; `make test` runs it, and where there is no make: python tools/test.py"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK_SECONDS = 60  # no notebook may take longer
+BIN = str(Path(sys.executable).parent)
+ENV = os.environ | dict(PATH=BIN + os.pathsep + os.environ["PATH"], PYTHONUTF8="1", MPLBACKEND="agg")
+
+
+def run(*command, cwd=ROOT, **env):
+    "Run it and show what it prints."
+    program = shutil.which(command[0], path=ENV["PATH"]) or command[0]
+    return subprocess.run([program, *map(str, command[1:])], cwd=cwd, env=ENV | env).returncode == 0
+
+
+def python(*args, **kwargs): return run(sys.executable, *args, **kwargs)
+
+
+def exported():
+    "Clean and export a copy: nothing may differ from what stands here."
+    with tempfile.TemporaryDirectory() as tmp:
+        copy, unwanted = Path(tmp), shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        for folder in ("nbs", "qwen_nb"): shutil.copytree(ROOT / folder, copy / folder, ignore=unwanted)
+        for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, copy)
+        if not (run("nbdev-export", cwd=copy) and run("nbdev-clean", cwd=copy)): return False
+        text = lambda root: {p.relative_to(root).as_posix(): p.read_text(encoding="utf-8")
+                             for p in [*root.glob("nbs/*.ipynb"), *root.glob("qwen_nb/**/*.py")]}
+        here, there = text(ROOT), text(copy)
+        differ = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
+    for name in differ: print(f"{name} is not clean or not exported: run nbdev-export and nbdev-clean")
+    return not differ
+
+
+def notebooks():
+    "Run them all, two at a time, and none for longer than it may."
+    command = [shutil.which("nbdev-test", path=ENV["PATH"]), "--n-workers", "2", "--timing"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    print(done.stdout, flush=True)
+    times = {name: int(secs) for name, secs in re.findall(r"^(\S+\.ipynb): (\d+) secs", done.stdout, re.M)}
+    slow = {name: secs for name, secs in times.items() if secs > NOTEBOOK_SECONDS}
+    for name, secs in slow.items(): print(f"{name} took {secs} s; the limit is {NOTEBOOK_SECONDS} s")
+    return done.returncode == 0 and bool(times) and not slow
+
+
+def workflows():
+    files = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    return (run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *files)
+            and run("zizmor", "--offline", "--no-progress", "--quiet", *files))
+
+
+STEPS = {
+    "notebooks clean and exported": exported,
+    "badges, install cells and links": lambda: python("tools/notebooks.py", "--check"),
+    "README": lambda: python("tools/readme.py", "--check"),
+    "lint": lambda: run("ruff", "check", "--quiet", "."),
+    "workflows": workflows,
+    "notebooks": notebooks,
+    "tests": lambda: python("-m", "pytest", "-q", "tests"),
+}
+
+
+def main():
+    failed, start = [], time.time()
+    for name, step in STEPS.items():
+        print(f"== {name}", flush=True)
+        began, ok = time.time(), step()
+        if not ok: failed.append(name)
+        print(f"== {name}: {'passed' if ok else 'FAILED'} after {time.time() - began:.0f} s\n", flush=True)
+    print(f"{time.time() - start:.0f} s in all.", f"Failed: {', '.join(failed)}." if failed else "All passed.")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__": main()
