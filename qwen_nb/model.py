@@ -57,7 +57,7 @@ class QwenConfig:
         "Read `config.json`. Raises ValueError for a family or a setting that this decoder does not have."
         return cls(**parse_config(read_json(find_model(name_or_path), "config.json")))
 
-# %% ../nbs/08_model.ipynb #be007f42
+# %% ../nbs/08_model.ipynb #708517a0
 FAMILIES = {  # model_type → what the family fixes in its code and does not say in its config
     "qwen2": dict(qkv_bias=True, o_bias=False, qk_norm=False),
     "qwen3": dict(qk_norm=True)}
@@ -75,7 +75,8 @@ def parse_config(
         if raw.get(key, want) != want: raise ValueError(f"config.json: {key} is {raw[key]!r}; only {want!r} is supported")
     known = {f.name: raw[f.name] for f in fields(QwenConfig) if raw.get(f.name) is not None}
     known["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10_000.
-    known["rope_scaling"] = None if rope.get("rope_type", rope.get("type", "default")) == "default" else rope
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    known["rope_scaling"] = None if list(scaling.values()) in ([], ["default"]) else scaling
     bias = raw.get("attention_bias", False)
     unsaid = dict(num_key_value_heads=None, head_dim=None, tie_word_embeddings=False, qkv_bias=bias, o_bias=bias)
     return unsaid | known | FAMILIES[family]
@@ -96,7 +97,7 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-# %% ../nbs/08_model.ipynb #d5b52015
+# %% ../nbs/08_model.ipynb #651837a8
 class Decoder(nn.Module):
     "Embedding, blocks, last norm: everything but the head. Ids `(batch, seq)` in, hidden states `(batch, seq, hidden_size)` out."
     def __init__(self, config):
@@ -104,8 +105,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        with torch.device("cpu"):  # its tables are real numbers even where the weights are only planned
-            self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
 
     def forward(self, input_ids, position_ids, mask=None, cache=None):
         x = self.embed_tokens(input_ids)

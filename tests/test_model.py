@@ -127,7 +127,8 @@ def test_tied_head_that_is_stored_as_well(copy):
     (dict(num_hidden_layers=0), "num_hidden_layers"), (dict(num_hidden_layers=True), "num_hidden_layers"),
     (dict(rms_norm_eps="small"), "rms_norm_eps"), (dict(rope_theta="big"), "rope_theta"), (dict(rope_theta=-1), "rope_theta"),
     (dict(head_dim=31), "head_dim|head dimension|even"), (dict(rope_scaling={"rope_type": "longrope"}), "longrope"), (dict(rope_scaling=[4]), "rope"),
-    (dict(rope_scaling={"rope_type": "yarn"}), "factor")])
+    (dict(rope_scaling={"rope_type": "yarn"}), "factor"), (dict(rope_scaling={"factor": 4.0}), "type"),
+    (dict(rope_scaling={"rope_type": "default", "partial_rotary_factor": .25}), "partial_rotary_factor")])
 def test_config_refused(copy, changes, match):
     set_config(copy, **changes)
     one_sentence(match, lambda: Qwen.from_pretrained(copy))
