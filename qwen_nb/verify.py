@@ -34,7 +34,7 @@ def rounding_steps(
         far = ((ours.double() - theirs.double()).abs() / step).nan_to_num(math.inf, math.inf)
     return torch.where(ours == theirs, 0.0, far)
 
-# %% ../nbs/01_verify.ipynb #50a91d59
+# %% ../nbs/01_verify.ipynb #d7fbf2c5
 def check(
     ours, theirs,   # tensors
     steps:float=8,  # how many rounding steps apart any element may be; 0: bit for bit
@@ -53,7 +53,8 @@ def check(
     if torch.equal(ours, theirs): return print(f"✓ {name}: bit for bit equal, {kind} {shape}")
     error = rounding_steps(ours, theirs)
     at, over = tuple(i.item() for i in torch.unravel_index(error.argmax(), shape)), (error > steps).sum()
-    assert not over, (f"{name}: {error.max():.3g} {kind} rounding steps apart at {at}, ours {ours[at].item():.6g}, theirs {theirs[at].item():.6g}; "
+    digits = 1 + math.ceil(-math.log10(torch.finfo(theirs.dtype).eps)) if theirs.is_floating_point() else 20
+    assert not over, (f"{name}: {error.max():.3g} {kind} rounding steps apart at {at}, ours {ours[at].item():.{digits}g}, theirs {theirs[at].item():.{digits}g}; "
                       f"{over:,} of {error.numel():,} elements are over the {steps:g} allowed")
     print(f"✓ {name}: within {error.max():.2g} rounding steps, {kind} {shape}")
 
@@ -112,7 +113,7 @@ def first_difference(
     "The first module, in order of execution, whose output differs; None if none does. Modules that ours lacks: see `worst_steps`."
     return next((name for name, worst in worst_steps(ours, theirs).items() if worst > steps), None)
 
-# %% ../nbs/01_verify.ipynb #9d99da92
+# %% ../nbs/01_verify.ipynb #a8f44955
 def plot_errors(
     ours, theirs,    # dicts from `record`
     steps:float=64,  # tolerance, in rounding steps
@@ -120,10 +121,10 @@ def plot_errors(
     color=ERROR,     # of the dots
     label=None,      # for a legend, where several runs share the axes
 ):
-    "Error against depth: one dot per module, hollow where equal bit for bit, a cross where infinitely far. Marks the first one over the tolerance."
+    "Error against depth: one dot per module, hollow where equal bit for bit, a cross where infinitely far. Marks the first one over the tolerance; shades every other layer."
     worst = worst_steps(ours, theirs)
     names, y, first = list(worst), np.array(list(worst.values())), first_difference(ours, theirs, steps)
-    floor, top = 1e-3, 10 * max(steps, y[np.isfinite(y)].max(initial=1))
+    floor, top = 1e-3, 10 * max(n for n in (1, steps, *y) if n < math.inf)
     x, zero, far = np.arange(len(y)), y == 0, np.isinf(y)
     if ax is None: ax = plt.figure(figsize=(7, 3.2)).gca()
     ax.scatter(x[~zero & ~far], y[~zero & ~far].clip(2 * floor), s=14, color=color, label=label)
@@ -134,12 +135,15 @@ def plot_errors(
         at = names.index(first)
         ax.annotate(first or "the model's output", (at, min(y[at], top)), (0.02, 0.97), textcoords="axes fraction", va="top", fontsize=9,
                     arrowprops=dict(arrowstyle="->", color="black", shrinkB=4))
-    ends = [(i, m[1]) for i, n in enumerate(names) if (m := re.fullmatch(r"(?:.*\.)?layers\.(\d+)", n))]
-    ends = ends[::-(-len(ends) // 8) or 1]
-    ax.set_xticks([i for i, _ in ends], [f"layer {n}" for _, n in ends])
+    layers = {}
+    for i, n in enumerate(names):
+        if m := re.match(r"(?:.*\.)?layers\.(\d+)(?:\.|$)", n): layers.setdefault(m[1], []).append(i)
+    for n, where in layers.items(): ax.axvspan(where[0] - 0.5, where[-1] + 0.5, color=QUIET, alpha=0.2 * (int(n) % 2), lw=0, zorder=-1)
+    ticks = list(layers.items())[::math.ceil(len(layers) / 8) or 1]
+    ax.set_xticks([sum(where) / len(where) for _, where in ticks], [f"layer {n}" for n, _ in ticks])
     powers = range(-2, 3 + int(np.log10(top)), 2 if top < 1e8 else 4)
     ax.set(yscale="log", ylim=(floor / 2, 4 * top), ylabel="worst error (rounding steps)",
            xlabel=f"{len(names)} modules that both have, in order of execution",
-           title="no module is over the tolerance" if first is None else "the first module over the tolerance")
+           title="No module is over the tolerance" if first is None else "The first module over the tolerance")
     ax.set_yticks([floor, *(10.0**p for p in powers)], ["0", *(f"$10^{{{p}}}$" for p in powers)], minor=False)
     ax.minorticks_off()
