@@ -8,8 +8,8 @@ __all__ = ['OURS', 'THEIRS', 'ERROR', 'QUIET', 'PARTS', 'NAMES', 'QWEN_CONFIGS',
            'head_effects', 'component_sizes', 'count_parameters', 'memory_gib', 'draw_fit', 'watch', 'alive_mib',
            'free_memory']
 
-# %% ../nbs/00_inspect.ipynb #87a2ba39
-import gc, math, re, sys, weakref
+# %% ../nbs/00_inspect.ipynb #b54c5182
+import gc, math, re, weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -66,7 +66,7 @@ def _open(path, dtype, attn_implementation):
     if len(tokenizer) < 2: raise ValueError("there is no tokenizer beside the weights")
     return model.eval(), tokenizer
 
-# %% ../nbs/00_inspect.ipynb #9cb28506
+# %% ../nbs/00_inspect.ipynb #db1ba6f6
 def load_reference(
     name_or_path=None,           # None: the model inside the package; or a hub id, or a folder
     dtype=torch.float32,         # of the weights, once loaded
@@ -77,7 +77,7 @@ def load_reference(
     One sentence says what is wrong: ImportError without `transformers`, FileNotFoundError for a folder that is not there,
     OSError for an id that the hub does not know or no network, ValueError for files or a dtype that cannot be used."""
     if not isinstance(dtype, torch.dtype): raise ValueError(f"dtype is {dtype!r}; expected a torch dtype such as torch.bfloat16")
-    try: import transformers
+    try: import transformers # noqa: F401
     except ImportError as e: raise ImportError("the reference needs `transformers`, which is not installed: pip install 'transformers>=5'") from e
     path = find_folder(name_or_path)
     try: return _open(path, dtype, attn_implementation)
