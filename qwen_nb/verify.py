@@ -34,7 +34,7 @@ def rounding_steps(
         far = ((ours.double() - theirs.double()).abs() / step).nan_to_num(math.inf, math.inf)
     return torch.where(ours == theirs, 0.0, far)
 
-# %% ../nbs/01_verify.ipynb #d7fbf2c5
+# %% ../nbs/01_verify.ipynb #76dbe7b2
 def check(
     ours, theirs,   # tensors
     steps:float=8,  # how many rounding steps apart any element may be; 0: bit for bit
@@ -53,8 +53,8 @@ def check(
     if torch.equal(ours, theirs): return print(f"✓ {name}: bit for bit equal, {kind} {shape}")
     error = rounding_steps(ours, theirs)
     at, over = tuple(i.item() for i in torch.unravel_index(error.argmax(), shape)), (error > steps).sum()
-    digits = 1 + math.ceil(-math.log10(torch.finfo(theirs.dtype).eps)) if theirs.is_floating_point() else 20
-    assert not over, (f"{name}: {error.max():.3g} {kind} rounding steps apart at {at}, ours {ours[at].item():.{digits}g}, theirs {theirs[at].item():.{digits}g}; "
+    def show(x): return f"{x.item():.{1 - math.floor(math.log10(torch.finfo(x.dtype).eps))}g}" if x.is_floating_point() else x.item()
+    assert not over, (f"{name}: {error.max():.3g} {kind} rounding steps apart at {at}, ours {show(ours[at])}, theirs {show(theirs[at])}; "
                       f"{over:,} of {error.numel():,} elements are over the {steps:g} allowed")
     print(f"✓ {name}: within {error.max():.2g} rounding steps, {kind} {shape}")
 
