@@ -7,12 +7,14 @@ __all__ = ['SwiGLU']
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/07_swiglu.ipynb #78d24716
+# %% ../nbs/07_swiglu.ipynb #77e99dc7
 class SwiGLU(nn.Module):
-    "The gated MLP: `down(silu(gate(x)) * up(x))`. `(..., hidden_size)` in and out."
+    """The gated MLP: `down(silu(gate(x)) * up(x))`. `(..., hidden_size)` in and out, each position by itself.
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202); Qwen3MLP and Qwen2MLP in transformers."""
     def __init__(self,
                  hidden_size:int,         # width of the residual stream
-                 intermediate_size:int):  # number of gates
+                 intermediate_size:int):  # number of units, each with a gate
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
