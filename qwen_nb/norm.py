@@ -7,11 +7,12 @@ __all__ = ['RMSNorm']
 import torch
 from torch import nn
 
-# %% ../nbs/04_rmsnorm.ipynb #84cfc6df
+# %% ../nbs/04_rmsnorm.ipynb #10eb68c4
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square, then scale each channel by `weight`.
 
-    Shapes: `(..., size)` in, the same shape and dtype out. The mean is taken in float32 whatever the dtype.
+    Shapes: `(..., size)` in, the same shape and dtype out. The mean is taken in float32 whatever the dtype, and the result is
+    cast back before it meets the weight.
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (arXiv:1910.07467); Qwen3RMSNorm in transformers."""
     def __init__(self,
                  size:int,         # number of channels: the length of the last axis
@@ -21,7 +22,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        ms = h.pow(2).mean(-1, keepdim=True)
+        h = h * torch.rsqrt(ms + self.eps)
         return self.weight * h.to(x.dtype)
 
     def extra_repr(self): return f"{self.weight.shape[0]}, eps={self.eps}"
