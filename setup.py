@@ -19,7 +19,7 @@ setup(
     author_email=cfg["author_email"],
     url=cfg["git_url"],
     keywords=cfg["keywords"].split(),
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     package_data={cfg["lib_name"]: ["pretrained/*"]},
