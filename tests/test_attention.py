@@ -225,5 +225,5 @@ def test_the_spy_wants_eager_and_leaves_no_trace():
     before = modeling_qwen3.eager_attention_forward
     reference, _ = load_reference(attn_implementation="sdpa")
     with pytest.raises(ValueError, match="eager"): record_attention(reference, torch.tensor([[1, 2, 3]]))
-    with pytest.raises(Exception): record_attention(reference, "not ids")
+    with pytest.raises((AttributeError, TypeError)): record_attention(reference, "not ids")
     assert modeling_qwen3.eager_attention_forward is before
