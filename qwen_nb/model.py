@@ -139,7 +139,8 @@ class Qwen(nn.Module):
                 input_ids,            # (batch, seq)
                 attention_mask=None,  # (batch, cached + seq), 0 where a key is padding
                 position_ids=None,    # (1 or batch, seq); counted if not given
-                cache=None):          # has `length` and `update(layer_idx, k, v)`
+                cache=None,           # has `length` and `update(layer_idx, k, v)`
+                last_only=False):     # only the last position's logits, `(batch, 1, vocab_size)`: all that writing needs
         if input_ids.dim() != 2: raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, seq)")
         if input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() < self.config.vocab_size:
             raise ValueError(f"input_ids go from {input_ids.min()} to {input_ids.max()}; expected 0 to {self.config.vocab_size - 1}")
@@ -149,7 +150,7 @@ class Qwen(nn.Module):
         if position_ids is None and attention_mask is not None: position_ids = positions(attention_mask, seq)
         if position_ids is None: position_ids = torch.arange(past, past + seq, device=input_ids.device)[None]
         if attention_mask is not None or (past and seq > 1): mask = causal_mask(seq, past + seq, attention_mask, input_ids.device)
-        return self.head(self.model(input_ids, position_ids, mask, cache))
+        return self.head(self.model(input_ids, position_ids, mask, cache)[:, -1 if last_only else 0:])
 
     @classmethod
     def from_pretrained(cls,
@@ -157,12 +158,12 @@ class Qwen(nn.Module):
                         dtype=None,         # None: as stored; or torch.float32, "bfloat16", …
                         device=None):       # None: the CPU
         "Open a checkpoint, ready to run. Raises ValueError or OSError, in one sentence, if it cannot."
-        device = "cpu" if device is None else device
         dtype, folder = as_dtype(dtype, device), find_model(name_or_path)
         config = QwenConfig(**parse_config(read_json(folder, "config.json")))
         with torch.device("meta"), SkipInit(): model = cls(config)
         weights = match_weights(open_weights(folder), model.state_dict(), config.tie_word_embeddings)
         model.load_state_dict({k: v.to(device, dtype) for k, v in weights.items()}, strict=True, assign=True)
+        model.folder = folder  # where the rest of its files are, such as generation_config.json
         return model.eval()
 
 # %% ../nbs/08_model.ipynb #82ba0a6d
