@@ -36,6 +36,14 @@ def test_infinities_and_nan(dtype):
     for i in range(3, 7): check_fails(a[i], b[i], steps=1e300)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_unit_is_eps_times_size_plus_mean(dtype):
+    b = torch.tensor([[1.0, 2.0, 0.0, -5.0], [64, 0, 0, 0]], dtype=dtype)     # means 2 and 16
+    a = b.double() + torch.tensor([[0.0, 0.25, 0.5, -1.0], [0, 0, 0, 1]])
+    expected = torch.tensor([[0.0, 0.25 / 4, 0.5 / 2, 1 / 7], [0, 0, 0, 1 / 16]], dtype=torch.float64) / torch.finfo(dtype).eps
+    assert torch.allclose(rounding_steps(a.to(dtype), b), expected, rtol=1e-12)
+
+
 def test_an_infinity_does_not_stretch_the_unit():
     b = torch.tensor([1.0, 1.0, -INF])
     assert rounding_steps(b + 1e-3, b)[0] > 1000
@@ -105,8 +113,7 @@ class Odd(nn.Module):
 
     def forward(self, x, scale=1):
         self.pair(x), self.none(x), self.empty(x)
-        y = self.linear(x) * scale
-        return y.add_(1)
+        return self.linear(x).mul_(scale).add_(1)   # in place: what was recorded must not change with it
 
 
 class Const(nn.Module):
@@ -160,14 +167,18 @@ def test_modules_without_elements_are_equal():
     assert first_difference(none, none, steps=0) is None
 
 
-@pytest.mark.parametrize("wrong", [1.0, 1 + 1e-6, 1.5, NAN, INF])
-@pytest.mark.parametrize("steps", [0, 64, INF])
-def test_plot_errors_draws_any_error(wrong, steps):
+def test_plot_errors_draws_any_error():
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     ours, theirs = runs()
-    plot_errors(ours | {"b": ours["b"] * wrong}, theirs, steps)
-    plt.gcf().canvas.draw()
+    fig, ax = plt.subplots()
+    for wrong in 1.0, 1 + 1e-6, 1.5, NAN, INF:
+        for steps in 0, 64, INF:
+            plot_errors(ours | {"b": ours["b"] * wrong}, theirs, steps, ax)
+            found = first_difference(ours | {"b": ours["b"] * wrong}, theirs, steps)
+            assert ("No module" in ax.get_title()) == (found is None) and [t.get_text() for t in ax.texts] == [found] * (found is not None)
+            fig.canvas.draw()
+            ax.clear()
     plt.close("all")
 
 
