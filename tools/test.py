@@ -60,7 +60,7 @@ STEPS = {
     "notebooks clean and exported": exported,
     "badges, install cells and links": lambda: python("tools/notebooks.py", "--check"),
     "README": lambda: python("tools/readme.py", "--check"),
-    "lint": lambda: run("ruff", "check", "--quiet", "."),
+    "lint": lambda: run("ruff", "check", "--quiet", "--output-format=concise", "."),
     "workflows": workflows,
     "notebooks": notebooks,
     "tests": lambda: python("-m", "pytest", "-q", "tests"),
