@@ -19,7 +19,7 @@ from .norm import RMSNorm
 from .rope import Rotary
 from .weights import find_model, open_weights, read_json
 
-# %% ../nbs/08_model.ipynb #4a453ace
+# %% ../nbs/08_model.ipynb #b398904a
 @dataclass
 class QwenConfig:
     "The numbers that make one Qwen different from another, under the names of `config.json`. Defaults: Qwen3-0.6B."
@@ -30,7 +30,7 @@ class QwenConfig:
     num_attention_heads: int = 16          # query heads
     num_key_value_heads: int = 8           # key/value heads
     head_dim: int = 128                    # channels of one head
-    max_position_embeddings: int = 40_960  # the longest text it was trained on
+    max_position_embeddings: int = 40_960  # positions that the config allows
     rope_theta: float = 1e6                # base of the rotary frequencies
     rope_scaling: dict = None              # YaRN's settings, if any
     rms_norm_eps: float = 1e-6

@@ -12,7 +12,7 @@ from .model import Qwen
 from .verify import rounding_steps
 from .weights import find_model, open_weights
 
-# %% ../nbs/08a_real.ipynb #8a5ea3ce
+# %% ../nbs/08a_real.ipynb #7bf62947
 IDS = [1, 306, 4658, 278, 6593, 310, 2834, 338]
 QWEN3_TESTS = "huggingface/transformers, tests/models/qwen3/test_modeling_qwen3.py at 3e7da9f1"
 QWEN2_TESTS = "huggingface/transformers, tests/models/qwen2/test_modeling_qwen2.py at 3e7da9f1"
@@ -31,7 +31,7 @@ EXPECTED = {
              text="My favourite condiment is 100% natural, organic and vegan. I love to use it in my cooking and I")],
     "Qwen/Qwen2.5-0.5B": [dict(count=290, parameters=494_032_768, source="the published file's header")],
     "Qwen/Qwen2.5-0.5B-Instruct": [
-        dict(tensor="model.layers.0.self_attn.q_proj.weight", source="numbers printed by a reader of the file", decimals=4, rows={
+        dict(tensor="model.layers.0.self_attn.q_proj.weight", source="printed from the published file", decimals=4, rows={
             0: [-0.0019, -0.0052, 0.0188], 1: [0.0084, 0.0018, 0.0435], 2: [-0.0168, -0.0248, 0.0422],
             -3: [-0.1040, 0.0791, 0.0132], -2: [-0.0140, 0.0654, 0.0591], -1: [0.0215, 0.0625, 0.0635]})],
 }
