@@ -23,6 +23,7 @@ FLAGS = ("--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no
 @pytest.fixture(scope="module")
 def page():
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright here: pip install -e '.[browser]'")
+    SHOTS.mkdir(exist_ok=True)
     found = [shutil.which(n) for n in ([os.environ["CHROMIUM"]] if "CHROMIUM" in os.environ else [*NAMES, MAC])]
     program = next(filter(None, found), None)
     if not program: pytest.skip("no browser here: install chromium, or name one with CHROMIUM=/path/to/it")
@@ -30,7 +31,9 @@ def page():
         browser = p.chromium.launch(executable_path=program, args=FLAGS)
         page = browser.new_page(viewport=dict(width=1280, height=1000))
         page.set_default_timeout(120_000)
+        page.add_locator_handler(page.locator(".jp-Dialog"), lambda dialog: dialog.locator(".jp-mod-accept").click())  # which kernel? this one
         yield page
+        page.screenshot(path=SHOTS / "last.png")  # if a test failed, this shows why
         browser.close()
 
 
@@ -61,19 +64,17 @@ def lab(tmp_path_factory):
 
 
 def wait(page, true, seconds, what):
-    "Until it is true; if it never is, a screenshot shows why."
+    "Until it is true."
     end = time.time() + seconds
     while not true():
-        if time.time() > end:
-            page.screenshot(path=SHOTS / "failed.png")
-            pytest.fail(f"{what} after {seconds} s")
+        assert time.time() < end, f"{what} after {seconds} s"
         page.wait_for_timeout(200)
 
 
 def run_all(page, url, name):
     "Open the notebook and run all of its cells."
     page.goto(f"{url}/lab/tree/{name}?reset")
-    idle = page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    idle = page.locator("#jp-main-statusbar", has_text="| Idle")
     error = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
     prompts = lambda: "".join(page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts())
     for _ in range(5):  # a kernel that is still connecting drops what it was asked to run
@@ -89,7 +90,6 @@ def run_all(page, url, name):
 
 @pytest.mark.parametrize("name", ["05_rope", "06_attention"])
 def test_moving_a_slider_changes_the_picture(page, lab, name):
-    SHOTS.mkdir(exist_ok=True)
     run_all(page, lab, f"{name}.ipynb")
     knobs = page.locator(".widget-interact", has=page.locator("img")).locator(".noUi-handle")
     assert knobs.count(), f"{name} has no slider"
