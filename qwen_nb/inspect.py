@@ -233,7 +233,7 @@ def _first_shape(x):
     inside = x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else ()
     return next((s for s in map(_first_shape, inside) if s is not None), None)
 
-# %% ../nbs/00_inspect.ipynb #8ef9f07b
+# %% ../nbs/00_inspect.ipynb #6b943ba2
 @torch.no_grad()
 def trace_shapes(
     model,       # any module
@@ -248,7 +248,8 @@ def trace_shapes(
         def leave(module, args, out): inside.pop()[-1] = _first_shape(out)
         hooks += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
     try: model(*args, **kw)
-    finally: [h.remove() for h in hooks]
+    finally:
+        for h in hooks: h.remove()
     return [Step(*s) for s in steps]
 
 # %% ../nbs/00_inspect.ipynb #6e0b365f
