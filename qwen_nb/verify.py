@@ -90,14 +90,14 @@ def record(
         for h in hooks: h.remove()
     return seen
 
-# %% ../nbs/01_verify.ipynb #73d40e11
+# %% ../nbs/01_verify.ipynb #e1d78543
 def worst_steps(
     ours, theirs,  # dicts from `record`
 ):
     """The largest error of each module, in rounding steps: a dict, in theirs' order of execution. Another shape or dtype is infinitely far.
 
-    A module that ours lacks (or names otherwise) is skipped: its mistake shows in the next one that both have.
-    So that there is a next one, ours must have theirs' last output; ValueError if not."""
+    A module that ours lacks (or names otherwise) is skipped: its mistake shows in a later one, unless something in between
+    hides it. So that there is a later one, ours must have theirs' last output; ValueError if not."""
     last = next(reversed(theirs), None)
     if last not in ours: raise ValueError(f"ours has no output named {last!r}, the last of theirs; ours has {list(ours)[-3:]} at its end")
     def worst(a, b):
