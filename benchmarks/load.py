@@ -23,17 +23,16 @@ from pathlib import Path
 def make_checkpoint(folder):
     "A random Qwen3-0.6B in the reference's own files."
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3Config
 
     from qwen_nb.model import QwenConfig
     c = QwenConfig()
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     config = Qwen3Config(vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
                          num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
                          num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, tie_word_embeddings=True,
                          max_position_embeddings=c.max_position_embeddings, rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta))
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
 def memory(field):

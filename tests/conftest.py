@@ -6,8 +6,16 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    "No test may leave the others another default dtype."
+    yield
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.fixture(scope="session")
