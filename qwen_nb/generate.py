@@ -233,7 +233,7 @@ class Context:
         if self.cache: self.cache.select(rows)
         else: self.ids = self.ids[rows]
 
-# %% ../nbs/09_generate.ipynb #96bb7fe4
+# %% ../nbs/09_generate.ipynb #d7a9d67a
 @torch.no_grad()
 def write(
     model, input_ids,     # (batch, prompt)
@@ -250,15 +250,15 @@ def write(
     context = Context(model, batch, n + max_new_tokens - 1, attention_mask, use_cache)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     stop_ids, done = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device), torch.zeros(batch, dtype=torch.bool, device=device)
-    seen = marks(input_ids, model.config.vocab_size, attention_mask)
-    written = torch.zeros_like(seen)
     for piece in input_ids.split(prefill_chunk or n, 1): logits = context.read(piece)
+    seen = marks(input_ids, logits.shape[1], attention_mask)
+    written = torch.zeros_like(seen)
     for step in range(max_new_tokens):
         ids = choose(sampling, penalize(sampling, logits, seen, written), generator).masked_fill(done, sampling.pad_id)
         yield ids
         done = done | torch.isin(ids, stop_ids)
         for i, text in enumerate(texts or ()):
-            if not done[i]: text.add(ids[i])
+            text.add(ids[i])
             done[i] |= text.stopped
         if done.all() or step == max_new_tokens - 1: return
         for m in (seen, written): m.scatter_(1, ids[:, None], True)
