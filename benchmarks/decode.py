@@ -11,7 +11,8 @@ prompt over the time to the first token; decode is the rest over the rest. Figur
 range is that of the pairs. In bfloat16 ours is also timed without `one_row_kernels`.
 
 A step of decode has to read all weights and the cache. Bytes read a second, over what the machine reads when it does nothing
-else (the sum of a large tensor, best of several), is the share of the memory's speed that is reached.
+else (the sum of a large tensor, best of several), is the share of the memory's speed that is reached. (The packaged model
+fits into the processor's cache, and its steps are so short that Python's own time counts.)
 """
 import argparse
 import os
@@ -30,33 +31,36 @@ warnings.filterwarnings("ignore")
 os.environ |= dict(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
 
 
-class Clock:
+clock = time.perf_counter  # --busy: time.thread_time
+
+
+class Notes:
     "A streamer for `transformers`: notes when each token came."
-    def start(self): self.times, self.seen, self.ids = [time.perf_counter()], 0, []
+    def start(self): self.times, self.seen, self.ids = [clock()], 0, []
     def put(self, value):
         self.seen += 1
         if self.seen > 1:  # the first is the prompt
-            self.times.append(time.perf_counter())
+            self.times.append(clock())
             self.ids.append(int(value))
     def end(self): pass
 
 
 def time_ours(model, ids, new, fast=True):
     from qwen_nb import generate
-    clock = Clock()
-    clock.start()
+    notes = Notes()
+    notes.start()
     with nullcontext() if fast else mock.patch.object(generate, "one_row_kernels", nullcontext):
         for i in generate.stream(model, ids, new, temperature=0., stop_ids=()):
-            clock.times.append(time.perf_counter())
-            clock.ids.append(i)
-    return clock
+            notes.times.append(clock())
+            notes.ids.append(i)
+    return notes
 
 
 def time_theirs(model, ids, new):
-    clock = Clock()
-    clock.start()
-    with torch.no_grad(): model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, streamer=clock)
-    return clock
+    notes = Notes()
+    notes.start()
+    with torch.no_grad(): model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, streamer=notes)
+    return notes
 
 
 def bandwidth(gib=1):
@@ -64,9 +68,9 @@ def bandwidth(gib=1):
     x = torch.ones(gib * 2**28)
     best = float("inf")
     for _ in range(10):
-        start = time.perf_counter()
+        start = clock()
         x.sum()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return x.nbytes / best
 
 
@@ -90,30 +94,21 @@ def compare(folder, dtype, prompt, new, runs):
     if dtype == torch.bfloat16: ways["ours, oneDNN"] = lambda: time_ours(ours, ids, new, fast=False)
     speeds = {name: [] for name in ways}
     for i in range(runs + 1):  # the first does not count
-        clocks = {name: way() for name, way in (list(ways.items()) if i % 2 else list(ways.items())[::-1])}
-        for name, clock in clocks.items():
-            t = clock.times
+        done = {name: way() for name, way in (list(ways.items()) if i % 2 else list(ways.items())[::-1])}
+        for name, notes in done.items():
+            t = notes.times
             assert len(t) == new + 1, f"{name} wrote {len(t) - 1} tokens instead of {new}"
             if i: speeds[name].append((prompt / (t[1] - t[0]), (new - 1) / (t[-1] - t[1])))
-    same = next((i for i, (a, b) in enumerate(zip(clocks["ours"].ids, clocks["transformers"].ids)) if a != b), new)
+    memory, same = bandwidth(), next((i for i, (a, b) in enumerate(zip(done["ours"].ids, done["transformers"].ids)) if a != b), new)
     read = bytes_per_token(ours, prompt + new / 2)
-    print(f"\n{Path(folder).name}, {str(dtype).removeprefix('torch.')}: prompt of {prompt} tokens, {new} new; the first {same} new ones are the same; {read / 1e6:,.1f} MB a token")
+    print(f"\n{Path(folder).name}, {str(dtype).removeprefix('torch.')}: prompt of {prompt} tokens, {new} new; the first {same} new ones are the same; {read / 1e6:,.1f} MB a token, memory read at {memory / 1e9:.1f} GB/s")
     print(f"{'':14}{'prefill':>10}{'decode':>10}   tokens/s   memory speed reached in decode")
     for name, s in speeds.items():
         prefill, decode = (statistics.median(x) for x in zip(*s))
-        print(f"{name:14}{prefill:10.1f}{decode:10.2f}{'':14}{decode * read / 1e9:7.2f} GB/s = {decode * read / speed():.0%}")
+        print(f"{name:14}{prefill:10.1f}{decode:10.2f}{'':14}{decode * read / 1e9:7.2f} GB/s = {decode * read / memory:.0%}")
     for j, what in enumerate(("prefill", "decode")):
         ratios = sorted(a[j] / b[j] for a, b in zip(speeds["ours"], speeds["transformers"]))
         print(f"ours / transformers, {what}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-
-
-_speed = []
-
-
-def speed():
-    "The machine's memory speed, measured once."
-    if not _speed: _speed.append(bandwidth())
-    return _speed[0]
 
 
 def main():
@@ -123,11 +118,16 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one of them alone")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new", type=int, default=32, help="tokens to write; the packaged model, being quick, writes 100 (default: %(default)s)")
+    parser.add_argument("--busy", action="store_true", help="one thread, and its processor time in place of the clock: for a machine that has other work")
     parser.add_argument("--runs", type=int, default=5, help="runs that count (default: %(default)s)")
     args = parser.parse_args()
+    if args.busy:
+        global clock
+        clock = time.thread_time
+        torch.set_num_threads(1)
     from qwen_nb.inspect import packaged_model
     dtypes = [getattr(torch, args.dtype)] if args.dtype else [torch.float32, torch.bfloat16]
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; memory is read at {speed() / 1e9:.1f} GB/s")
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads{', processor time' * args.busy}, torch {torch.__version__}; {args.runs} runs, of the packaged model {3 * args.runs}")
     for dtype in dtypes:
         if not args.model: compare(packaged_model(), dtype, args.prompt, 100, 3 * args.runs)
     if args.small: return

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from qwen_nb import generate as g
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
+from qwen_nb.tokenizer import Tokenizer as OurTokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -321,9 +322,13 @@ def test_seeds(packaged):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_streamed_text_is_the_text(tokenizer, seed):
+    for some in (tokenizer, OurTokenizer.from_pretrained()): check_streamed_text(some, tokenizer, seed)
+
+
+def check_streamed_text(tokenizer, library, seed):
     rng = random.Random(seed)
     if seed % 2: ids = [rng.randrange(300) for _ in range(60)]  # mostly single bytes: broken characters
-    else: ids = tokenizer.encode("".join(rng.choice("aé→𒀭🎉👩‍👩‍👧 \n.�") for _ in range(40))).ids
+    else: ids = library.encode("".join(rng.choice("aé→𒀭🎉👩‍👩‍👧 \n.�") for _ in range(40))).ids
     whole = tokenizer.decode(ids)
     for stop in (None, whole[20:23], [whole[9:11], whole[30:32], "never"], "\ufffd"):
         text, shown = g.TextStream(tokenizer, stop), ""
