@@ -184,7 +184,7 @@ def test_split_of_every_character(pattern, odd):
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
     chars = [c for c in EVERYTHING if unicodedata.category(c) not in ("Cn", "Co") and not odd.match(c)]
     for i in range(0, len(chars), 128):
-        text = "".join(f"a{c}b '{c} 1{c}\n{c}  {c}" for c in chars[i:i + 128])
+        text = "".join(f"a{c}b '{c} '{c}x 'v{c} 1{c}\n{c}  {c}" for c in chars[i:i + 128])
         assert split(text, pattern) == [piece for piece, _ in cut.pre_tokenize_str(text)]
 
 
@@ -287,16 +287,18 @@ def test_three_forms_are_one_vocabulary(tmp_path):
 def test_tokens_that_no_text_reaches():
     "The numbers that the notebook states."
     tok = Tokenizer(read_vocabulary(DATA))
-    cut, scripts = Counter(), Counter()
+    cut, scripts, numbers = Counter(), Counter(), []
     for i in range(151_643):
         try: text = tok.token_bytes(i).decode()
         except UnicodeDecodeError: cut["part of a character"] += 1
         else:
+            if sum(unicodedata.category(c)[0] == "N" for c in text) > 1: numbers.append(text)
             if tok.encode(text) == [i]: continue
             why = "NFC" if their_nfc(text) != text else "split" if len(split(text)) > 1 else "merges"
             cut[why] += 1
             if why == "split": scripts[unicodedata.name(text.lstrip()[0]).split()[0]] += 1
     assert cut == {"part of a character": 1448, "NFC": 248, "split": 1661}
+    assert numbers == ["１０", "２０"] and not any(n.encode() in map(tok.token_bytes, tok.encode(n)) for n in numbers)
     assert scripts["THAI"] == 1578 and scripts["ARABIC"] == 73
     thai = tok.vocabulary.tokens[spell("ได้".encode())]
     assert tok.encode("ได้") != [thai] and tok.encode(" ได้ ").count(thai) == 0
