@@ -582,13 +582,12 @@ def fit(
     if len(ids) < known: return ids, left_out
     raise ValueError(f"the last question, with what belongs to it, has {len(ids):,} tokens; the model knows {known:,} positions, and the answer needs some of them")
 
-# %% ../nbs/10_chat.ipynb #8a282c0d
+# %% ../nbs/10_chat.ipynb #582366ef
 def write_message(chat):
     "Yield one message of the assistant as it comes; return its calls. It is in the history from the first word on."
     known, stops = max_positions(chat.model.config), stop_ids(chat.model, chat.tokenizer, **chat.sampling)
     encode = lambda messages: encode_chat(chat.tokenizer, messages, chat.family, chat.tools, enable_thinking=chat.enable_thinking)
     ids, left_out = fit(chat.messages, known, min(chat.max_new_tokens or known, known // 4), encode)
-    if left_out: yield "note", f"The conversation no longer fits: its oldest question{f's, {left_out} of them,' * (left_out > 1)} and what followed are left out."
     settings = chat.sampling | dict(seed=None if chat.seed is None else chat.seed + len(chat.messages), stop_ids=stops)
     room, device = known - len(ids) + 1, next(chat.model.parameters()).device
     new = stream(chat.model, torch.tensor([ids], device=device), min(chat.max_new_tokens or room, room), **settings)
@@ -596,6 +595,7 @@ def write_message(chat):
     message, id = dict(role="assistant", content=""), None
     chat.messages.append(message)
     try:
+        if left_out: yield "note", f"The conversation no longer fits: its oldest question{f's, {left_out} of them,' * (left_out > 1)} and what followed are left out."
         for id in new:
             for event in parts.turn(None) if id in stops else parts.add(id):
                 message |= as_message(parts, chat.family)[0]
