@@ -184,7 +184,7 @@ def test_split_of_every_character(pattern, odd):
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
     chars = [c for c in EVERYTHING if unicodedata.category(c) not in ("Cn", "Co") and not odd.match(c)]
     for i in range(0, len(chars), 128):
-        text = "".join(f"a{c}b '{c} '{c}x 'v{c} 1{c}\n{c}  {c}" for c in chars[i:i + 128])
+        text = "".join(f"a{c}b '{c} b'{c}x b'v{c} 1{c}\n{c}  {c}" for c in chars[i:i + 128])
         assert split(text, pattern) == [piece for piece, _ in cut.pre_tokenize_str(text)]
 
 
