@@ -582,7 +582,7 @@ def fit(
     if len(ids) < known: return ids, left_out
     raise ValueError(f"the last question, with what belongs to it, has {len(ids):,} tokens; the model knows {known:,} positions, and the answer needs some of them")
 
-# %% ../nbs/10_chat.ipynb #582366ef
+# %% ../nbs/10_chat.ipynb #1502336e
 def write_message(chat):
     "Yield one message of the assistant as it comes; return its calls. It is in the history from the first word on."
     known, stops = max_positions(chat.model.config), stop_ids(chat.model, chat.tokenizer, **chat.sampling)
@@ -602,7 +602,7 @@ def write_message(chat):
                 yield event
         if id not in stops:
             yield from parts.turn(None)
-            yield "note", "The answer is cut off: there was no room for more tokens."
+            yield "note", f"The answer is cut off after {min(chat.max_new_tokens or room, room):,} tokens."
     finally: message |= as_message(parts, chat.family)[0]  # also when nobody wants to hear more, or Ctrl-C came
     return as_message(parts, chat.family)[1]
 

@@ -136,6 +136,9 @@ def test_forms_of_a_message():
         assert render_chat(one, family) == render_chat(two, family) == render_chat(three, family)
         assert render_chat([user([dict(type="text", text="a"), dict(type="text", text="b")])], family) == render_chat([user("ab")], family)
         assert render_chat([user("Hi")], family, Tools()) == render_chat([user("Hi")], family, []) == render_chat([user("Hi")], family)
+        far = render_chat([user("Hi"), assistant(tool_calls=[dict(name="add", arguments={"a": ["Zürich <1>"], "b": True})])], family, [dict(ADD, description="für <2>")])
+        assert '["Zürich <1>"]' in far and '"für <2>"' in far  # neither \\u00fc nor \\u003c
+        assert ("\nTrue\n" if family == "qwen3.5" else '"b": true}') in far  # as the official XML has it
     as_text = [user("Hi"), assistant(tool_calls=[dict(name="add", arguments='{"a": 1}')])]
     assert render_chat(as_text, "qwen3") == render_chat([user("Hi"), assistant(tool_calls=[flat])], "qwen3")
 
@@ -457,7 +460,10 @@ def test_too_long(tokenizer):
     before = list(chat.messages)
     one_sentence("the last question, with what belongs to it, has", lambda: list(chat.say("Where is Max? " * 60)))
     assert chat.messages == before
-    assert said(list(chat.say("Sure?")), "note")
+    events = chat.say("Sure?")
+    assert next(events)[0] == "note"
+    events.close()  # at once: question and answer are both there, the answer empty
+    assert chat.messages[len(before):] == [user("Sure?"), assistant()]
 
 
 def test_room_and_seed(tokenizer):
