@@ -79,7 +79,7 @@ def test_folder_template_equals_transformers_and_ours(tmp_path, tokenizer):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "chat_template.jinja").write_text(c.SMALL_TEMPLATE, encoding="utf-8")
     theirs, rng = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.library, chat_template=c.SMALL_TEMPLATE), random.Random(0)
-    for _ in range(1000):
+    for _ in range(300):
         messages, kw = random_chat(rng), dict(add_generation_prompt=rng.random() < 0.5, enable_thinking=rng.choice([True, False]))
         want = theirs.apply_chat_template(messages, tokenize=False, **kw)
         assert render_folder(tmp_path, messages, **kw) == render_chat(messages, "qwen3", **kw) == want, messages
@@ -466,7 +466,7 @@ def test_too_long(tokenizer):
     assert chat.messages[len(before):] == [user("Sure?"), assistant()]
 
 
-def test_room_and_seed(tokenizer):
+def test_room_and_seed(tokenizer, monkeypatch):
     chat = talk(tokenizer, "a " * 500, positions=64)
     events = list(chat.say("Hi"))
     prompt = len(chat.model.prompts[0])
@@ -478,6 +478,12 @@ def test_room_and_seed(tokenizer):
         chat = Chat(model, tokenizer, max_new_tokens=12, temperature=1.5, seed=seed)
         return [said(list(chat.say("Where is Max?")), "answer") for _ in range(2)]
     assert run(1) == run(1) != run(2) and run(1)[0] != run(1)[1]
+    seeds, stream = [], c.stream
+    monkeypatch.setattr(c, "stream", lambda *a, seed, **kw: seeds.append(seed) or stream(*a, seed=seed, **kw))
+    run(1)
+    run(1)
+    run(None)
+    assert seeds[:2] == seeds[2:4] and len(set(seeds[:2])) == 2 and seeds[4:] == [None, None]
     one_sentence("temperature is -1", lambda: Chat(model, tokenizer, temperature=-1))
     one_sentence("content is 7", lambda: list(Chat(model, tokenizer).say(7)))
 
