@@ -550,7 +550,7 @@ class Parts:
         self.kind, self.call, self.newlines, self.stream = KIND_AFTER.get(name, self.kind), "", between, TextStream(self.tokenizer)
         return events
 
-# %% ../nbs/10_chat.ipynb #98e1c09b
+# %% ../nbs/10_chat.ipynb #c7d6449f
 def as_message(parts, family):
     "What is written so far as a message, and its calls. A call that is broken or not finished stays in the content, as text."
     content, calls = (parts.text["answer"], []) if "<tool_call>" in parts.tokenizer.special else parse_tool_calls(parts.text["answer"], family)
@@ -558,7 +558,7 @@ def as_message(parts, family):
     good, loose = [c for c in calls if "error" not in c], [c["text"] for c in calls if "error" in c] + [parts.call] * bool(parts.call)
     if loose: content = "\n".join([content, *(f"<tool_call>\n{text}\n</tool_call>" for text in loose)]).strip("\n")
     message = dict(role="assistant", content=content)
-    if parts.text["thinking"]: message["reasoning_content"] = parts.text["thinking"]
+    if parts.text["thinking"] or "</think>" in content: message["reasoning_content"] = parts.text["thinking"]  # else the template would cut such an answer
     return (message | {"tool_calls": good} if good else message), calls
 
 # %% ../nbs/10_chat.ipynb #dbafa550

@@ -154,6 +154,13 @@ def test_thinking_is_kept_while_the_model_works():
     assert "First." not in render_chat(loop, "qwen2.5")
 
 
+def test_answers_of_tools_share_a_turn():
+    answer = "\n<tool_response>\n{}\n</tool_response>"
+    for family in c.FAMILIES:
+        got = render_chat([user("q"), assistant("a"), *(dict(role="tool", content=n) for n in "12"), assistant("b"), dict(role="tool", content="3")], family)
+        assert f"<|im_start|>user{answer.format(1)}{answer.format(2)}<|im_end|>\n<|im_start|>assistant\n" in got and f"<|im_start|>user{answer.format(3)}<|im_end|>\n" in got
+
+
 @pytest.mark.parametrize("match, messages, family, kw", [
     ("family is 'qwen4'; expected one of qwen2.5, qwen3, qwen3.5", [user("Hi")], "qwen4", {}),
     ("expected a list of dicts, at least one", [], "qwen3", {}),
@@ -360,6 +367,8 @@ def test_parts_are_sorted_by_ids(tokenizer):
     assert not any("\ufffd" in p or not p for _, p in events)
     spelled, parts = sort(tokenizer.encode("<think>no thought</think>yes"))  # the same letters in ordinary tokens
     assert parts.text == dict(thinking="", answer="<think>no thought</think>yes")
+    message = c.as_message(sort(tokenizer.encode("It is </think>, so."))[1], "qwen3")[0]
+    assert "It is </think>, so." in render_chat([user("How?"), message, user("Ok")], "qwen3")  # and the template does not cut it there later
     assert sort(tokenizer.encode("Hm</think>Yes", allow_special=True), thinking=True)[1].text == dict(thinking="Hm", answer="Yes")
     assert sort([tokenizer.special["<|im_start|>"], *tokenizer.encode("Yes")])[1].text["answer"] == "Yes"
 
