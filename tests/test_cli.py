@@ -1,0 +1,362 @@
+"""The command as it is used: real processes, pipes, a pseudo-terminal with Ctrl-C and Ctrl-D, and what is refused."""
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from qwen_nb import cli
+from qwen_nb.chat import Chat, Scripted
+from qwen_nb.inspect import packaged_model
+from qwen_nb.model import DTYPES
+from qwen_nb.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
+COMMAND = [sys.executable, "-c", "from qwen_nb.cli import main; main()"]
+ENV = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "QWEN_NB_MODEL")} | dict(
+    TERM="xterm", COLUMNS="100", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONIOENCODING="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    "Tiny Qwen2 checkpoints: `random` writes anything, `endless` writes ! for ever, `base` has no chat tokens."
+    made = {}
+    for name in ("random", "endless", "base"):
+        made[name] = folder = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+            vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            initializer_range=.5, max_position_embeddings=100_000 if name == "endless" else 128, bos_token_id=448, eos_token_id=450))
+        if name == "endless": torch.nn.init.zeros_(model.model.norm.weight)  # all logits equal: always the first token
+        model.save_pretrained(folder)
+        shutil.copy(packaged_model() / "tokenizer.json", folder)
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    (folder / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|begin|>"), encoding="utf-8")
+    return made
+
+
+def run(*args, stdin=None, **env):
+    "(status, stdout, stderr) of a process."
+    kind = dict(input=stdin) if stdin is not None else dict(stdin=subprocess.DEVNULL)
+    done = subprocess.run([*COMMAND, *map(str, args)], env=ENV | env, capture_output=True, timeout=300, **kind)
+    return done.returncode, done.stdout.decode().replace("\r\n", "\n"), done.stderr.decode().replace("\r\n", "\n")
+
+
+def call(capsys, monkeypatch, *args, stdin=""):
+    "The same without a process."
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    with pytest.raises(SystemExit) as e: cli.main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return e.value.code, out, err
+
+
+def refused(result, *words):
+    status, out, err = result
+    assert status == 2 and not out and len(err.strip().splitlines()) == 1 and len(err) < 400 and err.startswith("qwen-nb: "), result
+    for word in words: assert str(word) in err, result
+
+
+# ---- help
+
+def test_help(capsys, monkeypatch):
+    status, out, err = call(capsys, monkeypatch, "-h")
+    assert status == 0 and not err and all(name in out for name in ("chat ", "generate ", "verify "))
+    for name in ("chat", "generate"):
+        monkeypatch.setenv("COLUMNS", "80")
+        status, out, _ = call(capsys, monkeypatch, name, "-h")
+        assert status == 0 and "examples:" in out and "None" not in out and max(map(len, out.split("examples:")[0].splitlines())) <= 80
+        plain = " ".join(out.split())
+        for option in ("--model", "--dtype", "--greedy", "--seed", "--max-new-tokens", *("--" + s.replace("_", "-") for s in cli.SAMPLING)):
+            assert f" {option}" in plain.split("examples:")[0], option
+        with pytest.raises(SystemExit) as e: cli.make_parser().parse_args([name, "--temperature", "1", "--greedy"])
+        assert e.value.code == 2
+    for dtype in DTYPES: assert cli.make_parser().parse_args(["chat", "--dtype", dtype]).dtype == dtype
+
+
+def test_examples_of_the_help_are_commands():
+    import shlex
+    for line in (cli.GENERATE_EXAMPLES + "\n" + cli.CHAT_EXAMPLES).splitlines():
+        if "qwen-nb" not in line: continue
+        words = shlex.split(re.split(r" \| | [<>] ", line[line.index("qwen-nb"):])[0])
+        assert cli.make_parser().parse_args(words[1:]).run in (cli.generate, cli.chat)
+
+
+def test_help_is_instant():
+    code = "import sys, qwen_nb.cli as c\ntry: c.main(['chat', '-h'])\nexcept SystemExit: print(sorted(m.partition('.')[0] for m in sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "'qwen_nb'" in out and not any(f"'{m}'" in out for m in ("torch", "numpy", "matplotlib", "tokenizers", "transformers", "huggingface_hub"))
+
+
+# ---- generate
+
+def test_generate(capsys, monkeypatch, folders):
+    options = "--model", folders["random"], "--max-new-tokens", 20, "--temperature", 2
+    go = lambda *a, **kw: call(capsys, monkeypatch, "generate", *a, **kw)
+    status, out, err = go("Max", *options, "--seed", 1)
+    assert status == 0 and not err and out.endswith("\n")
+    assert go("Max", *options, "--seed", 1)[1] == out != go("Max", *options, "--seed", 2)[1]
+    for stdin in ("Max", "Max\n"):
+        assert go(*options, "--seed", 1, stdin=stdin)[1] == go("-", *options, "--seed", 1, stdin=stdin)[1] == out
+    assert go(*options, "--seed", 1, stdin="Max\n\n")[1] != out
+    assert go("Max", *options, "--greedy")[0] == 0
+    assert go("Max", *options, "--seed", 1, "--dtype", "float64")[0] == 0
+
+
+def test_generate_writes_what_stream_yields(capsys, monkeypatch, folders):
+    from qwen_nb.generate import stream
+    from qwen_nb.model import Qwen
+    model, tokenizer = Qwen.from_pretrained(folders["random"]), Tokenizer.from_pretrained(folders["random"])
+    settings = dict(temperature=1.5, top_k=200, top_p=0.99, min_p=1e-4, repetition_penalty=1.1, presence_penalty=0.1)
+    options = [x for k, v in settings.items() for x in ("--" + k.replace("_", "-"), v)]
+    for text, special in (("Max<|im_end|>", False), ("Max<|im_end|>", True)):
+        ids = torch.tensor([tokenizer.encode(text, allow_special=special)])
+        want = "".join(stream(model, ids, 30, tokenizer, seed=3, **settings))
+        got = call(capsys, monkeypatch, "generate", text, "--model", folders["random"], "--seed", 3, "--max-new-tokens", 30,
+                   *options, *["--allow-special"] * special)[1]
+        assert got == want + "\n" * (not want.endswith("\n"))
+    assert call(capsys, monkeypatch, "generate", "a", "--model", folders["endless"], "--max-new-tokens", 7)[1] == "!" * 7 + "\n"
+    assert call(capsys, monkeypatch, "generate", "a", "--model", folders["endless"], "--stop", "!!!")[1] == ""
+    assert len(call(capsys, monkeypatch, "generate", "a", "--model", folders["endless"])[1]) == 257
+
+
+def test_generate_stop_knows_line_ends(capsys, monkeypatch):
+    out = call(capsys, monkeypatch, "generate", "Max is in the kitchen.\nMax has the ball.\n", "--greedy", "--stop", r"\n", "--max-new-tokens", 30)[1]
+    assert len(out.splitlines()) == 1
+
+
+def test_a_reader_that_leaves():
+    "A pipe that is closed early is no error."
+    p = subprocess.Popen([*COMMAND, "generate", "Max", "--temperature", "1", "--max-new-tokens", "200"], env=ENV, stdin=subprocess.DEVNULL,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdout.close()
+    assert p.wait(300) == 141 and p.stderr.read() == b""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that only one process gets")
+def test_generate_stopped_by_ctrl_c(folders):
+    p = subprocess.Popen([*COMMAND, "generate", "a", "--model", folders["endless"], "--max-new-tokens", "90000"], env=ENV, stdin=subprocess.DEVNULL,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert p.stdout.read(3) == b"!!!"
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and re.fullmatch(rb"!*\n", out) and err == b"qwen-nb: stopped\n"
+
+
+def test_refusals(capsys, monkeypatch, folders, tmp_path):
+    go = lambda *a, **kw: call(capsys, monkeypatch, *a, **kw)
+    model = "--model", folders["random"]
+    refused(go("generate", ""), "empty")
+    refused(go("generate", stdin=""), "empty")
+    refused(go("generate", "Max", "--model", tmp_path / "none"), tmp_path / "none")
+    refused(go("generate", "Max", "--model", tmp_path), "config.json")
+    refused(go("generate", "Max", *model, "--max-new-tokens", 0), "max_new_tokens", 0)
+    refused(go("generate", "Max", *model, "--max-new-tokens", 500), "128 positions")
+    refused(go("generate", "Max " * 200, *model), "128 positions")
+    refused(go("generate", "Max", *model, "--stop", ""), "stop")
+    refused(go("generate", "\udcff", *model), "UTF-8", "0xff")
+    for command in (["generate", "Max"], ["chat"]):
+        refused(go(*command, *model, "--temperature", -1), "temperature")
+        refused(go(*command, *model, "--temperature", 1, "--top-p", 2), "top_p")
+        refused(go(*command, *model, "--greedy", "--top-k", 5), "top_k", "temperature")
+    refused(go("chat", "--model", folders["base"]), folders["base"], "<|im_start|>", "generate")
+
+
+def test_bytes_that_are_no_text(folders):
+    refused(run("generate", "--model", folders["random"], stdin=b"Max \xff"), "UTF-8", "0xff", "4 characters")
+    assert run("generate", "--model", folders["random"], stdin="Grüße 👋".encode(), PYTHONIOENCODING="ascii")[0] in (0, 2)
+
+
+def test_a_terminal_that_lacks_characters():
+    "A check mark on a terminal that knows ASCII only."
+    code = "import sys; from qwen_nb.cli import main, Screen\nimport qwen_nb.cli as c\nc.verify = lambda args: print('✓ ok') or 0\nmain(['verify'])"
+    done = subprocess.run([sys.executable, "-c", code], env=ENV | dict(PYTHONIOENCODING="ascii"), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "? ok\n", "")
+
+
+# ---- chat, with a model that says what we want
+
+class Answers(Scripted): folder = None
+
+def scripted(*texts, family="qwen3", **kw):
+    tokenizer = Tokenizer.from_pretrained()
+    return Chat(Answers(tokenizer, *texts), tokenizer, family=family, **kw)
+
+
+def talk(chat, *lines, file=None, terminal=True):
+    lines = iter(lines)
+    def ask():
+        line = next(lines, EOFError)
+        if isinstance(line, type): raise line
+        return line
+    return cli.talk(chat, ask, cli.Screen(file), terminal)
+
+
+def test_commands(capsys):
+    chat = scripted("One.", "Two.")
+    assert talk(chat, "", "   ", "Hello", "/think", "/think off", "/think", "/think on", "/think maybe", "/foo bar", "/help", " /help", "/reset", "/exit", "no") == 0
+    out, err = capsys.readouterr()
+    assert out == "One.\nTwo.\n" and chat.messages == [] and chat.enable_thinking is True
+    assert err.splitlines()[:5] == ["Thinking is on; /think on and /think off change it.", "Thinking is off.", "Thinking is off; /think on and /think off change it.",
+                                    "Thinking is on.", "Expected /think on or /think off."]
+    assert err.splitlines()[5] == "There is no command /foo bar; /help lists them." and all(name in err for name in cli.COMMANDS)
+    chat = scripted(family="qwen2.5")
+    talk(chat, "/think on")
+    assert "not learnt to think" in capsys.readouterr().err and chat.enable_thinking is None
+
+
+def test_thinking_is_dim_on_a_terminal_only(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    said, plain = "<think>\nHm, so.\n</think>\n\nYes.\x1b[2J\nNo.", "<think>\nHm, so.\n</think>\n\nYes."
+    talk(scripted(said), "Is it?", file=(file := Terminal()))
+    assert re.sub(r"\x1b\[2m(.*?)\x1b\[0m", r"<\1>", file.getvalue()).replace("><", "") == "<Hm, so.\n\n>".replace("\n\n>", ">\n\n") + "Yes.␛[2J\nNo.\n"
+    talk(scripted(said), "Is it?", file=(file := io.StringIO()))
+    assert file.getvalue() == plain + "\x1b[2J\nNo.\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    talk(scripted(said), "Is it?", file=(file := Terminal()))
+    assert file.getvalue() == plain + "␛[2J\nNo.\n"
+
+
+def test_ctrl_c_at_the_prompt_needs_a_second_one(capsys):
+    chat = scripted("One.", "Two.")
+    assert talk(chat, KeyboardInterrupt, "Hello", KeyboardInterrupt, KeyboardInterrupt, "never") == 0
+    out, err = capsys.readouterr()
+    assert out == "One.\n" and err.count("Ctrl-C once more") == 2 and len(chat.messages) == 2
+    with pytest.raises(KeyboardInterrupt): talk(chat, KeyboardInterrupt, terminal=False)
+
+
+def test_what_was_stopped_is_remembered(capsys):
+    chat = scripted("One. Two. Three.", "Good.")
+    class Stops(io.StringIO):
+        def write(self, text):
+            super().write(text)
+            if "Two" in self.getvalue() and "(" not in text and not hasattr(self, "stopped"): self.stopped = True; raise KeyboardInterrupt
+    assert talk(chat, "Count", "And?", file=(file := Stops())) == 0
+    assert "(stopped)" in capsys.readouterr().err
+    contents = [m["content"] for m in chat.messages]
+    assert contents[0] == "Count" and contents[1].startswith("One. Two") and "Three" not in contents[1] and contents[2:] == ["And?", "Good."]
+
+
+def test_a_question_that_cannot_be_answered(capsys):
+    tokenizer = Tokenizer.from_pretrained()
+    for terminal, status in ((True, 0), (False, 2)):
+        chat = Chat(Answers(tokenizer, "Yes.", positions=64), tokenizer, family="qwen3")
+        assert talk(chat, "a b c " * 100, "\udcff", "Ok?", terminal=terminal) == status
+        out, err = capsys.readouterr()
+        assert out == "Yes.\n" and "64 positions" in err and "UTF-8" in err and len(chat.messages) == 2
+
+
+# ---- chat, as a process
+
+def test_chat_through_a_pipe(folders):
+    options = "chat", "--model", folders["random"], "--max-new-tokens", "12", "--seed", "5", "--temperature", "1"
+    status, out, err = run(*options, stdin=b"Hello\n/think on\n/foo\n\nAnd?")
+    assert status == 0 and out and ">" not in out.splitlines()[0] and "\x1b[2m" not in out
+    notes = [line for line in err.splitlines() if "cut off" not in line and "no longer fits" not in line]
+    assert notes == ["This model has not learnt to think before it answers.", "There is no command /foo; /help lists them."]
+    assert run(*options, stdin=b"Hello\n/think on\n/foo\n\nAnd?")[1] == out
+
+
+# ---- chat, on a terminal
+
+class Keyboard:
+    "A process on a pseudo-terminal."
+    def __init__(self, *args, **env):
+        import pty
+        self.seen, (self.master, slave) = "", pty.openpty()
+        self.process = subprocess.Popen([*COMMAND, *map(str, args)], env=ENV | env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                                        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0))
+        os.close(slave)
+
+    def type(self, keys):
+        self.seen = ""
+        os.write(self.master, keys.encode())
+
+    def press_ctrl_c(self):
+        "At the prompt: not between its showing up and Python's first look at the keyboard, where Python (3.11) notices it with the next key only."
+        time.sleep(1)
+        self.type("\x03")
+
+    def wait(self, pattern, seconds=200):
+        "Read until this has come."
+        import select
+        end = time.time() + seconds
+        while not re.search(pattern, self.seen):
+            assert time.time() < end, f"{pattern!r} did not come: {self.seen[-500:]!r}"
+            if select.select([self.master], [], [], 1)[0]:
+                try: more = os.read(self.master, 65536)
+                except OSError: more = b""
+                if not more: raise AssertionError(f"ended before {pattern!r}: {self.seen[-500:]!r}")
+                self.seen += more.decode(errors="replace")
+        return self.seen
+
+    def leave(self):
+        "Its status, and what it still said."
+        try: self.wait("$^never")
+        except AssertionError as e: assert "ended" in str(e), e
+        return self.process.wait(60)
+
+    def close(self):
+        if self.process.poll() is None: self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+@pytest.fixture
+def keyboard():
+    if os.name == "nt": pytest.skip("Windows has no pseudo-terminals of this kind")
+    opened = []
+    def open_(*args, **env):
+        opened.append(Keyboard(*args, **env))
+        return opened[-1]
+    yield open_
+    for k in opened: k.close()
+
+
+PROMPT = r"(^|\n|\r|\x1b\[\?2004h)> $"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(keyboard, folders):
+    k = keyboard("chat", "--model", folders["endless"], "--max-new-tokens", 90000)
+    greeting = k.wait(PROMPT)
+    assert str(folders["endless"]) in greeting and "/reset" in greeting and "/help" in greeting and "/think" not in greeting
+    for question in ("Hello\r", "Once more\r"):
+        k.type(question)
+        k.wait("!!!!")
+        k.type("\x03")
+        assert "(stopped)" in k.wait(PROMPT)
+    k.press_ctrl_c()
+    assert "Ctrl-C once more" in k.wait(PROMPT)
+    k.type("/foo\r")
+    assert "There is no command /foo" in k.wait(PROMPT)
+    k.press_ctrl_c()
+    assert "Ctrl-C once more" in k.wait(PROMPT)
+    k.type("\x1b[A")  # the arrow brings back the last line
+    if __import__("importlib.util").util.find_spec("readline"): k.wait("/foo")
+    k.press_ctrl_c()
+    assert k.leave() == 0 and "Traceback" not in k.seen
+
+
+def test_the_packaged_model_on_a_terminal(keyboard):
+    k = keyboard("chat", "--max-new-tokens", 8)
+    assert cli.EXAMPLE in k.wait(PROMPT) and "/think" in k.seen and "\r\n" in k.seen
+    k.type("/think off\r")
+    assert "Thinking is off." in k.wait(PROMPT)
+    k.type("\x1b[200~Max is in the attic.\nWhere is Max?\x1b[201~\r")  # pasted: one message of two lines
+    k.wait(PROMPT)
+    k.type("\x04")
+    assert k.leave() == 0 and "Traceback" not in k.seen and not re.search(r"[\r\n]> .*[\r\n]> ", k.seen, re.S)
+
+
+def test_the_example_is_of_the_world():
+    from qwen_nb.world import PEOPLE, PLACES, THINGS
+    names = set(PEOPLE + PLACES + THINGS) & set(re.findall(r"\w+", cli.EXAMPLE))
+    assert names >= {"Max", "Anna", "kitchen", "garden", "ball"}
