@@ -129,9 +129,9 @@ def test_presence_penalty_counts_what_was_written_once(packaged, tokenizer):
     with torch.no_grad():
         for _ in range(20):
             z = model(torch.cat([ids, text], 1))[0, -1]
-            for i in set(text[0].tolist()): z[i] -= 1.5
+            for i in set(text[0].tolist()): z[i] -= 4.
             text = torch.cat([text, z.argmax()[None, None]], 1)
-    assert torch.equal(ours(model, ids, 20, presence_penalty=1.5)[:, ids.shape[1]:], text)
+    assert torch.equal(ours(model, ids, 20, presence_penalty=4.)[:, ids.shape[1]:], text)
     assert not torch.equal(ours(model, ids, 20)[:, ids.shape[1]:], text)
 
 
@@ -158,6 +158,25 @@ def test_cache_on_equals_cache_off(tmp_path, seed, dtype):
             parts = [model(p, None if m is None else m[:, :(i + 1) * size], cache=cache) for i, p in enumerate(ids.split(size, 1))]
             assert cache.length == 40
             assert steps_apart(torch.cat(parts, 1)[real], whole[real]) < 64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", [0, 1])
+@torch.no_grad()
+def test_the_same_tokens_with_the_cache_and_without(tmp_path, seed, dtype):
+    "A batch with padding; in bfloat16 up to where two choices are closer than rounding, row by row."
+    model, _, ids = pair(tmp_path, seed, dtype)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    a = ours(model, ids, 16, mask, use_cache=False)
+    for kw in (dict(), dict(prefill_chunk=7)):
+        b = ours(model, ids, 16, mask, **kw)
+        for i, (x, y) in enumerate(zip(a, b)):
+            at = next((t for t in range(len(x)) if x[t] != y[t]), None)
+            assert dtype == "bfloat16" or at is None
+            if at is None: continue
+            z = model(x[None, :at][:, (mask[i] == 0).sum():])[0, -1].float()
+            assert z[x[at]] - z[y[at]] <= 16 * torch.finfo(torch.bfloat16).eps * z[x[at]].abs()
 
 
 @torch.no_grad()
@@ -225,10 +244,10 @@ def test_up_to_the_last_position(packaged):
     ids = torch.randint(0, 400, (1, known - 6), generator=torch.Generator().manual_seed(0))
     out = ours(model, ids)  # as many as there is room for
     assert out.shape[1] == known + 1
-    assert torch.equal(out, reference(theirs, ids, 7))
+    assert torch.equal(out, reference(theirs, ids, 7)) and torch.equal(out, ours(model, ids, use_cache=False))
     assert ours(model, torch.ones(1, known, dtype=torch.long)).shape[1] == known + 1
     one_sentence(f"prompt has {known + 1} tokens; the model knows {known} positions", lambda: ours(model, torch.ones(1, known + 1, dtype=torch.long)))
-    one_sentence("8 new tokens after a prompt of 250.*at most 7", lambda: ours(model, ids, 8))
+    one_sentence(f"8 new tokens after a prompt of {known - 6}.*at most 7", lambda: ours(model, ids, 8))
     padded, mask = g.pad_left([ids[0, :3].tolist(), [5] * (known - 1)])  # what counts is the longest prompt, not the columns
     padded, mask = padded[:1], mask[:1]
     assert ours(model, padded, 5, mask).shape[1] == known + 4
@@ -382,7 +401,8 @@ def test_stream(packaged, tokenizer):
     stops = g.sampling_for(model).stop_ids
     pieces = list(g.stream(model, ids, 150, tokenizer, temperature=1., seed=3))
     assert all(pieces) and "".join(pieces) == tokenizer.decode([i for i in at_once if i not in stops])
-    assert "".join(g.stream(model, ids, 150, tokenizer, temperature=1., seed=3, stop_ids=at_once[5])) == tokenizer.decode(at_once[:at_once.index(at_once[5])])
+    end = at_once[min(5, len(at_once) - 1)]
+    assert "".join(g.stream(model, ids, 150, tokenizer, temperature=1., seed=3, stop_ids=end)) == tokenizer.decode(at_once[:at_once.index(end)])
     with g.count_rows(model) as rows:
         few = g.stream(model, ids, 50, temperature=1., stop_ids=())
         for _ in range(3): next(few)
@@ -414,7 +434,7 @@ def test_refused(packaged, tokenizer):
             ("top_k is 2.5; expected a whole number", lambda: g.generate(model, ids, 5, temperature=1., top_k=2.5)),
             ("repetition_penalty is 0", lambda: g.generate(model, ids, 5, repetition_penalty=0)),
             ("presence_penalty is inf", lambda: g.generate(model, ids, 5, presence_penalty=float("inf"))),
-            ("top_p and min_p given, but the temperature is 0", lambda: g.generate(model, ids, 5, top_p=0.5, min_p=0.1)),
+            ("top_p and min_p given, but the temperature is 0", lambda: g.generate(model, ids, 5, temperature=0., top_p=0.5, min_p=0.1)),
             ("beam search neither samples", lambda: g.generate(model, ids, 5, num_beams=2, temperature=1.)),
             ("beam search neither samples", lambda: g.generate(model, ids, 5, num_beams=2, stop="x", tokenizer=tokenizer)),
             ("tokenizer is None; expected", lambda: g.generate(model, ids, 5, stop="x")),
