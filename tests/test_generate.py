@@ -120,6 +120,7 @@ def test_filters_equal_the_references_processors():
 def test_the_crossing_token_stays():
     z = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for p, kept in ((0.4, 1), (0.6, 2), (0.79, 2), (0.9, 3), (0.96, 4)): assert g.keep_top_p(z, p).isfinite().sum() == kept
+    assert g.keep_top_p(torch.zeros(1, 4), 0.75).isfinite().sum() == 3  # what is kept sums to exactly p: enough
 
 
 def test_presence_penalty_counts_what_was_written_once(packaged, tokenizer):
