@@ -8,9 +8,9 @@ __all__ = ['CONTROLS', 'ROLES', 'FAMILIES', 'DEFAULT_SYSTEM', 'TOOLS_AS_JSON', '
            'folder_template', 'sandbox', 'special_names', 'render_folder', 'family_of', 'runs', 'encode_pieces',
            'encode_chat', 'token_writers', 'draw_writers', 'split_thinking', 'type_schema', 'describe', 'parse_call',
            'parse_tool_calls', 'fitting', 'check_arguments', 'Tools', 'Parts', 'as_message', 'stop_ids', 'fit',
-           'write_message', 'Chat', 'Scripted', 'Transcript', 'draw_transcript', 'chat_widget']
+           'write_message', 'Chat', 'Scripted', 'Transcript', 'draw_transcript', 'chat_widget', 'answers', 'quiz']
 
-# %% ../nbs/10_chat.ipynb #c34c2922
+# %% ../nbs/10_chat.ipynb #dfb531fd
 import html, inspect, json, re, types
 from collections import Counter
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
-from .generate import TextStream, max_positions, sampling_for, stream
+from .generate import TextStream, generate, max_positions, pad_left, sampling_for, stream
 from .tokenizer import Picture, box_text, nfc
 from .weights import find_model, read_json
 
@@ -717,3 +717,29 @@ def chat_widget(
     line.observe(ask, "value")
     draw()
     return VBox([shown, line])
+
+# %% ../nbs/10_chat.ipynb #1b3fdd99
+def answers(
+    model, tokenizer,
+    prompts,             # lists of ids, as `encode_chat` makes them
+    max_new_tokens=80,
+) -> list:
+    "What the model answers to each prompt, greedily: a list of (thinking, answer), \"\" for what it did not come to."
+    ends, found = stop_ids(model, tokenizer), []
+    for i in range(0, len(prompts), 50):
+        ids, mask = pad_left(prompts[i:i + 50])
+        for row in generate(model, ids, max_new_tokens, mask, temperature=0., stop_ids=ends)[:, ids.shape[1]:].tolist():
+            n = next((j for j, id in enumerate(row) if id in ends), len(row))
+            found.append(split_thinking(tokenizer.decode(row[:n])))
+    return found
+
+def quiz(
+    model, tokenizer,
+    conversations,       # lists of messages; the last one is the right answer, its `kind` says what is asked
+    enable_thinking,     # True or False
+) -> dict:
+    "The share of right answers to the last question, by kind of question; `asked` counts the questions."
+    prompts = [encode_chat(tokenizer, c[:-1], family_of(model), enable_thinking=enable_thinking) for c in conversations]
+    marks = [(c[-1]["kind"], answer.strip() == c[-1]["content"]) for c, (_, answer) in zip(conversations, answers(model, tokenizer, prompts))]
+    asked = Counter(kind for kind, _ in marks)
+    return {kind: sum(ok for k, ok in marks if k == kind) / n for kind, n in sorted(asked.items())} | {"asked": asked}

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
-from qwen_nb.world import PEOPLE, Chooser, encode_story, measure, story
+from qwen_nb.world import PEOPLE, Chooser, conversation, encode_story, measure, story
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = Tokenizer.from_file(str(packaged_model() / "tokenizer.json"))
@@ -71,5 +72,43 @@ def test_the_training_script_runs_and_makes_this_tokenizer(tmp_path):
     subprocess.run([*script, "--steps", "2", "--batch", "1", "--log", "2", "--score-stories", "2"], check=True, capture_output=True)
     assert (tmp_path / "tokenizer.json").read_text() == (packaged_model() / "tokenizer.json").read_text()
     assert (tmp_path / "config.json").read_text() == (packaged_model() / "config.json").read_text()
+    subprocess.run([*script, "--chat", "--steps", "2", "--batch", "2", "--log", "2", "--score-stories", "2"], check=True, capture_output=True)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_text() == (packaged_model() / name).read_text()
+    log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    assert [line.get("chat") for line in log if "steps" in line] == [False, True]
     out = subprocess.run([*script, "--measure-only", "--stories", "2"], check=True, capture_output=True, text=True).stdout
     assert "loss" in out and "carried" in out or "person" in out
+
+
+def test_every_answer_of_a_conversation_is_right():
+    "Told again by a reader that shares no code with the generator."
+    seen = set()
+    for seed in range(500):
+        at, has, told = {}, {}, []
+        turns = conversation(Chooser(random.Random(seed)))
+        for user, assistant in zip(turns[::2], turns[1::2]):
+            *sentences, question = re.findall(r"[^.?!]+[.?!]", user["content"].replace("\n", " "))
+            if assistant["kind"] == "told": sentences, question = [*sentences, question], None
+            if assistant["kind"] == "talk": continue
+            for s in map(str.strip, sentences):
+                told.append(s)
+                words = s.rstrip(".").removeprefix("The ").split()
+                if words[1] in ("is", "went"): at[words[0]] = words[-1]
+                elif words[1] == "gave": has[words[3]] = words[-1]
+                elif words[1] == "dropped": at[words[-1]] = at[words[0]]; del has[words[-1]]
+                else: has[words[-1]] = words[0]; at.pop(words[-1], None)
+            seen.add(assistant["kind"])
+            if question is None: continue
+            name = question.rstrip("?").split()[-1]
+            if name not in at and name not in has: right = "I do not know."
+            elif question.strip().startswith("Who"): right = has.get(name, "Nobody") + "."
+            else: right = f"In the {at[has.get(name, name)]}."
+            assert assistant["content"] == right
+            thought = assistant["reasoning_content"]
+            assert name in thought
+            if assistant["kind"] != "unknown":  # each fact was told, or follows: the last one of a "where" names the place
+                first = re.match(r"[^.]+\.", thought)[0]
+                assert first in told
+                if right.startswith("In"): assert thought.endswith(right.removeprefix("In "))
+    assert seen == {"told", "unknown", "person", "who", "lying", "carried"}
