@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from qwen_nb.chat import SMALL_TEMPLATE, encode_chat
+from qwen_nb.chat import SMALL_TEMPLATE, encode_chat, quiz
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
 from qwen_nb.world import Chooser, conversation, encode_story, make_tokenizer, measure, story
@@ -186,7 +186,12 @@ def score(args):
     model = Qwen(QwenConfig(**CONFIG))
     load(model, out)
     scores = measure(model.eval(), Tokenizer.from_file(str(out / "tokenizer.json")), range(HELD_OUT + 1000, HELD_OUT + 1000 + args.stories))
-    print("  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+    print("stories          ", "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+    if not any(json.loads(line).get("chat") for line in open(out / "training_log.jsonl")): return
+    talks = [conversation(Chooser(random.Random(seed))) for seed in range(3 * HELD_OUT, 3 * HELD_OUT + args.stories)]
+    for thinks in (True, False):
+        right = quiz(Qwen.from_pretrained(out, dtype=torch.float32), ChatTokenizer.from_pretrained(out), talks, thinks)
+        print("after a thought  " if thinks else "answering at once", "  ".join(f"{k} {v:.4f}" for k, v in right.items() if k != "asked"))
 
 
 if __name__ == "__main__":
@@ -204,7 +209,7 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
     parser.add_argument("--chat", action="store_true", help="go on from the weights in --out, with conversations")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--stories", type=int, default=1000, help="stories to score with --measure-only (default: %(default)s)")
+    parser.add_argument("--stories", type=int, default=1000, help="stories, and conversations, to score with --measure-only (default: %(default)s)")
     parser.add_argument("--measure-only", action="store_true", help="score what is in --out and stop")
     args = parser.parse_args()
     score(args) if args.measure_only else train(args)
