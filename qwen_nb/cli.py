@@ -61,10 +61,10 @@ class Screen:
         self.end_line()
         print(sentence, file=sys.stderr, flush=True)
 
-# %% ../nbs/90_cli.ipynb #fdffa37c
+# %% ../nbs/90_cli.ipynb #b3423916
 def read_text(given):
     "The text as given; with `-`, or with nothing and a pipe, what stands in stdin."
-    if given is None and sys.stdin.isatty(): raise ValueError('there is no text to go on from; try: qwen-nb generate "Max has the ball."')
+    if given is None and sys.stdin.isatty(): raise ValueError('there is no text to go on from; try: qwen-nb generate "Max is in the"')
     text = sys.stdin.read().removesuffix("\n") if given in (None, "-") else given
     if not text: raise ValueError("the text is empty; there must be something to go on from")
     return check_utf8(text)
@@ -223,10 +223,10 @@ def add_shared(parser):
     add("--presence-penalty", type=float, metavar="R", help="above 0: rather not what it has written already; 0: off")
     add("--seed", type=int, metavar="N", help="the same seed, the same text")
 
-# %% ../nbs/90_cli.ipynb #8730bdc5
+# %% ../nbs/90_cli.ipynb #34ec0964
 GENERATE_EXAMPLES = r"""examples:
-  qwen-nb generate "Max has the ball."
-  printf 'Max has the ball.\nWho has the ball?' | qwen-nb generate --stop '\n'
+  qwen-nb generate "Max is in the"
+  printf 'Max is in the attic.\nMax has the ball.\nWho has the ball?' | qwen-nb generate --stop '\n'
   qwen-nb generate "Once upon a time" --model Qwen/Qwen3-0.6B-Base --temperature 0.8 --seed 1
   qwen-nb generate - < story.txt > more.txt"""
 
