@@ -89,7 +89,7 @@ def drop_headers(
         kept.append(page[top:len(page) - bottom])
     return kept
 
-# %% ../nbs/20_data.ipynb #fb2a191d
+# %% ../nbs/20_data.ipynb #f6fe3855
 def join_lines(
     lines,  # of a whole document
 ) -> str:
@@ -106,7 +106,7 @@ def join_lines(
     out = lines[0]
     for before, line in zip(lines, lines[1:]):
         goes_on = len(before) > full and not re.search(r"[.!?:;…][\"'”’»)\]]*$", before) and re.match(r"[\w(\"“‘«]", line)
-        out += (" " if goes_on else "\n") + line
+        out += ("\n" if not goes_on else "" if re.search(r"\w[-\u2010]$", before) else " ") + line
     return out
 
 # %% ../nbs/20_data.ipynb #2a923db4
