@@ -23,7 +23,7 @@ from .attention import causal_mask
 from .tokenizer import Tokenizer, nfc
 from .world import Chooser, story
 
-# %% ../nbs/20_data.ipynb #ab67c63e
+# %% ../nbs/20_data.ipynb #1d863abf
 def write_pdf(
     path,
     pages,  # a list of pages, each a list of lines (str with characters of Latin-1)
@@ -32,7 +32,8 @@ def write_pdf(
     def stream(lines):
         escaped = [re.sub(r"([()\\])", r"\\\1", line) for line in lines]
         shown = "".join(f"({line}) Tj T*\n" for line in escaped).encode("latin-1")
-        return b"<< /Length %d >>\nstream\nBT /F1 11 Tf 14 TL 60 780 Td\n%sET\nendstream" % (len(shown) + 33, shown)
+        orders = b"BT /F1 11 Tf 14 TL 60 780 Td\n%sET" % shown
+        return b"<< /Length %d >>\nstream\n%s\nendstream" % (len(orders), orders)
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
     objects = [b"<< /Type /Catalog /Pages 2 0 R >>", f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>".encode(),
                b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>"]
