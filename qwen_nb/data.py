@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['MARK', 'SUFFIXES', 'END', 'IGNORED', 'write_pdf', 'world_stories', 'world_pdf', 'page_number', 'drop_headers',
            'join_lines', 'read_pdf', 'read_document', 'read_documents', 'cut', 'fingerprint', 'split_documents',
-           'write_file', 'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'Shards', 'Packed',
-           'packed', 'document_mask', 'prepare']
+           'write_file', 'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'read_index', 'open_array',
+           'Shards', 'Packed', 'packed', 'document_mask', 'prepare']
 
 # %% ../nbs/20_data.ipynb #ea72de8e
 import hashlib, json, os, re, shutil, unicodedata
@@ -157,11 +157,11 @@ def read_documents(
     if not files: raise ValueError(f"there is no document in {source}: expected files ending in {', '.join(SUFFIXES)}")
     return [(p.relative_to(source).as_posix(), read_document(p)) for p in tqdm(files, desc="reading", unit="file")]
 
-# %% ../nbs/20_data.ipynb #70c2198f
+# %% ../nbs/20_data.ipynb #4920e726
 def cut(
     text,
     mark=MARK,            # a line that ends a document
-    at_most:int=20_000,   # characters; a longer piece is cut at the ends of lines
+    at_most:int=4_000,   # characters; a longer piece is cut at the ends of lines
 ) -> list:
     "The documents in a text, each ending with a newline. Only a line that is longer than `at_most` makes a longer one."
     found = []
@@ -268,7 +268,29 @@ def clean(folder, index):
         ours = re.fullmatch(r"(train|held_out)-(\d{5,}|starts)-[0-9a-f]{12}\.bin(\.tmp)?|tokenizer-[0-9a-f]{12}|index\.json\.tmp", p.name)
         if ours and p.name not in named: shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
 
-# %% ../nbs/20_data.ipynb #549d0426
+# %% ../nbs/20_data.ipynb #d25fc256
+def read_index(folder) -> dict:
+    "The index of a data folder. FileNotFoundError if there is none, ValueError for one that is damaged."
+    path = Path(folder) / "index.json"
+    if not path.is_file(): raise FileNotFoundError(f"there is no prepared data in {folder}: no index.json (was its preparation interrupted? run it again)")
+    try:
+        index = json.loads(path.read_bytes())
+        if index["format"] != "qwen_nb shards 1" or index["dtype"] not in ("<u2", "<u4"): raise ValueError
+        index["vocab_size"], index["tokenizer"], index["tokenizer_sha256"]
+        for part in index["parts"].values(): [(s["file"], s["count"], s["sha256"]) for s in [*part["shards"], part["starts"]]]
+    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{path} is no index of shards, or damaged: prepare the data again") from None
+    return index
+
+def open_array(folder, entry, dtype, verify):
+    "One file of a data folder as an array that stays on disk. ValueError if it is not what the index says."
+    path, want = Path(folder) / Path(entry["file"]).name, entry["count"] * np.dtype(dtype).itemsize
+    found = path.stat().st_size if path.is_file() else None
+    if found != want: raise ValueError(f"{path} {'is missing' if found is None else f'has {found:,} bytes'}; expected {want:,} bytes: prepare the data again")
+    data = np.memmap(path, dtype, mode="r")
+    if verify and digest(data) != entry["sha256"]: raise ValueError(f"{path} is corrupted: its checksum is not the one in index.json; prepare the data again")
+    return data
+
+# %% ../nbs/20_data.ipynb #048c5f3a
 class Shards:
     """One part of a data folder: its ids as one long array that stays on disk. `shards[a:b]` are ids (a numpy array), `shards.document(i)` those of one document.
 
@@ -280,37 +302,17 @@ class Shards:
                  vocab_size=None,   # if given, the rows of the model's embedding: there must be one for each id
                  verify=True):      # compare checksums, which reads everything once
         self.folder, self.part = Path(folder), part
-        index = self.index = self.read_index()
+        index = self.index = read_index(self.folder)
         if part not in index["parts"]: raise ValueError(f"{folder} has no part {part!r}; expected one of {', '.join(index['parts'])}")
         entry, dtype = index["parts"][part], index["dtype"]
         if tokenizer is not None and tokenizer_hash(tokenizer) != index["tokenizer_sha256"]:
             raise ValueError(f"{folder} was made with another tokenizer than this one ({len(tokenizer)} ids): use the one in {self.folder / index['tokenizer']}, or prepare the data again")
         if vocab_size is not None and vocab_size < index["vocab_size"]:
             raise ValueError(f"{folder} has a vocabulary of {index['vocab_size']} ids, the model only {vocab_size} rows: set vocab_size to at least {index['vocab_size']}, or train a smaller tokenizer")
-        self.maps = [self.open(s, dtype, verify) for s in entry["shards"]]
+        self.maps = [open_array(self.folder, s, dtype, verify) for s in entry["shards"]]
         self.ends = list(accumulate(map(len, self.maps)))
-        self.starts = self.open(entry["starts"], "<i8", verify)
+        self.starts = open_array(self.folder, entry["starts"], "<i8", verify)
         if len(self.starts) != entry["documents"] + 1 or self.starts[-1] != len(self): raise ValueError(f"{folder}: the index and the shards of {part!r} do not fit each other: prepare the data again")
-
-    def read_index(self):
-        path = self.folder / "index.json"
-        if not path.is_file(): raise FileNotFoundError(f"there is no prepared data in {self.folder}: no index.json (was its preparation interrupted? run it again)")
-        try:
-            index = json.loads(path.read_bytes())
-            if index["format"] != "qwen_nb shards 1" or index["dtype"] not in ("<u2", "<u4"): raise ValueError
-            index["vocab_size"], index["tokenizer"], index["tokenizer_sha256"]
-            for part in index["parts"].values(): [(s["file"], s["count"], s["sha256"]) for s in [*part["shards"], part["starts"]]]
-        except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{path} is no index of shards, or damaged: prepare the data again") from None
-        return index
-
-    def open(self, entry, dtype, verify):
-        "One file as an array. ValueError if it is not what the index says."
-        path, want = self.folder / Path(entry["file"]).name, entry["count"] * np.dtype(dtype).itemsize
-        found = path.stat().st_size if path.is_file() else None
-        if found != want: raise ValueError(f"{path} {'is missing' if found is None else f'has {found:,} bytes'}; expected {want:,} bytes: prepare the data again")
-        data = np.memmap(path, dtype, mode="r")
-        if verify and digest(data) != entry["sha256"]: raise ValueError(f"{path} is corrupted: its checksum is not the one in index.json; prepare the data again")
-        return data
 
     def __len__(self): return self.ends[-1] if self.ends else 0
     def __repr__(self): return f"Shards({self.part}: {len(self):,} tokens, {self.documents:,} documents, {len(self.maps)} files)"
@@ -387,7 +389,7 @@ def document_mask(
     d, seq = document_ids, document_ids.shape[-1]
     return causal_mask(seq, seq, device=d.device) & (d[:, None, :, None] == d[:, None, None, :])
 
-# %% ../nbs/20_data.ipynb #c8526996
+# %% ../nbs/20_data.ipynb #2c9e8e82
 def prepare(
     source,                 # a .pdf, .txt or .md, or a folder of them
     folder,                 # where the shards go
@@ -395,7 +397,7 @@ def prepare(
     tokenizer=None,         # or one that is there already
     held_out:float=0.1,
     mark=MARK,              # a line that ends a document
-    at_most:int=20_000,     # characters of a document
+    at_most:int=4_000,     # characters of a document
     shard_tokens:int=2**22,
 ) -> dict:
     "From documents to shards: read, cut, train a tokenizer on the train part alone, write. Returns the index. Raises what the steps raise."
