@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['MARK', 'SUFFIXES', 'END', 'IGNORED', 'write_pdf', 'world_stories', 'world_pdf', 'page_number', 'drop_headers',
            'join_lines', 'read_pdf', 'read_document', 'read_documents', 'cut', 'fingerprint', 'split_documents',
-           'write_file', 'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'read_index', 'open_array',
-           'Shards', 'Packed', 'packed', 'document_mask', 'prepare']
+           'write_file', 'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'read_shard_index',
+           'open_array', 'Shards', 'Packed', 'packed', 'document_mask', 'prepare']
 
 # %% ../nbs/20_data.ipynb #ea72de8e
 import hashlib, json, os, re, shutil, unicodedata
@@ -268,8 +268,8 @@ def clean(folder, index):
         ours = re.fullmatch(r"(train|held_out)-(\d{5,}|starts)-[0-9a-f]{12}\.bin(\.tmp)?|tokenizer-[0-9a-f]{12}|index\.json\.tmp", p.name)
         if ours and p.name not in named: shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
 
-# %% ../nbs/20_data.ipynb #d25fc256
-def read_index(folder) -> dict:
+# %% ../nbs/20_data.ipynb #fc2e5410
+def read_shard_index(folder) -> dict:
     "The index of a data folder. FileNotFoundError if there is none, ValueError for one that is damaged."
     path = Path(folder) / "index.json"
     if not path.is_file(): raise FileNotFoundError(f"there is no prepared data in {folder}: no index.json (was its preparation interrupted? run it again)")
@@ -290,7 +290,7 @@ def open_array(folder, entry, dtype, verify):
     if verify and digest(data) != entry["sha256"]: raise ValueError(f"{path} is corrupted: its checksum is not the one in index.json; prepare the data again")
     return data
 
-# %% ../nbs/20_data.ipynb #048c5f3a
+# %% ../nbs/20_data.ipynb #d7226b05
 class Shards:
     """One part of a data folder: its ids as one long array that stays on disk. `shards[a:b]` are ids (a numpy array), `shards.document(i)` those of one document.
 
@@ -302,7 +302,7 @@ class Shards:
                  vocab_size=None,   # if given, the rows of the model's embedding: there must be one for each id
                  verify=True):      # compare checksums, which reads everything once
         self.folder, self.part = Path(folder), part
-        index = self.index = read_index(self.folder)
+        index = self.index = read_shard_index(self.folder)
         if part not in index["parts"]: raise ValueError(f"{folder} has no part {part!r}; expected one of {', '.join(index['parts'])}")
         entry, dtype = index["parts"][part], index["dtype"]
         if tokenizer is not None and tokenizer_hash(tokenizer) != index["tokenizer_sha256"]:
