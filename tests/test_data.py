@@ -232,6 +232,15 @@ def test_a_full_disk_loses_nothing(folder, texts, tokenizer, monkeypatch):
     assert len(list(folder.glob("*.bin"))) == sum(len(p["shards"]) + 1 for p in index["parts"].values())  # what the failures left is gone
 
 
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be replaced there")
+def test_whoever_reads_the_old_file_keeps_it(tmp_path):
+    "Replaced by a rename, not written over."
+    data.write_file(tmp_path / "a", b"old")
+    with open(tmp_path / "a", "rb") as old:
+        data.write_file(tmp_path / "a", b"new!")
+        assert old.read() == b"old" and (tmp_path / "a").read_bytes() == b"new!"
+
+
 def killed(write, folder, at=None, after=None):
     "Run `write` in a child that is killed with -9 before its file operation number `at`, or `after` seconds. Whether it was."
     child = os.fork()
