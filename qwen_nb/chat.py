@@ -669,7 +669,7 @@ class Scripted(nn.Module):
         logits[..., self.ids.pop(0) if self.ids else self.end] = 1e4
         return logits
 
-# %% ../nbs/10_chat.ipynb #bc51a3bf
+# %% ../nbs/10_chat.ipynb #40fca118
 NAMES = dict(system="system", user="you", assistant="model", tool="tool")
 
 class Transcript:
@@ -681,13 +681,13 @@ class Transcript:
         for m in self.messages:
             who = NAMES[m["role"]]
             if m.get("reasoning_content"): yield who, "thinks", m["reasoning_content"]
-            if m.get("content"): yield who, "says", read_content(m["content"], who)
+            if m.get("content"): yield who, "say" if who == "you" else "says", read_content(m["content"], who)
             for call in m.get("tool_calls") or []: yield who, "calls", to_json(call.get("function", call))
 
     def __repr__(self): return "\n".join(f"{who} {sort}: {text}" for who, sort, text in self.rows())
 
     def _repr_html_(self):
-        look = dict(thinks="color:#777;font-style:italic", calls="font-family:monospace", says="")
+        look = dict(thinks="color:#777;font-style:italic", calls="font-family:monospace", say="", says="")
         fill = dict(system="#eeeeee", you="#cfe3f1", model="#ffffff", tool="#f4e3b5")
         rows = (f'<tr style="background:{fill[who]};color:#111"><td style="text-align:right;vertical-align:top"><b>{who}</b> {sort}</td>'
                 f'<td style="text-align:left;white-space:pre-wrap;{look[sort]}">{html.escape(text)}</td></tr>' for who, sort, text in self.rows())

@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser: run a notebook and move its sliders until the picture changes."""
+"""JupyterLab in a real browser: run a notebook, move its sliders until the picture changes, type at the chat."""
 import os
 import re
 import shutil
@@ -105,3 +105,17 @@ def test_moving_a_slider_changes_the_picture(page, lab, name):
         assert knob.get_attribute("aria-valuenow") != value, "the slider did not move"
         wait(page, lambda: picture() not in ([], before), 60, f"slider {i} moved, and its picture is the same")
         page.screenshot(path=SHOTS / f"{name}-{i}-after.png")
+
+
+def test_the_chat_widget_answers(page, lab):
+    run_all(page, lab, "10_chat.ipynb")
+    line = page.locator('input[placeholder="say something, then Enter"]')
+    chat = page.locator(".widget-vbox", has=line)
+    for question, answer in (("Hello!", "Tell me who is where"), ("Max is in the attic. Anna is in the garden. Where is Max?", "In the attic.")):
+        line.scroll_into_view_if_needed()
+        line.fill(question)
+        line.press("Enter")
+        wait(page, lambda answer=answer: answer in chat.inner_text(), 60, f"{answer!r} is not in {chat.inner_text()!r}")
+        assert question in chat.inner_text()
+        wait(page, lambda: line.input_value() == "", 10, "the line is not empty again")
+    page.screenshot(path=SHOTS / "chat.png")
