@@ -501,7 +501,7 @@ def test_transcript_is_escaped():
     chat = [dict(role="system", content="s"), user("<script>alert(1)</script>"), assistant("<b>&", reasoning_content="<i>", tool_calls=[dict(name="<u>", arguments={})]), dict(role="tool", content="<img>")]
     seen = c.draw_transcript(chat)
     for tag in ("<script>", "<b>&", "<i>", "<u>", "<img>"): assert tag in repr(seen) and tag not in seen._repr_html_().replace("<b>you</b>", "").replace("<b>model</b>", "")
-    assert repr(seen).splitlines()[1] == "you says: <script>alert(1)</script>"
+    assert repr(seen).splitlines()[1] == "you say: <script>alert(1)</script>"
 
 
 def test_pictures_hold_every_token(tokenizer):
