@@ -16,7 +16,7 @@ lab: install        ## open the course in JupyterLab (on the real weights: QWEN_
 test: install       ## all checks and tests
 	@$(BIN)/python tools/test.py
 
-test-browser: .venv/installed-browser  ## move a slider in JupyterLab in a real browser, if there is one
+test-browser: .venv/installed-browser  ## move sliders and type at the chat in JupyterLab in a real browser, if there is one
 	@$(BIN)/python -m pytest -q -rs -m browser tests/browser
 
 notebooks: install  ## run the notebooks, store what they show, export the modules, write the README

@@ -128,7 +128,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qwen_nb.data.fingerprint': ('data.html#fingerprint', 'qwen_nb/data.py'),
                               'qwen_nb.data.join_lines': ('data.html#join_lines', 'qwen_nb/data.py'),
                               'qwen_nb.data.open_array': ('data.html#open_array', 'qwen_nb/data.py'),
-                              'qwen_nb.data.packed': ('data.html#packed', 'qwen_nb/data.py'),
                               'qwen_nb.data.page_number': ('data.html#page_number', 'qwen_nb/data.py'),
                               'qwen_nb.data.prepare': ('data.html#prepare', 'qwen_nb/data.py'),
                               'qwen_nb.data.read_document': ('data.html#read_document', 'qwen_nb/data.py'),

@@ -718,7 +718,7 @@ def chat_widget(
     draw()
     return VBox([shown, line])
 
-# %% ../nbs/10_chat.ipynb #1b3fdd99
+# %% ../nbs/10_chat.ipynb #6a3ed52b
 def answers(
     model, tokenizer,
     prompts,             # lists of ids, as `encode_chat` makes them
@@ -739,7 +739,8 @@ def quiz(
     enable_thinking,     # True or False
 ) -> dict:
     "The share of right answers to the last question, by kind of question; `asked` counts the questions."
-    prompts = [encode_chat(tokenizer, c[:-1], family_of(model), enable_thinking=enable_thinking) for c in conversations]
+    family = family_of(model)
+    prompts = [encode_chat(tokenizer, c[:-1], family, enable_thinking=enable_thinking) for c in conversations]
     marks = [(c[-1]["kind"], answer.strip() == c[-1]["content"]) for c, (_, answer) in zip(conversations, answers(model, tokenizer, prompts))]
     asked = Counter(kind for kind, _ in marks)
     return {kind: sum(ok for k, ok in marks if k == kind) / n for kind, n in sorted(asked.items())} | {"asked": asked}

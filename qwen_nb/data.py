@@ -4,7 +4,7 @@
 __all__ = ['MARK', 'SUFFIXES', 'END', 'IGNORED', 'write_pdf', 'world_stories', 'world_pdf', 'page_number', 'drop_headers',
            'join_lines', 'read_pdf', 'read_document', 'read_documents', 'cut', 'fingerprint', 'split_documents',
            'write_file', 'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'read_shard_index',
-           'open_array', 'Shards', 'Packed', 'packed', 'document_mask', 'prepare']
+           'open_array', 'Shards', 'Packed', 'document_mask', 'prepare']
 
 # %% ../nbs/20_data.ipynb #ea72de8e
 import hashlib, json, os, re, shutil, unicodedata
@@ -335,7 +335,7 @@ class Shards:
         "The tokenizer that these ids were made with."
         return Tokenizer.from_pretrained(self.folder / self.index["tokenizer"])
 
-# %% ../nbs/20_data.ipynb #79fc769f
+# %% ../nbs/20_data.ipynb #47a3c8b4
 IGNORED = -100  # a target that `F.cross_entropy` leaves out
 
 class Packed:
@@ -376,10 +376,6 @@ class Packed:
     def batch(self, step:int, batch_size:int, seed=0) -> dict:
         "The batch of a step, counted from 0. It depends on its arguments alone: whoever resumes at a step needs no other state. Each epoch has each row once."
         return self.rows([self.order(seed, k // len(self))[k % len(self)] for k in range(step * batch_size, (step + 1) * batch_size)])
-
-def packed(shards, seq_len) -> Packed:
-    "Rows of `seq_len` positions out of `shards`: see `Packed`."
-    return Packed(shards, seq_len)
 
 # %% ../nbs/20_data.ipynb #c94f3291
 def document_mask(

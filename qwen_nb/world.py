@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PEOPLE', 'PLACES', 'THINGS', 'EVENT_WEIGHTS', 'SMALL_TALK', 'SPECIAL', 'TAGS', 'SPLIT', 'World', 'events', 'happen',
-           'ask', 'Chooser', 'Line', 'pick', 'opening', 'questions', 'story', 'thought', 'reply', 'tell',
+           'ask', 'Chooser', 'Line', 'pick', 'opening', 'questions', 'tell', 'story', 'thought', 'reply',
            'conversation', 'make_tokenizer', 'encode_story', 'measure']
 
 # %% ../nbs/03a_world.ipynb #0a0866af
@@ -117,8 +117,14 @@ def questions(choose, w, n):
         if kind == "thing": kind = "carried" if name in w.has else "lying"
         yield Line(f"{q} {a}", len(q) + 1, kind)
 
-# %% ../nbs/03a_world.ipynb #21ce8751
+# %% ../nbs/03a_world.ipynb #372bb97f
 EVENT_WEIGHTS = dict(go=4, take=3, drop=1, give=2)
+
+def tell(choose, w) -> str:
+    "Let something happen, and tell it."
+    possible = events(w)
+    kind = choose(possible, [EVENT_WEIGHTS[k] for k in possible])
+    return happen(w, choose(possible[kind]))
 
 def story(
     choose,                # a `Chooser`, or any function from options (and weights) to one of the options
@@ -129,10 +135,7 @@ def story(
     w = World()
     lines = list(opening(choose, w, choose([2, 3]), choose([1, 2])))
     for i in range(choose(n_events) + 1):
-        if i > 0:
-            possible = events(w)
-            kind = choose(possible, [EVENT_WEIGHTS[k] for k in possible])
-            lines.append(Line(happen(w, choose(possible[kind]))))
+        if i > 0: lines.append(Line(tell(choose, w)))
         lines += questions(choose, w, choose(n_questions))
     return lines
 
@@ -146,7 +149,7 @@ def thought(w, told, kind, name):
         if place not in facts: facts.append(place)
     return " ".join(facts)
 
-# %% ../nbs/03a_world.ipynb #5eb4596d
+# %% ../nbs/03a_world.ipynb #cfeaa47e
 SMALL_TALK = [
     ("Hello!", "Hello! Tell me who is where, and ask me."),
     ("Who are you?", "I am a small Qwen. I know people, places and things."),
@@ -160,19 +163,14 @@ def reply(choose, w, told, must_ask):
     what = choose(["known", "unknown", "nothing"], [16, 2, 0 if must_ask else 1])
     if what == "nothing": return "", "I see.", "No question.", "told"
     kind, name = choose(known if what == "known" else [x for x in names if x not in known])
-    if what == "known": question, answer = ask(w, kind, name)
-    else: return ask(World({name: PLACES[0]}), kind, name)[0], "I do not know.", f"Nobody told me about {name if kind == 'person' else 'the ' + name}.", "unknown"
+    if what == "unknown":
+        question, _ = ask(World({name: PLACES[0]}), kind, name)  # any world will do for the question
+        return question, "I do not know.", f"Nobody told me about {name if kind == 'person' else 'the ' + name}.", "unknown"
+    question, answer = ask(w, kind, name)
     label = kind if kind != "thing" else "carried" if name in w.has else "lying"
     return question, answer, thought(w, told, kind, name), label
 
-# %% ../nbs/03a_world.ipynb #1a228cab
-def tell(choose, w, n_events):
-    "n events, as sentences."
-    for _ in range(n_events):
-        possible = events(w)
-        kind = choose(possible, [EVENT_WEIGHTS[k] for k in possible])
-        yield happen(w, choose(possible[kind]))
-
+# %% ../nbs/03a_world.ipynb #f9f81831
 def conversation(
     choose,                # a `Chooser`
     n_turns=range(1, 6),   # how often the user may speak
@@ -186,7 +184,7 @@ def conversation(
             why, kind = "No question.", "talk"
         else:
             new = [] if told else [line.text for line in opening(choose, w, choose([2, 3]), choose([1, 2]))]
-            new += tell(choose, w, choose(n_events))
+            new += [tell(choose, w) for _ in range(choose(n_events))]
             told += new
             question, answer, why, kind = reply(choose, w, told, must_ask=not new)
             text = choose([" ", "\n"]).join(filter(None, [*new, question]))

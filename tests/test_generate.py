@@ -14,6 +14,7 @@ from qwen_nb import generate as g
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer as OurTokenizer
+from qwen_nb.verify import rounding_steps
 
 transformers = pytest.importorskip("transformers")
 
@@ -138,12 +139,6 @@ def test_presence_penalty_counts_what_was_written_once(packaged, tokenizer):
 
 # ---- the cache
 
-def steps_apart(a, b):
-    "In rounding steps of the dtype, relative to the row's mean size."
-    a, b, eps = a.double(), b.double(), torch.finfo(b.dtype).eps
-    return ((a - b).abs() / (eps * (b.abs() + b.abs().mean(-1, keepdim=True)))).max().item()
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("seed", [0, 1, 2, 5])
 @torch.no_grad()
@@ -158,7 +153,7 @@ def test_cache_on_equals_cache_off(tmp_path, seed, dtype):
             cache = g.KVCache(model.config, 2, 40, whole.dtype)
             parts = [model(p, None if m is None else m[:, :(i + 1) * size], cache=cache) for i, p in enumerate(ids.split(size, 1))]
             assert cache.length == 40
-            assert steps_apart(torch.cat(parts, 1)[real], whole[real]) < 64
+            assert rounding_steps(torch.cat(parts, 1)[real], whole[real]).max() < 64
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -187,7 +182,7 @@ def test_one_row_kernels_compute_the_same(tmp_path):
         usual, other = (g.KVCache(model.config, 1, 40, torch.bfloat16) for _ in range(2))
         for part in ids[:1].split(1, 1):
             with g.one_row_kernels(): got = model(part, cache=other)
-            assert steps_apart(got, model(part, cache=usual)) < 64
+            assert rounding_steps(got, model(part, cache=usual)).max() < 64
 
 
 def test_one_row_kernels_leave_the_switch_as_it_was():

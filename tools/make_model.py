@@ -6,7 +6,7 @@
 draws stories from the made-up world (`qwen_nb.world`), trains a byte-level BPE tokenizer on some of them and then a
 Qwen3 on the rest, each story used once, and writes the reference's own files. Then
 
-    python tools/make_model.py --out qwen_nb/pretrained --chat --steps 3000 --lr 1.5e-3
+    python tools/make_model.py --out qwen_nb/pretrained --chat --steps 2800 --lr 1.5e-3 --answer-weight 6 --bf16 --log 200
 
 goes on from those weights, half with stories and half with conversations, in which only the assistant's last message counts:
 half of them with a thought before the answer. Seeds below HELD_OUT train; `--measure-only` scores a finished folder on
@@ -130,7 +130,7 @@ def save(model, out, note):
 
 def settings(args):
     "What a rerun needs to know."
-    return {k: getattr(args, k) for k in ("chat", "steps", "batch", "seq_len", "lr", "answer_weight", "first_seed", "seed")}
+    return {k: getattr(args, k) for k in ("chat", "steps", "batch", "seq_len", "lr", "answer_weight", "first_seed", "seed", "bf16")}
 
 
 def train(args):
@@ -141,7 +141,7 @@ def train(args):
     model = Qwen(QwenConfig(**CONFIG))
     for p in model.parameters():
         if p.dim() > 1: torch.nn.init.normal_(p, std=CONFIG["hidden_size"] ** -0.5)
-    if args.chat: load(model, out)
+    if args.chat: model.load_state_dict({k: v.float() for k, v in load_file(out / "model.safetensors").items()})
     matrices = [p for p in model.parameters() if p.dim() > 1]
     scales = [p for p in model.parameters() if p.dim() == 1]
     opt = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=scales, weight_decay=0.0)],
@@ -149,7 +149,7 @@ def train(args):
     with open(out / "training_log.jsonl", "a" if args.chat else "w") as f: f.write(json.dumps(settings(args)) + "\n")
     first_seed = args.first_seed + args.chat * HELD_OUT // 2  # stories not seen before
     data, start, seen = rows(tokenizer, first_seed, args.seq_len, args.answer_weight), time.time(), 0
-    chats = chat_batches(ChatTokenizer.from_pretrained(out), first_seed, args.batch, 2 * args.seq_len)
+    chats = args.chat and chat_batches(ChatTokenizer.from_pretrained(out), first_seed, args.batch, 2 * args.seq_len)
     forward = torch.compile(model) if args.compile else model
     for step in tqdm(range(args.steps), unit="step", disable=None):
         for group in opt.param_groups: group["lr"] = lr_at(step, args.steps, args.lr)
@@ -175,22 +175,16 @@ def train(args):
             model.train()
 
 
-def load(model, out):
-    "Fill a float32 model with the folder's bfloat16 weights."
-    model.load_state_dict({k: v.float() for k, v in load_file(out / "model.safetensors").items()})
-
-
 def score(args):
     "Score the folder's bfloat16 weights, run in float32."
     out = Path(args.out)
-    model = Qwen(QwenConfig(**CONFIG))
-    load(model, out)
-    scores = measure(model.eval(), Tokenizer.from_file(str(out / "tokenizer.json")), range(HELD_OUT + 1000, HELD_OUT + 1000 + args.stories))
+    model = Qwen.from_pretrained(out, dtype=torch.float32)
+    scores = measure(model, Tokenizer.from_file(str(out / "tokenizer.json")), range(HELD_OUT + 1000, HELD_OUT + 1000 + args.stories))
     print("stories          ", "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
     if not any(json.loads(line).get("chat") for line in open(out / "training_log.jsonl")): return
     talks = [conversation(Chooser(random.Random(seed))) for seed in range(3 * HELD_OUT, 3 * HELD_OUT + args.stories)]
     for thinks in (True, False):
-        right = quiz(Qwen.from_pretrained(out, dtype=torch.float32), ChatTokenizer.from_pretrained(out), talks, thinks)
+        right = quiz(model, ChatTokenizer.from_pretrained(out), talks, thinks)
         print("after a thought  " if thinks else "answering at once", "  ".join(f"{k} {v:.4f}" for k, v in right.items() if k != "asked"))
 
 
