@@ -130,10 +130,11 @@ def story(
     choose,                # a `Chooser`, or any function from options (and weights) to one of the options
     n_events=range(3, 9),  # how many events a story may have
     n_questions=range(3),  # how many questions may follow the opening, and each event
+    n_things=(1, 2),       # how many things there may be
 ) -> list:
     "One story, a list of `Line`s. Every choice can be read back from the text, so the choices' probability is the text's."
     w = World()
-    lines = list(opening(choose, w, choose([2, 3]), choose([1, 2])))
+    lines = list(opening(choose, w, choose([2, 3]), choose(n_things)))
     for i in range(choose(n_events) + 1):
         if i > 0: lines.append(Line(tell(choose, w)))
         lines += questions(choose, w, choose(n_questions))
