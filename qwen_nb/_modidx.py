@@ -8,6 +8,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'qwen_nb.attention.Attention.split_heads': ( 'attention.html#attention.split_heads',
                                                                                 'qwen_nb/attention.py'),
                                    'qwen_nb.attention.attend': ('attention.html#attend', 'qwen_nb/attention.py'),
+                                   'qwen_nb.attention.attend_blocks': ('attention.html#attend_blocks', 'qwen_nb/attention.py'),
                                    'qwen_nb.attention.attend_explicit': ('attention.html#attend_explicit', 'qwen_nb/attention.py'),
                                    'qwen_nb.attention.causal_mask': ('attention.html#causal_mask', 'qwen_nb/attention.py'),
                                    'qwen_nb.attention.record_attention': ('attention.html#record_attention', 'qwen_nb/attention.py'),

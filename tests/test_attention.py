@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qwen_nb.attention import Attention, attend, attend_explicit, causal_mask, record_attention, repeat_kv
+from qwen_nb.attention import Attention, attend, attend_blocks, attend_explicit, causal_mask, record_attention, repeat_kv
 from qwen_nb.inspect import load_reference
 from qwen_nb.rope import Rotary
 from qwen_nb.verify import record, rounding_steps
@@ -126,6 +126,58 @@ def test_unsplit_layouts():
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in draw(8, 4, 16, 9, 9))
     assert near(attend(q, k, v), exact(q, k, v, causal_mask(9, 9)).float())
     assert near(attend(q[:, :, -1:], k, v), exact(q[:, :, -1:], k, v, causal_mask(1, 9)).float())
+
+
+# ---- blocks, for training ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_blocks_equal_exact_and_so_do_their_gradients(heads):
+    for seq, size in itertools.product((1, 2, 9, 33), (1, 4, 8, 64)):
+        real = torch.ones(2, seq)
+        real[1, :min(3, seq - 1)] = 0
+        for mask in (None, causal_mask(seq, seq), causal_mask(seq, seq, real)):
+            ours, theirs = (draw(*heads, seq, seq, torch.float64) for _ in range(2))
+            for t in ours + theirs: t.requires_grad_()
+            got, want = attend_blocks(*ours, mask, size), exact(*theirs, causal_mask(seq, seq) if mask is None else mask)
+            torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+            got.pow(2).sum().backward()
+            want.pow(2).sum().backward()
+            for a, b in zip(ours, theirs): torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=1e-12)
+
+
+def test_blocks_hand_on_what_is_not_theirs(monkeypatch):
+    handed = []
+    monkeypatch.setattr("qwen_nb.attention.attend", lambda *args: handed.append(args) or attend(*args))
+    q, k, v = draw(4, 2, 8, 9, 9, torch.float64)
+    ahead, own = torch.ones(1, 1, 9, 9, dtype=torch.bool), causal_mask(9, 9).repeat(1, 4, 1, 1)
+    own[:, 1, 3, 1] = False
+    for mask in (ahead, own): torch.testing.assert_close(attend_blocks(q, k, v, mask, 4), exact(q, k, v, mask))
+    torch.testing.assert_close(attend_blocks(q, k, v, None, 4, longest=8), exact(q, k, v, causal_mask(9, 9)))
+    torch.testing.assert_close(attend_blocks(q[:, :, -3:], k, v), exact(q[:, :, -3:], k, v, causal_mask(3, 9)))
+    assert len(handed) == 4
+    attend_blocks(q, k, v, causal_mask(9, 9), 4)
+    assert len(handed) == 4
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_training_goes_in_blocks(monkeypatch, autocast, qk_norm):
+    "And is no further from float32 than the kernel, in the gradients too, give or take a half."
+    used, x = [], torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("qwen_nb.attention.attend_blocks", lambda *args: used.append(args) or attend_blocks(*args))
+    torch.manual_seed(0)
+    layer, rope = Attention(32, 4, 2, 16, qk_norm=qk_norm), Rotary(16)(torch.arange(70)[None])
+    def run(layer, autocast=False):
+        layer.zero_grad()
+        dtype = layer.q_proj.weight.dtype
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast): out = layer(x.to(dtype), *(t.to(dtype) for t in rope))
+        out.float().pow(2).sum().backward()
+        return out.float().detach(), *(p.grad.float() for p in layer.parameters())
+    want = run(layer)
+    if not autocast: layer.bfloat16()
+    kernel, blocks = run(layer.eval(), autocast), run(layer.train(), autocast)
+    assert len(used) == 1  # not in float32, not in eval mode
+    for a, b, c in zip(blocks, kernel, want): assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-3 * c.norm()
 
 
 # ---- the module ------------------------------------------------------------------------------------------------------
