@@ -2,21 +2,23 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OUT_SEED', 'MOMENTS', 'MAY_CHANGE', 'forward',
-           'next_token_loss', 'init_weights', 'parameter_groups', 'learning_rate', 'use_checkpointing', 'Objective',
-           'label_weight', 'OneProcess', 'TrainConfig', 'check_config', 'read_config', 'parse_value', 'read_settings',
-           'config_json', 'tokenizer_files', 'to_json', 'model_files', 'save_pretrained', 'sync_folder', 'write_folder',
-           'read_folder', 'save_checkpoint', 'checkpoints', 'remove_folder', 'load_checkpoint', 'latest_checkpoint',
-           'read_log', 'cut_log', 'flops_per_token', 'measure_peak', 'Log', 'open_data', 'build_model', 'Run',
-           'optimizer_step', 'not_a_number', 'save_run', 'load_run', 'compare_configs', 'claim', 'write_sample',
-           'watch', 'train', 'loop']
+           'next_token_loss', 'init_weights', 'parameter_groups', 'learning_rate', 'Objective', 'label_weight',
+           'use_checkpointing', 'TrainConfig', 'check_config', 'read_config', 'parse_value', 'read_settings',
+           'OneProcess', 'sync_folder', 'write_folder', 'read_folder', 'config_json', 'tokenizer_files', 'to_json',
+           'model_files', 'save_pretrained', 'save_checkpoint', 'checkpoints', 'remove_folder', 'load_checkpoint',
+           'latest_checkpoint', 'read_log', 'cut_log', 'flops_per_token', 'measure_peak', 'Log', 'open_data',
+           'build_model', 'Run', 'optimizer_step', 'not_a_number', 'save_run', 'load_run', 'compare_configs', 'claim',
+           'write_sample', 'watch', 'train', 'loop', 'world_floor', 'plot_log', 'live_plot', 'attention_map']
 
-# %% ../nbs/21_train.ipynb #39aa5b56
+# %% ../nbs/21_train.ipynb #5e61bd38
 import difflib, json, math, os, re, shutil, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from random import Random
 
+import matplotlib.pyplot as plt
 import torch
 from safetensors.torch import load, save
 from torch import nn
@@ -24,13 +26,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from .attention import attend_explicit, causal_mask
 from .chat import SMALL_TEMPLATE
 from .data import IGNORED, Packed, Shards, digest, document_mask, write_file
 from .generate import generate
-from .inspect import packaged_model
+from .inspect import OURS, QUIET, packaged_model
 from .model import Qwen, QwenConfig
 from .tokenizer import Tokenizer, tokenizer_json
 from .weights import find_model
+from .world import PEOPLE, Chooser, story
 
 # %% ../nbs/21_train.ipynb #d86f7b6c
 def forward(
@@ -86,14 +90,6 @@ def learning_rate(
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
-# %% ../nbs/21_train.ipynb #eab82464
-def use_checkpointing(
-    model,  # a `Qwen`
-):
-    "Keep only what goes into each block, and compute the inside of the block again when its gradient is wanted. Changes the model and returns it."
-    for layer in model.model.layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    return model
-
 # %% ../nbs/21_train.ipynb #2f4ee853
 class Objective(nn.Module):
     """A batch in, the **sum** of its losses out: `forward` and `next_token_loss` in one module, so that whatever wraps a module can wrap all of it.
@@ -114,23 +110,13 @@ def label_weight(batch) -> float:
     real = batch["labels"] != IGNORED
     return (batch["weights"][real].sum() if "weights" in batch else real.sum()).item()
 
-# %% ../nbs/21_train.ipynb #95cb220b
-class OneProcess:
-    """The few things that differ when several processes train one model. Here there is one.
-
-    An engine for many gives each process (a rank) its own, and the same calls are made on every rank, in the same order.
-    Gradients come out **averaged** over the ranks."""
-    rank, world_size = 0, 1
-    def __init__(self,
-                 device=None):  # None: a GPU if there is one
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def wrap(self, objective): return objective              # an `Objective` on the device → what is called in its place; before the optimizer is made
-    def syncing(self, objective, last:bool): return nullcontext()  # around a forward and backward; gradients need to be averaged in the `last` of a step only
-    def sum(self, tensor): return tensor                     # over the ranks
-    def first(self, call): return call()                     # rank 0 calls; every rank gets what came of it: the (small) value, or the error
-    def full(self, tensor): return tensor.detach().cpu()     # a parameter, a moment or a gradient norm, whole and on the CPU
-    def part(self, whole, like): return whole.to(like.device)  # of a whole tensor, what this rank's parameter `like` holds
+# %% ../nbs/21_train.ipynb #eab82464
+def use_checkpointing(
+    model,  # a `Qwen`
+):
+    "Keep only what goes into each block, and compute the inside of the block again when its gradient is wanted. Changes the model and returns it."
+    for layer in model.model.layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return model
 
 # %% ../nbs/21_train.ipynb #38422f50
 @dataclass
@@ -228,6 +214,67 @@ def read_settings(path) -> dict:
     if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}; expected settings with names")
     return found
 
+# %% ../nbs/21_train.ipynb #95cb220b
+class OneProcess:
+    """The few things that differ when several processes train one model. Here there is one.
+
+    An engine for many gives each process (a rank) its own, and the same calls are made on every rank, in the same order.
+    Gradients come out **averaged** over the ranks."""
+    rank, world_size = 0, 1
+    def __init__(self,
+                 device=None):  # None: a GPU if there is one
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def wrap(self, objective): return objective              # an `Objective` on the device → what is called in its place; before the optimizer is made
+    def syncing(self, objective, last:bool): return nullcontext()  # around a forward and backward; gradients need to be averaged in the `last` of a step only
+    def sum(self, tensor): return tensor                     # over the ranks
+    def first(self, call): return call()                     # rank 0 calls; every rank gets what came of it: the (small) value, or the error
+    def full(self, tensor): return tensor.detach().cpu()     # a parameter, a moment or a gradient norm, whole and on the CPU
+    def part(self, whole, like): return whole.to(like.device)  # of a whole tensor, what this rank's parameter `like` holds
+
+# %% ../nbs/21_train.ipynb #7915805a
+def sync_folder(path):
+    "Make a folder's list of names safe from a power cut. Nothing on Windows, which has no way to ask."
+    if os.name == "nt": return
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def write_folder(
+    folder,
+    files:dict,  # name → bytes
+) -> Path:
+    "Write a folder at once or not at all, with a checksum of every file in `checksums.json`. A failure (a full disk) leaves what was there, and raises OSError with a sentence."
+    folder = Path(folder)
+    new, old = (folder.with_name(f"{folder.name}.{word}.tmp") for word in ("new", "old"))
+    files = files | {"checksums.json": to_json({name: digest(data) for name, data in files.items()})}
+    try:
+        for leftover in (new, old): shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir(parents=True)
+        for name, data in files.items():
+            with open(new / name, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        sync_folder(new)
+        if folder.exists(): os.rename(folder, old)
+        os.rename(new, folder)
+        sync_folder(folder.parent)
+    except OSError as e:
+        shutil.rmtree(new, ignore_errors=True)
+        size = sum(map(len, files.values()))
+        raise OSError(e.errno, f"cannot write {size:,} bytes ({e.strerror}); what was saved before is untouched: free some space and start it again", str(folder)) from e
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+def read_folder(folder) -> dict:
+    "The files of a folder that `write_folder` wrote, from name to bytes. ValueError if one is missing or damaged."
+    folder, files = Path(folder), {}
+    try: sums = json.loads((folder / "checksums.json").read_bytes())
+    except (OSError, ValueError): raise ValueError(f"{folder} is damaged: it has no readable checksums.json") from None
+    for name, want in sums.items():
+        try: files[name] = (folder / name).read_bytes()
+        except OSError: raise ValueError(f"{folder} is damaged: {name} is missing") from None
+        if digest(files[name]) != want: raise ValueError(f"{folder} is damaged: the checksum of {name} is not the one in checksums.json")
+    return files
+
 # %% ../nbs/21_train.ipynb #7bfc8815
 def config_json(
     config:QwenConfig,
@@ -284,49 +331,6 @@ def save_pretrained(
     "Write a model as a folder that `Qwen.from_pretrained`, `transformers` and vLLM open. The folder appears whole or not at all; an older one is replaced."
     return write_folder(folder, model_files(dict(model.named_parameters()), model.config, tokenizer, dtype))
 
-# %% ../nbs/21_train.ipynb #7915805a
-def sync_folder(path):
-    "Make a folder's list of names safe from a power cut. Nothing on Windows, which has no way to ask."
-    if os.name == "nt": return
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
-def write_folder(
-    folder,
-    files:dict,  # name → bytes
-) -> Path:
-    "Write a folder at once or not at all, with a checksum of every file in `checksums.json`. A failure (a full disk) leaves what was there, and raises OSError with a sentence."
-    folder = Path(folder)
-    new, old = (folder.with_name(f"{folder.name}.{word}.tmp") for word in ("new", "old"))
-    files = files | {"checksums.json": to_json({name: digest(data) for name, data in files.items()})}
-    try:
-        for leftover in (new, old): shutil.rmtree(leftover, ignore_errors=True)
-        new.mkdir(parents=True)
-        for name, data in files.items():
-            with open(new / name, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
-        sync_folder(new)
-        if folder.exists(): os.rename(folder, old)
-        os.rename(new, folder)
-        sync_folder(folder.parent)
-    except OSError as e:
-        shutil.rmtree(new, ignore_errors=True)
-        size = sum(map(len, files.values()))
-        raise OSError(e.errno, f"cannot write {size:,} bytes ({e.strerror}); what was saved before is untouched: free some space and start it again", str(folder)) from e
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-def read_folder(folder) -> dict:
-    "The files of a folder that `write_folder` wrote, from name to bytes. ValueError if one is missing or damaged."
-    folder, files = Path(folder), {}
-    try: sums = json.loads((folder / "checksums.json").read_bytes())
-    except (OSError, ValueError): raise ValueError(f"{folder} is damaged: it has no readable checksums.json") from None
-    for name, want in sums.items():
-        try: files[name] = (folder / name).read_bytes()
-        except OSError: raise ValueError(f"{folder} is damaged: {name} is missing") from None
-        if digest(files[name]) != want: raise ValueError(f"{folder} is damaged: the checksum of {name} is not the one in checksums.json")
-    return files
-
 # %% ../nbs/21_train.ipynb #139dfa71
 def save_checkpoint(
     out,                # the run's folder
@@ -356,7 +360,7 @@ def remove_folder(folder):
     os.rename(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
-# %% ../nbs/21_train.ipynb #f5cbce10
+# %% ../nbs/21_train.ipynb #b6059957
 def load_checkpoint(folder) -> dict:
     "`step`, `config`, … (what `save_checkpoint` was told), `weights`, `moments` and `rng`. ValueError, in one sentence, for a damaged one."
     files = read_folder(folder)
@@ -374,7 +378,7 @@ def latest_checkpoint(
     found = checkpoints(out)
     for folder in reversed(found):
         try: load_checkpoint(folder)
-        except ValueError as e: note(f"{e}; the one before it is taken")
+        except ValueError as e: note(str(e).replace(f"{out}{os.sep}", "") + "; the one before it is taken")
         else: return folder
     if found: raise ValueError(f"every checkpoint in {out} is damaged ({len(found)} of them): restore one from a copy, or name another out")
 
@@ -604,11 +608,13 @@ def claim(out):
     for leftover in out.glob("*.tmp"): shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
     return lock
 
-# %% ../nbs/21_train.ipynb #dd0099e0
+# %% ../nbs/21_train.ipynb #ca39d6e7
 def write_sample(run) -> str:
-    "What the model writes after the first words of a held-out row, always taking the likeliest token."
+    "What the model writes after the first words of a held-out document, always taking the likeliest token."
     weights = {name: run.engine.full(p) for name, p in run.model.named_parameters()}
-    batch = (run.held_out or run.rows).batch(0, 1, HELD_OUT_SEED)["input_ids"][:, :8]
+    row = (run.held_out or run.rows).batch(0, 1, HELD_OUT_SEED)
+    longest = row["document_ids"].mode().values  # the document with the most places in this row
+    batch = row["input_ids"][row["document_ids"] == longest][None, :8]
     def write():
         with torch.device("meta"): model = Qwen(run.model.config)
         model.load_state_dict(weights, assign=True)
@@ -678,3 +684,59 @@ def loop(run, on_log=None):
     finally:
         bar.close()
         if first: log.close()
+
+# %% ../nbs/21_train.ipynb #3257ff49
+def world_floor(
+    tokenizer,
+    n:int=1000,  # stories
+    seed=0,      # as for `world_stories`
+) -> float:
+    "The loss that no model can beat on stories of the made-up world: nats per token, the first token of a story left out. Source: the probability of every choice that made them."
+    nats = tokens = 0
+    for i in range(n):
+        choose = Chooser(Random(f"{seed}/{i}"))
+        text = "".join(f"{line.text}\n" for line in story(choose))
+        nats, tokens = nats + choose.nats - math.log(len(PEOPLE)), tokens + len(tokenizer.encode(text))
+    return nats / tokens
+
+# %% ../nbs/21_train.ipynb #945df6fc
+def plot_log(
+    log,         # lines of a log, or the folder of a run
+    floor=None,  # the loss that no model can beat, if it is known
+    speed=True,  # draw tokens a second and the share of peak as well
+):
+    "Draw a run: loss on train and held-out rows above; learning rate, gradient norm and speed below."
+    lines = read_log(log) if isinstance(log, (str, Path)) else log
+    small = ["lr", "grad_norm"] + ["tokens_per_second", "peak_share"] * speed
+    axes = plt.figure(figsize=(7, 4.6)).subplot_mosaic([["loss"] * len(small), small], height_ratios=[2, 1])
+    def line(ax, name, **style):
+        points = [(l["step"], l[name]) for l in lines if name in l]
+        ax.plot(*zip(*points) if points else ([], []), **style)
+    line(axes["loss"], "loss", color=QUIET, label="train"); line(axes["loss"], "held_out", color=OURS, marker="o", ms=4, label="held-out")
+    if floor: axes["loss"].axhline(floor, color="black", ls="--", lw=1, label="floor")
+    axes["loss"].set(ylabel="loss (nats per token)", title="The loss, against the floor that no model can beat" if floor else "The loss"); axes["loss"].legend()
+    for name, label in zip(small, ["learning rate", "gradient norm", "tokens a second", "share of peak"]):
+        line(axes[name], name, color=OURS); axes[name].set(xlabel="step", title=label)
+
+def live_plot(floor=None):
+    "For `train(config, on_log=…)` in a notebook: the picture of the run, drawn anew at each line of the log."
+    from IPython.display import clear_output
+    def draw(lines):
+        clear_output(wait=True)
+        plot_log(lines, floor); plt.show()
+    return draw
+
+# %% ../nbs/21_train.ipynb #5264b961
+@torch.no_grad()
+def attention_map(
+    model,
+    ids,  # (1, seq)
+) -> torch.Tensor:
+    "Where every head of every layer looks: `(layers, heads, seq, seq)`."
+    seen, mask = [], causal_mask(ids.shape[1], ids.shape[1])
+    def look(attention, args): seen.append(attend_explicit(*attention.qkv(*args[:3]), mask)[1][0])
+    hooks = [layer.self_attn.register_forward_pre_hook(look) for layer in model.model.layers]
+    try: model(ids)
+    finally:
+        for hook in hooks: hook.remove()
+    return torch.stack(seen)
