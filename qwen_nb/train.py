@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OUT_SEED', 'MOMENTS', 'MAY_CHANGE', 'forward',
            'next_token_loss', 'init_weights', 'parameter_groups', 'learning_rate', 'Objective', 'label_weight',
-           'use_checkpointing', 'TrainConfig', 'check_config', 'read_config', 'parse_value', 'read_settings',
+           'use_checkpointing', 'TrainConfig', 'check_config', 'parse_value', 'read_settings', 'read_config',
            'OneProcess', 'sync_folder', 'write_folder', 'read_folder', 'config_json', 'tokenizer_files', 'to_json',
-           'model_files', 'save_pretrained', 'save_checkpoint', 'checkpoints', 'remove_folder', 'load_checkpoint',
+           'model_files', 'save_pretrained', 'checkpoints', 'remove_folder', 'save_checkpoint', 'load_checkpoint',
            'latest_checkpoint', 'read_log', 'cut_log', 'flops_per_token', 'measure_peak', 'Log', 'open_data',
            'build_model', 'Run', 'optimizer_step', 'not_a_number', 'save_run', 'load_run', 'compare_configs', 'claim',
-           'write_sample', 'watch', 'train', 'loop', 'world_floor', 'plot_log', 'live_plot', 'attention_map']
+           'write_sample', 'watch', 'loop', 'train', 'world_floor', 'plot_log', 'live_plot', 'attention_map']
 
 # %% ../nbs/21_train.ipynb #5e61bd38
 import difflib, json, math, os, re, shutil, time
@@ -177,24 +177,7 @@ def check_config(c):
     if not max(c.beta1, c.beta2) < 1: raise ValueError(f"config: beta1 and beta2 are {c.beta1} and {c.beta2}; expected numbers from 0 to below 1")
     if c.seq_len > c.max_position_embeddings and not c.init_from: raise ValueError(f"config: seq_len is {c.seq_len}, more than max_position_embeddings, {c.max_position_embeddings}")
 
-# %% ../nbs/21_train.ipynb #c21725c0
-def read_config(
-    path=None,     # a .toml or .json file; None: the defaults
-    overrides=(),  # texts such as "lr=5e-4", which win over the file
-) -> TrainConfig:
-    "A run's config. ValueError, in one sentence, for an unknown key or a wrong value; FileNotFoundError if the file is not there."
-    given = read_settings(Path(path)) if path else {}
-    types = {f.name: f.type for f in fields(TrainConfig)}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals: raise ValueError(f"{text!r} is no setting: expected key=value, such as lr=5e-4")
-        given[key.strip()] = parse_value(key.strip(), value.strip(), types.get(key.strip(), str))
-    for key in given:
-        if key not in types:
-            near = difflib.get_close_matches(key, types, 1)
-            raise ValueError(f"config: there is no setting {key!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(types)}"))
-    return TrainConfig(**given)
-
+# %% ../nbs/21_train.ipynb #4e1eb633
 def parse_value(key, text, kind):
     "The text of an override as its setting's type. ValueError if it is none."
     try: return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
@@ -214,6 +197,24 @@ def read_settings(path) -> dict:
     if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}; expected settings with names")
     return found
 
+# %% ../nbs/21_train.ipynb #9ab4e74d
+def read_config(
+    path=None,     # a .toml or .json file; None: the defaults
+    overrides=(),  # texts such as "lr=5e-4", which win over the file
+) -> TrainConfig:
+    "A run's config. ValueError, in one sentence, for an unknown key or a wrong value; FileNotFoundError if the file is not there."
+    given = read_settings(Path(path)) if path else {}
+    types = {f.name: f.type for f in fields(TrainConfig)}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals: raise ValueError(f"{text!r} is no setting: expected key=value, such as lr=5e-4")
+        given[key.strip()] = parse_value(key.strip(), value.strip(), types.get(key.strip(), str))
+    for key in given:
+        if key not in types:
+            near = difflib.get_close_matches(key, types, 1)
+            raise ValueError(f"config: there is no setting {key!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(types)}"))
+    return TrainConfig(**given)
+
 # %% ../nbs/21_train.ipynb #95cb220b
 class OneProcess:
     """The few things that differ when several processes train one model. Here there is one.
@@ -232,7 +233,7 @@ class OneProcess:
     def full(self, tensor): return tensor.detach().cpu()     # a parameter, a moment or a gradient norm, whole and on the CPU
     def part(self, whole, like): return whole.to(like.device)  # of a whole tensor, what this rank's parameter `like` holds
 
-# %% ../nbs/21_train.ipynb #7915805a
+# %% ../nbs/21_train.ipynb #dc555a62
 def sync_folder(path):
     "Make a folder's list of names safe from a power cut. Nothing on Windows, which has no way to ask."
     if os.name == "nt": return
@@ -264,6 +265,7 @@ def write_folder(
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
+# %% ../nbs/21_train.ipynb #4e0ba1d3
 def read_folder(folder) -> dict:
     "The files of a folder that `write_folder` wrote, from name to bytes. ValueError if one is missing or damaged."
     folder, files = Path(folder), {}
@@ -275,7 +277,7 @@ def read_folder(folder) -> dict:
         if digest(files[name]) != want: raise ValueError(f"{folder} is damaged: the checksum of {name} is not the one in checksums.json")
     return files
 
-# %% ../nbs/21_train.ipynb #7bfc8815
+# %% ../nbs/21_train.ipynb #80dc56ce
 def config_json(
     config:QwenConfig,
     special=None,     # ids of the added tokens by name, from a tokenizer
@@ -291,6 +293,7 @@ def config_json(
                 rope_parameters=rope, use_sliding_window=False, sliding_window=None, max_window_layers=c.num_hidden_layers, use_cache=True, initializer_range=0.02,
                 torch_dtype=dtype, bos_token_id=ends[1], eos_token_id=ends[0] if ends[0] is not None else ends[1])
 
+# %% ../nbs/21_train.ipynb #128f7b4d
 def tokenizer_files(
     source,  # a folder with a tokenizer, or a `Tokenizer`
 ) -> dict:
@@ -307,7 +310,7 @@ def tokenizer_files(
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "added_tokens.json", "special_tokens_map.json"]
 def to_json(value): return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
-# %% ../nbs/21_train.ipynb #7ad96799
+# %% ../nbs/21_train.ipynb #bfa3abf5
 def model_files(
     weights:dict,       # name → tensor
     config:QwenConfig,
@@ -323,6 +326,7 @@ def model_files(
     return files | {"config.json": to_json(config_json(config, special, str(dtype).removeprefix("torch."))), "generation_config.json": to_json(generation),
                     "model.safetensors": save(tensors, metadata={"format": "pt"})}
 
+# %% ../nbs/21_train.ipynb #c9aa1620
 def save_pretrained(
     model, folder,
     tokenizer=None,        # a `Tokenizer`, or a folder whose tokenizer is copied
@@ -331,7 +335,20 @@ def save_pretrained(
     "Write a model as a folder that `Qwen.from_pretrained`, `transformers` and vLLM open. The folder appears whole or not at all; an older one is replaced."
     return write_folder(folder, model_files(dict(model.named_parameters()), model.config, tokenizer, dtype))
 
-# %% ../nbs/21_train.ipynb #139dfa71
+# %% ../nbs/21_train.ipynb #a581b84d
+def checkpoints(out) -> list:
+    "The run's checkpoints, the oldest first."
+    found = [p for p in Path(out).glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+def remove_folder(folder):
+    "First under another name, so that nothing half removed looks like a checkpoint."
+    gone = folder.with_name(f"{folder.name}.old.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+# %% ../nbs/21_train.ipynb #91a105b5
 def save_checkpoint(
     out,                # the run's folder
     step:int,           # how many steps are done
@@ -348,19 +365,7 @@ def save_checkpoint(
     for old in checkpoints(out)[:-keep] if keep else []: remove_folder(old)
     return folder
 
-def checkpoints(out) -> list:
-    "The run's checkpoints, the oldest first."
-    found = [p for p in Path(out).glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
-
-def remove_folder(folder):
-    "First under another name, so that nothing half removed looks like a checkpoint."
-    gone = folder.with_name(f"{folder.name}.old.tmp")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-# %% ../nbs/21_train.ipynb #b6059957
+# %% ../nbs/21_train.ipynb #c3a0248f
 def load_checkpoint(folder) -> dict:
     "`step`, `config`, … (what `save_checkpoint` was told), `weights`, `moments` and `rng`. ValueError, in one sentence, for a damaged one."
     files = read_folder(folder)
@@ -370,6 +375,7 @@ def load_checkpoint(folder) -> dict:
         return about | dict(weights=load(files["model.safetensors"]), rng=tensors.pop("rng"), moments=tensors)
     except (KeyError, ValueError, TypeError): raise ValueError(f"{folder} is no checkpoint of a run") from None
 
+# %% ../nbs/21_train.ipynb #9ae37116
 def latest_checkpoint(
     out,
     note=print,  # is told about each one that is skipped
@@ -382,7 +388,7 @@ def latest_checkpoint(
         else: return folder
     if found: raise ValueError(f"every checkpoint in {out} is damaged ({len(found)} of them): restore one from a copy, or name another out")
 
-# %% ../nbs/21_train.ipynb #4b358621
+# %% ../nbs/21_train.ipynb #5925709e
 LOG = "log.jsonl"
 
 def read_log(out) -> list:
@@ -398,6 +404,7 @@ def cut_log(out, step):
     lines = [json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step]
     write_file(Path(out) / LOG, "".join(lines).encode())
 
+# %% ../nbs/21_train.ipynb #d7a3b256
 def flops_per_token(
     config:QwenConfig,
     seq_len:int,
@@ -412,7 +419,7 @@ def flops_per_token(
     attention = c.num_hidden_layers * 2 * heads * seq_len // 2
     return 3 * 2 * (matrices + attention)
 
-# %% ../nbs/21_train.ipynb #4599eb5a
+# %% ../nbs/21_train.ipynb #24b4c5be
 def measure_peak(
     device,
     dtype="float32",
@@ -430,6 +437,7 @@ def measure_peak(
         wait(); best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
+# %% ../nbs/21_train.ipynb #a23b2e43
 class Log:
     "Lines of a run: into a file, into TensorBoard if it is installed, and to whoever watches."
     def __init__(self, out, on_log=None):
@@ -452,7 +460,7 @@ class Log:
         self.file.close()
         if self.board: self.board.close()
 
-# %% ../nbs/21_train.ipynb #bd88fed9
+# %% ../nbs/21_train.ipynb #53b09b72
 def open_data(
     config:TrainConfig,
     folder=None,  # of the model to go on from
@@ -470,6 +478,7 @@ def open_data(
     return (folder or train.folder / train.index["tokenizer"], Packed(train, config.seq_len), Packed(held_out, config.seq_len) if enough else None,
             digest((train.folder / "index.json").read_bytes()))
 
+# %% ../nbs/21_train.ipynb #18cab85e
 def build_model(
     config:TrainConfig,
     n_ids:int,    # of the tokenizer
@@ -520,7 +529,7 @@ class Run:
 
 HELD_OUT_SEED = 1_000_000_007
 
-# %% ../nbs/21_train.ipynb #e44abb2a
+# %% ../nbs/21_train.ipynb #dfc17294
 def optimizer_step(run) -> dict:
     """One step of AdamW on `batch_size` rows. Returns its loss (mean over all labels of all processes), lr and gradient norm.
 
@@ -543,6 +552,7 @@ def optimizer_step(run) -> dict:
     run.step += 1
     return dict(step=run.step, loss=loss, lr=lr, grad_norm=norm)
 
+# %% ../nbs/21_train.ipynb #13b32b08
 def not_a_number(run, found) -> str:
     "What to say when a run breaks down."
     safe = (checkpoints(run.config.out) or [None])[-1]
@@ -550,7 +560,7 @@ def not_a_number(run, found) -> str:
     return (f"step {run.step + 1}: {found}, so the run stops; {saved}: "
             f"try a lower lr (it is {run.config.lr:g}) or a longer warmup, in another out" + (f", from the start or with init_from={safe}" if safe else ""))
 
-# %% ../nbs/21_train.ipynb #8f8daa78
+# %% ../nbs/21_train.ipynb #ba812556
 MOMENTS = ["exp_avg", "exp_avg_sq"]
 
 def save_run(run):
@@ -564,6 +574,7 @@ def save_run(run):
         return save_checkpoint(run.config.out, run.step, weights, moments, run.model.config, run.tokenizer_folder, about, run.config.keep)
     return run.engine.first(write)
 
+# %% ../nbs/21_train.ipynb #0f214ec3
 def load_run(
     run,
     folder,  # a checkpoint
@@ -580,7 +591,7 @@ def load_run(
             run.optimizer.state[p] = dict(step=torch.tensor(float(run.step), device=p.device), **moments)
     torch.set_rng_state(saved["rng"])
 
-# %% ../nbs/21_train.ipynb #761108d6
+# %% ../nbs/21_train.ipynb #29f75917
 MAY_CHANGE = ["out", "data", "accumulate", "checkpointing", "save_every", "keep", "log_every", "eval_every", "eval_batches", "sample", "peak_tflops"]
 
 def compare_configs(saved, run, folder):
@@ -590,6 +601,7 @@ def compare_configs(saved, run, folder):
     if saved["data"] != run.data: changed.append(f"the data in {config['data']} are others than those it was trained on")
     if changed: raise ValueError(f"{folder.parent} holds a run with other settings: {'; '.join(changed)}: set it back to resume, or begin another run with another out (and init_from={folder} to go on from its weights)")
 
+# %% ../nbs/21_train.ipynb #349f767d
 def claim(out):
     "Make the run's folder ours until the process ends, however it ends. Returns the open lock. ValueError if the folder holds something else or another process trains in it."
     out = Path(out)
@@ -608,7 +620,7 @@ def claim(out):
     for leftover in out.glob("*.tmp"): shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
     return lock
 
-# %% ../nbs/21_train.ipynb #ca39d6e7
+# %% ../nbs/21_train.ipynb #74873106
 def write_sample(run) -> str:
     "What the model writes after the first words of a held-out document, always taking the likeliest token."
     weights = {name: run.engine.full(p) for name, p in run.model.named_parameters()}
@@ -623,6 +635,7 @@ def write_sample(run) -> str:
         return run.tokenizer.decode(ids[:batch.shape[1]]) + " → " + run.tokenizer.decode(ids[batch.shape[1]:])
     return run.engine.first(write)
 
+# %% ../nbs/21_train.ipynb #86637dfe
 def watch(run, line, seconds, tokens, peak):
     "Complete a line of the log: speed, and at every evaluation the held-out loss and a sample."
     c = run.config
@@ -633,32 +646,7 @@ def watch(run, line, seconds, tokens, peak):
         if c.sample: line["sample"] = write_sample(run)
     return line
 
-# %% ../nbs/21_train.ipynb #8f699de0
-def train(
-    config:TrainConfig,
-    engine=None,  # None: this process alone; or one that shares the work with others
-    on_log=None,  # called with all lines of the log so far, each time there is a new one
-) -> Path:
-    """Train, or go on where the run in `config.out` was stopped. Returns `config.out/final`, the model in bfloat16.
-
-    Raises ValueError for settings, data or a folder that do not fit, OSError if the disk is full, FloatingPointError if the loss is not a number
-    any more. Whatever happens, also `kill -9`, the last checkpoint stays whole, and the same call goes on from there: on the same machine
-    and number of processes bit for bit as if it had never stopped."""
-    engine, held = engine or OneProcess(), []
-    engine.first(lambda: held.append(claim(config.out)))
-    try:
-        run = Run(config, engine)
-        if last := engine.first(lambda: latest_checkpoint(config.out)): load_run(run, last)
-        engine.first(lambda: cut_log(config.out, run.step))
-        if not last: save_run(run)
-        loop(run, on_log)
-        final = Path(config.out) / "final"
-        weights = {name: engine.full(p) for name, p in run.model.named_parameters()}
-        engine.first(lambda: write_folder(final, model_files(weights, run.model.config, run.tokenizer_folder)) and None)
-        return final
-    finally:
-        for lock in held: lock.close()
-
+# %% ../nbs/21_train.ipynb #979c9e65
 def loop(run, on_log=None):
     "The steps that are left, with log and checkpoints."
     c, engine, first = run.config, run.engine, run.engine.rank == 0
@@ -685,6 +673,32 @@ def loop(run, on_log=None):
         bar.close()
         if first: log.close()
 
+# %% ../nbs/21_train.ipynb #325c2ed5
+def train(
+    config:TrainConfig,
+    engine=None,  # None: this process alone; or one that shares the work with others
+    on_log=None,  # called with all lines of the log so far, each time there is a new one
+) -> Path:
+    """Train, or go on where the run in `config.out` was stopped. Returns `config.out/final`, the model in bfloat16.
+
+    Raises ValueError for settings, data or a folder that do not fit, OSError if the disk is full, FloatingPointError if the loss is not a number
+    any more. Whatever happens, also `kill -9`, the last checkpoint stays whole, and the same call goes on from there: on the same machine
+    and number of processes bit for bit as if it had never stopped."""
+    engine, held = engine or OneProcess(), []
+    engine.first(lambda: held.append(claim(config.out)))
+    try:
+        run = Run(config, engine)
+        if last := engine.first(lambda: latest_checkpoint(config.out)): load_run(run, last)
+        engine.first(lambda: cut_log(config.out, run.step))
+        if not last: save_run(run)
+        loop(run, on_log)
+        final = Path(config.out) / "final"
+        weights = {name: engine.full(p) for name, p in run.model.named_parameters()}
+        engine.first(lambda: write_folder(final, model_files(weights, run.model.config, run.tokenizer_folder)) and None)
+        return final
+    finally:
+        for lock in held: lock.close()
+
 # %% ../nbs/21_train.ipynb #3257ff49
 def world_floor(
     tokenizer,
@@ -699,7 +713,7 @@ def world_floor(
         nats, tokens = nats + choose.nats - math.log(len(PEOPLE)), tokens + len(tokenizer.encode(text))
     return nats / tokens
 
-# %% ../nbs/21_train.ipynb #945df6fc
+# %% ../nbs/21_train.ipynb #ee6ff696
 def plot_log(
     log,         # lines of a log, or the folder of a run
     floor=None,  # the loss that no model can beat, if it is known
@@ -714,10 +728,12 @@ def plot_log(
         ax.plot(*zip(*points) if points else ([], []), **style)
     line(axes["loss"], "loss", color=QUIET, label="train"); line(axes["loss"], "held_out", color=OURS, marker="o", ms=4, label="held-out")
     if floor: axes["loss"].axhline(floor, color="black", ls="--", lw=1, label="floor")
+    axes["loss"].set_yscale("log"); axes["loss"].set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"]); axes["loss"].minorticks_off()
     axes["loss"].set(ylabel="loss (nats per token)", title="The loss, against the floor that no model can beat" if floor else "The loss"); axes["loss"].legend()
     for name, label in zip(small, ["learning rate", "gradient norm", "tokens a second", "share of peak"]):
         line(axes[name], name, color=OURS); axes[name].set(xlabel="step", title=label)
 
+# %% ../nbs/21_train.ipynb #4f72cd29
 def live_plot(floor=None):
     "For `train(config, on_log=…)` in a notebook: the picture of the run, drawn anew at each line of the log."
     from IPython.display import clear_output
