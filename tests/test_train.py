@@ -386,7 +386,7 @@ def test_kill_9_at_random_moments(tmp_path, config):
         run(folder + "/whole")
         took, rng, kills = time.time() - start, random.Random(0), 0
         for n in range(2):
-            while run(f"{folder}/{n}", after=took * rng.uniform(0.1, 0.7)) and kills < 100: kills += 1
+            while run(f"{folder}/{n}", after=took * rng.uniform(0.05, 0.4)) and kills < 100: kills += 1
             run(f"{folder}/{n}")
             assert result(f"{folder}/{n}") == result(folder + "/whole"), n
         print("kills", kills)
