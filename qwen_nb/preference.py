@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['pad', 'answer_log_probs', 'sample_answers', 'prompts_of', 'right_or_wrong', 'dpo_loss', 'preference_pair',
-           'dpo_batches', 'frozen', 'answer_sums', 'make_step', 'dpo', 'advantages', 'kl_estimate', 'grpo_objective',
-           'grpo']
+           'own_pairs', 'dpo_batches', 'frozen', 'answer_sums', 'make_step', 'dpo', 'advantages', 'kl_estimate',
+           'grpo_objective', 'grpo']
 
 # %% ../nbs/22b_preference.ipynb #a14d517d
 import copy
@@ -75,7 +75,7 @@ def dpo_loss(
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -F.logsigmoid(margin), margin
 
-# %% ../nbs/22b_preference.ipynb #1609c64b
+# %% ../nbs/22b_preference.ipynb #af2f3ea2
 def preference_pair(
     talk,    # from `sentence_talk`: the last message is right
     choose,  # a `Chooser`
@@ -88,12 +88,22 @@ def preference_pair(
     wrong = right[:-len(said) - 1] + other + "." if of_place else other + right[len(said):]
     return talk, [*talk[:-1], talk[-1] | dict(content=wrong)]
 
+def own_pairs(
+    model, tokenizer, talks,
+    choose,         # a `Chooser`, for what is made up
+    family="qwen3", seed=0,
+) -> list:
+    "For each talk, the right answer and a wrong one: the model's own, or if that is right a made-up one."
+    _, texts = sample_answers(model, tokenizer, prompts_of(tokenizer, talks, family), 1, seed)
+    pairs = [preference_pair(talk, choose) for talk in talks]
+    return [(w, [*w[:-1], w[-1] | dict(content=text)] if text != w[-1]["content"] else l) for (w, l), text in zip(pairs, texts)]
+
 def dpo_batches(tokenizer, family, pairs, per_step:int=16) -> list:
     "A list of batches for `dpo`, the chosen of all pairs first, then their rejected."
     examples = [[answer_example(tokenizer, side, family) for side in pair] for pair in pairs]
     return [pad([w for w, _ in part] + [l for _, l in part]) for i in range(0, len(pairs), per_step) for part in [examples[i:i + per_step]]]
 
-# %% ../nbs/22b_preference.ipynb #b28cf2f6
+# %% ../nbs/22b_preference.ipynb #d60568ec
 def frozen(model):
     "A copy that nothing trains: the reference."
     return copy.deepcopy(model).requires_grad_(False).eval()
@@ -114,6 +124,7 @@ def dpo(
     model, reference,  # the reference is frozen and stays
     batches,           # from `dpo_batches`
     beta:float=0.1, lr:float=2e-4,
+    anchor:float=0.,   # above 0: also raise the chosen answer by itself, so much. Source: Pang et al., arXiv:2404.19733
 ):
     "Train the model on pairs, in place; yields a dict for each step: loss, margin, and how far the log-probabilities have moved from the reference's."
     if any(p is q for p in model.parameters() for q in reference.parameters()): raise ValueError("the reference is the model itself, so the margin would always be 0: take frozen(model)")
@@ -122,7 +133,8 @@ def dpo(
         with torch.no_grad(): ref_chosen, ref_rejected = answer_sums(reference, batch)
         chosen, rejected = answer_sums(model, batch)
         loss, margin = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-        make_step(model, optimizer, loss.mean())
+        words = (batch["labels"] != IGNORED).sum(-1).chunk(2)[0]
+        make_step(model, optimizer, loss.mean() - anchor * (chosen / words).mean())
         yield dict(step=step + 1, loss=loss.mean().item(), margin=margin.mean().item(), ordered=(margin > 0).float().mean().item(),
                    chosen=(chosen - ref_chosen).mean().item(), rejected=(rejected - ref_rejected).mean().item())
 
