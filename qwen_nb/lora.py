@@ -42,7 +42,7 @@ class LoRALinear(nn.Module):
         "What the adapter adds to the weight, `(out, in)`."
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
-# %% ../nbs/22a_lora.ipynb #65f572b9
+# %% ../nbs/22a_lora.ipynb #c7e76f13
 LINEAR = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 
 def lora_layers(model) -> dict:
@@ -54,6 +54,7 @@ def put(model, name, layer):
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
 
+# %% ../nbs/22a_lora.ipynb #79470b73
 def add_lora(
     model,             # changed in place
     rank:int=8,
@@ -74,7 +75,7 @@ def add_lora(
     for name in chosen: put(model, name, LoRALinear(linear[name], rank, alpha, generator))
     return model
 
-# %% ../nbs/22a_lora.ipynb #7e10f70c
+# %% ../nbs/22a_lora.ipynb #1c030b1c
 def merge_lora(model):
     "Add every adapter into its weight. Merging twice is refused with ValueError."
     if not (layers := lora_layers(model)): raise ValueError("the model has no adapters to merge")
@@ -82,6 +83,7 @@ def merge_lora(model):
     for m in layers.values(): m.kept, m.weight = m.weight, nn.Parameter((m.weight + m.delta()).to(m.weight.dtype).detach(), requires_grad=False)
     return model
 
+# %% ../nbs/22a_lora.ipynb #c5aed408
 def unmerge_lora(model):
     "Put back the weights as they were, bit for bit. ValueError if nothing is merged."
     if not (merged := [m for m in lora_layers(model).values() if m.kept is not None]): raise ValueError("no adapter is merged")
@@ -121,7 +123,7 @@ def save_lora(
     write_file(Path(folder) / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     write_file(Path(folder) / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
-# %% ../nbs/22a_lora.ipynb #722f9d08
+# %% ../nbs/22a_lora.ipynb #bd61df04
 def read_lora(folder):
     "The config and the tensors, `{layer: (A, B)}`, of an adapter in PEFT's layout. FileNotFoundError or ValueError if they cannot be read or mean something else than plain LoRA."
     config = read_json(Path(folder), "adapter_config.json")
@@ -139,6 +141,7 @@ def read_lora(folder):
     if not found: raise ValueError(f"{path} holds no adapters")
     return config, {layer: (ab["A"], ab["B"]) for layer, ab in found.items()}
 
+# %% ../nbs/22a_lora.ipynb #8170af61
 def load_lora(
     model,   # changed in place, without adapters yet
     folder,  # in PEFT's layout
