@@ -289,6 +289,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'qwen_nb.preference.grpo_objective': ('preference.html#grpo_objective', 'qwen_nb/preference.py'),
                                     'qwen_nb.preference.kl_estimate': ('preference.html#kl_estimate', 'qwen_nb/preference.py'),
                                     'qwen_nb.preference.make_step': ('preference.html#make_step', 'qwen_nb/preference.py'),
+                                    'qwen_nb.preference.not_itself': ('preference.html#not_itself', 'qwen_nb/preference.py'),
                                     'qwen_nb.preference.own_pairs': ('preference.html#own_pairs', 'qwen_nb/preference.py'),
                                     'qwen_nb.preference.pad': ('preference.html#pad', 'qwen_nb/preference.py'),
                                     'qwen_nb.preference.preference_pair': ('preference.html#preference_pair', 'qwen_nb/preference.py'),

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['pad', 'answer_log_probs', 'sample_answers', 'prompts_of', 'right_or_wrong', 'dpo_loss', 'preference_pair',
-           'own_pairs', 'dpo_batches', 'frozen', 'answer_sums', 'make_step', 'dpo', 'advantages', 'kl_estimate',
-           'grpo_objective', 'grpo']
+           'own_pairs', 'dpo_batches', 'frozen', 'not_itself', 'answer_sums', 'make_step', 'dpo', 'advantages',
+           'kl_estimate', 'grpo_objective', 'grpo']
 
 # %% ../nbs/22b_preference.ipynb #a14d517d
 import copy
@@ -103,10 +103,13 @@ def dpo_batches(tokenizer, family, pairs, per_step:int=16) -> list:
     examples = [[answer_example(tokenizer, side, family) for side in pair] for pair in pairs]
     return [pad([w for w, _ in part] + [l for _, l in part]) for i in range(0, len(pairs), per_step) for part in [examples[i:i + per_step]]]
 
-# %% ../nbs/22b_preference.ipynb #d60568ec
+# %% ../nbs/22b_preference.ipynb #9b4f6006
 def frozen(model):
     "A copy that nothing trains: the reference."
     return copy.deepcopy(model).requires_grad_(False).eval()
+
+def not_itself(model, reference):
+    if {*map(id, model.parameters())} & {*map(id, reference.parameters())}: raise ValueError("the reference is the model itself, and would learn with it: take frozen(model)")
 
 def answer_sums(model, batch):
     "The log-probabilities of whole answers, chosen and rejected: `(pairs,)` each."
@@ -127,7 +130,7 @@ def dpo(
     anchor:float=0.,   # above 0: also raise the chosen answer by itself, so much. Source: Pang et al., arXiv:2404.19733
 ):
     "Train the model on pairs, in place; yields a dict for each step: loss, margin, and how far the log-probabilities have moved from the reference's."
-    if any(p is q for p in model.parameters() for q in reference.parameters()): raise ValueError("the reference is the model itself, so the margin would always be 0: take frozen(model)")
+    not_itself(model, reference)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.), lr=lr, betas=(0.9, 0.95))
     for step, batch in enumerate(batches):
         with torch.no_grad(): ref_chosen, ref_rejected = answer_sums(reference, batch)
@@ -166,19 +169,21 @@ def grpo_objective(
     gain = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) - beta * kl_estimate(log_p, log_ref)
     return ((gain * graded).sum(1) / graded.sum(1)).mean()
 
-# %% ../nbs/22b_preference.ipynb #18671b15
+# %% ../nbs/22b_preference.ipynb #aa7cc99c
 def grpo(
     model, reference, tokenizer,
     lessons,                # a list, one for each step, of lists of talks
     family="qwen3",
     reward=right_or_wrong,  # from texts and talks to (talks, group)
-    group:int=8, updates:int=2, lr:float=3e-4, clip:float=0.2, beta:float=0.02, seed:int=0,
+    group:int=8, updates:int=2, lr:float=3e-4, warmup:int=5, clip:float=0.2, beta:float=0.02, seed:int=0,
 ):
     "Sample, mark, and raise what was better than its group, in place. Yields a dict for each step: reward, KL to the reference and share of tokens beyond the clip."
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.), lr=lr, betas=(0.9, 0.95))
-    for step, talks in enumerate(lessons):
-        examples, texts = sample_answers(model, tokenizer, prompts_of(tokenizer, talks, family), group, seed + step)
-        rewards, batch = reward(texts, talks), pad(examples)
+    not_itself(model, reference)
+    for step, asked in enumerate(lessons):
+        for g in optimizer.param_groups: g["lr"] = lr * min(1, (step + 1) / warmup)
+        examples, texts = sample_answers(model, tokenizer, prompts_of(tokenizer, asked, family), group, seed + step)
+        rewards, batch = reward(texts, asked), pad(examples)
         A, graded, log_old = advantages(rewards).flatten(), batch["labels"] != IGNORED, None
         with torch.no_grad(): log_ref = answer_log_probs(reference, batch)
         for _ in range(updates):
