@@ -75,7 +75,7 @@ def dpo_loss(
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -F.logsigmoid(margin), margin
 
-# %% ../nbs/22b_preference.ipynb #af2f3ea2
+# %% ../nbs/22b_preference.ipynb #7239e793
 def preference_pair(
     talk,    # from `sentence_talk`: the last message is right
     choose,  # a `Chooser`
@@ -83,7 +83,8 @@ def preference_pair(
     "The talk with the right answer, and with a wrong one of the same form."
     right = talk[-1]["content"]
     names, of_place = (PLACES, True) if talk[-1]["kind"] != "who" else ([*PEOPLE, "Nobody"], False)
-    said = next(n for n in names if (right.endswith(f"the {n}.") if of_place else right.startswith(f"{n} ")))
+    said = next((n for n in names if (right.endswith(f"the {n}.") if of_place else right.startswith(f"{n} "))), None)
+    if said is None: raise ValueError(f"the answer {right!r:.60} is no whole sentence about the world, such as sentence_talk gives when asked")
     other = choose([n for n in names if n != said])
     wrong = right[:-len(said) - 1] + other + "." if of_place else other + right[len(said):]
     return talk, [*talk[:-1], talk[-1] | dict(content=wrong)]

@@ -66,7 +66,7 @@ def test_pairs_are_one_right_and_one_wrong(tokenizer, model):
         (*before, w), (*same, l) = pr.preference_pair(talk, Chooser(random.Random(i)))
         assert before == same and w == talk[-1] and w["content"] != l["content"] and len(w["content"].split()) == len(l["content"].split())
         assert sum(a != b for a, b in zip(w["content"].split(), l["content"].split())) == 1
-    for w, l in pr.own_pairs(model, tokenizer, talks(6, 3, system=False), Chooser(random.Random(0))): assert w[-1]["content"] != l[-1]["content"] and w[:-1] == l[:-1]
+    for w, l in pr.own_pairs(model, tokenizer, talks(6, 3), Chooser(random.Random(0))): assert w[-1]["content"] != l[-1]["content"] and w[:-1] == l[:-1]
 
 
 @pytest.mark.parametrize("anchor", [0., 1.])
@@ -160,6 +160,7 @@ def test_refused(tokenizer, model):
     z = torch.zeros(2)
     for beta in (0, -1.): one_sentence("beta is", lambda: pr.dpo_loss(z, z, z, z, beta))
     for bad in (torch.ones(4, 1), torch.ones(4)): one_sentence("rewards has shape", lambda: pr.advantages(bad))
+    one_sentence("no whole sentence", lambda: pr.preference_pair(next(t for t in talks(50, 0, system=False) if t[-1]["kind"] == "who"), Chooser(random.Random(0))))
     batches = pr.dpo_batches(tokenizer, "qwen3", [pr.preference_pair(t, Chooser(random.Random(0))) for t in talks(2, 0)])
     one_sentence("the reference is the model itself", lambda: next(pr.dpo(model, model, batches)))
     reference, before = pr.frozen(model), model.model.norm.weight.clone()
