@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .train import OneProcess, checkpoints
 
-# %% ../nbs/21a_parallel.ipynb #299b28d5
+# %% ../nbs/21a_parallel.ipynb #6d4c08ee
 class DDP(OneProcess):
     """Data parallel: every process holds all weights, gradients and optimizer state, and computes its own rows.
 
@@ -21,7 +21,7 @@ class DDP(OneProcess):
     def __init__(self, device="cpu"):
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), torch.device(device)
 
-    def wrap(self, objective): return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    def wrap(self, objective): return DistributedDataParallel(objective, gradient_as_bucket_view=True)  # gradients are averaged where they lie
     def syncing(self, objective, last): return nullcontext() if last else objective.no_sync()
 
     def sum(self, tensor):
@@ -40,7 +40,7 @@ class DDP(OneProcess):
     def full(self, tensor): return self.keep(tensor.detach())
     def keep(self, tensor): return tensor.cpu() if self.rank == 0 or not tensor.dim() else None  # what is only written is needed on rank 0 alone
 
-# %% ../nbs/21a_parallel.ipynb #8f4b8c18
+# %% ../nbs/21a_parallel.ipynb #b6e80560
 class FSDP(DDP):
     """Fully sharded data parallel: every process holds its part of each weight, gradient and moment, and its own rows.
 
@@ -49,7 +49,9 @@ class FSDP(DDP):
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
         for layer in objective.model.model.layers: fully_shard(layer, mesh=mesh)
-        return fully_shard(objective, mesh=mesh)  # what is in no layer: the embedding and the last norm
+        fully_shard(objective, mesh=mesh)  # what is in no layer: the embedding and the last norm
+        objective.register_forward_hook(lambda whole, *_: None if torch.is_grad_enabled() else whole.reshard())  # these wait for a backward pass, which may not come
+        return objective
 
     def syncing(self, objective, last):
         objective.set_requires_gradient_sync(last)
@@ -87,7 +89,7 @@ def many(
         raise ConnectionError(process_died(out)) from None
     finally: end_watch()
 
-# %% ../nbs/21a_parallel.ipynb #c6adce43
+# %% ../nbs/21a_parallel.ipynb #63f77a7d
 def launched() -> bool:
     "Whether `torchrun` started this process."
     return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -100,9 +102,9 @@ def local_device() -> torch.device:
 
 def process_died(out) -> str:
     "What to say when the others cannot go on."
-    safe = (checkpoints(out) or [None])[-1] if out else None
-    saved = f"the checkpoint {safe} is safe" if safe else "no checkpoint had been saved"
-    return f"another process of this run died or was stopped, so process {dist.get_rank()} stops too; {saved}: start the same command again{', and it goes on from there' if safe else ''}"
+    safe = checkpoints(out) if out else None
+    saved = "its last checkpoint is safe" if safe is None else f"the checkpoint {safe[-1]} is safe" if safe else "nothing had been saved yet"
+    return f"another process of this run died or was stopped, so process {dist.get_rank()} stops too; {saved}: start the same command again{', and it goes on from there' if safe != [] else ''}"
 
 # %% ../nbs/21a_parallel.ipynb #cc466cdf
 def watch_sigterm(out):

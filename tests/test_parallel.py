@@ -32,10 +32,10 @@ def own_count(run):
     run.total = lambda x: total(x) if isinstance(x, float) else x * run.engine.world_size  # a loss is a float, a count is not
     return run
 
+jobs, found = json.load(open(sys.argv[1])), {}
 try:
-    with many() as engine:
-        found = {}
-        for kind, settings in json.load(open(sys.argv[1])):
+    with many("ddp", jobs[-1][1]["out"]) as engine:
+        for kind, settings in jobs:
             config = TrainConfig(**settings)
             if kind == "wrong":
                 run = own_count(Run(config, engine))
@@ -126,7 +126,7 @@ def test_bfloat16(runs):
 
 def test_the_mean_of_means_fails(runs):
     wrong, right = json.loads((runs / "found0.json").read_text())["wrong"], curve(runs / "one-plain", "grad_norm")
-    assert abs(wrong[0] - right[0]) / right[0] > 1e-3  # a hundred times what the right way is allowed
+    assert max(abs(w - r) / r for w, r in zip(wrong, right)) > 1e-4  # ten times what the right way is allowed
 
 
 def test_what_is_held(runs):
