@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Loss against compute: four widths, each trained five times for a different number of steps, one schedule each.
+"""Loss against compute: four widths, each trained for several numbers of steps, one schedule each.
 
     python benchmarks/scaling.py            # some 20 minutes on one core; goes on where it was stopped
     python benchmarks/scaling.py --out FILE
@@ -18,7 +18,7 @@ import torch
 from qwen_nb.data import write_file
 from qwen_nb.scaling import run_point
 
-WIDTHS, STEPS = (16, 32, 64, 96), (40, 80, 160, 320, 640)
+STEPS = {16: 1280, 32: 1280, 64: 640, 96: 640}  # of the longest run of each width; each of the others is half as long as the next, down to 40
 
 
 def main():
@@ -29,9 +29,9 @@ def main():
     found = json.loads(out.read_text()) if out.is_file() else dict(machine=machine, date=str(datetime.date.today()), points=[])
     if found["machine"] != machine: raise SystemExit(f"{out} was measured on {found['machine']}, this is {machine}: name another --out")
     done = {(p["hidden"], p["steps"]) for p in found["points"]}
-    for steps in STEPS:
-        for hidden in WIDTHS:
-            if (hidden, steps) in done: continue
+    for steps in (40, 80, 160, 320, 640, 1280):
+        for hidden in STEPS:
+            if steps > STEPS[hidden] or (hidden, steps) in done: continue
             found["points"].append(point := run_point(hidden, steps))
             print(f"width {hidden:3}, {steps:4} steps: {point['flops']:.2e} operations, loss {point['loss']:.4f}, floor {point['floor']:.4f}", flush=True)
             write_file(out, (json.dumps(found, indent=1) + "\n").encode())
