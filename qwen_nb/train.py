@@ -5,7 +5,7 @@ __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OU
            'next_token_loss', 'init_weights', 'parameter_groups', 'learning_rate', 'Objective', 'label_weight',
            'use_checkpointing', 'TrainConfig', 'check_config', 'parse_value', 'read_settings', 'read_config',
            'OneProcess', 'sync_folder', 'write_folder', 'read_folder', 'config_json', 'tokenizer_files', 'to_json',
-           'model_files', 'save_pretrained', 'checkpoints', 'remove_folder', 'save_checkpoint', 'load_checkpoint',
+           'model_files', 'save_pretrained', 'checkpoints', 'prune', 'save_checkpoint', 'load_checkpoint',
            'latest_checkpoint', 'read_log', 'cut_log', 'flops_per_token', 'measure_peak', 'Log', 'open_data',
            'build_model', 'Run', 'optimizer_step', 'not_a_number', 'save_run', 'load_run', 'compare_configs', 'claim',
            'write_sample', 'watch', 'loop', 'train', 'world_floor', 'plot_log', 'live_plot', 'attention_map']
@@ -335,20 +335,21 @@ def save_pretrained(
     "Write a model as a folder that `Qwen.from_pretrained`, `transformers` and vLLM open. The folder appears whole or not at all; an older one is replaced."
     return write_folder(folder, model_files(dict(model.named_parameters()), model.config, tokenizer, dtype))
 
-# %% ../nbs/21_train.ipynb #a581b84d
+# %% ../nbs/21_train.ipynb #0a4b2731
 def checkpoints(out) -> list:
     "The run's checkpoints, the oldest first."
     found = [p for p in Path(out).glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
-def remove_folder(folder):
-    "First under another name, so that nothing half removed looks like a checkpoint."
-    gone = folder.with_name(f"{folder.name}.old.tmp")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+def prune(out, keep):
+    "Remove all but the last `keep` checkpoints (0: none). First each gets another name, so that nothing half removed looks like a checkpoint."
+    for folder in checkpoints(out)[:-keep] if keep else []:
+        gone = folder.with_name(f"{folder.name}.old.tmp")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
-# %% ../nbs/21_train.ipynb #91a105b5
+# %% ../nbs/21_train.ipynb #dddadf72
 def save_checkpoint(
     out,                # the run's folder
     step:int,           # how many steps are done
@@ -362,7 +363,7 @@ def save_checkpoint(
     "Write `out/step-000123`, a model's folder with the optimizer's state beside the weights, then remove the oldest ones. OSError, in a sentence, if the disk is full."
     rest = {"optimizer.safetensors": save(moments | {"rng": torch.get_rng_state()}), "training.json": to_json(dict(format="qwen_nb checkpoint 1", step=step, **about))}
     folder = write_folder(Path(out) / f"step-{step:06d}", model_files(weights, config, tokenizer, torch.float32) | rest)
-    for old in checkpoints(out)[:-keep] if keep else []: remove_folder(old)
+    prune(out, keep)
     return folder
 
 # %% ../nbs/21_train.ipynb #c3a0248f
@@ -673,7 +674,7 @@ def loop(run, on_log=None):
         bar.close()
         if first: log.close()
 
-# %% ../nbs/21_train.ipynb #325c2ed5
+# %% ../nbs/21_train.ipynb #dd782db0
 def train(
     config:TrainConfig,
     engine=None,  # None: this process alone; or one that shares the work with others
@@ -691,6 +692,7 @@ def train(
         if last := engine.first(lambda: latest_checkpoint(config.out)): load_run(run, last)
         engine.first(lambda: cut_log(config.out, run.step))
         if not last: save_run(run)
+        engine.first(lambda: prune(config.out, config.keep))
         loop(run, on_log)
         final = Path(config.out) / "final"
         weights = {name: engine.full(p) for name, p in run.model.named_parameters()}
