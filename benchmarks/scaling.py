@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Loss against compute: four widths, each trained for several numbers of steps, one schedule each.
 
-    python benchmarks/scaling.py            # some 20 minutes on one core; goes on where it was stopped
+    python benchmarks/scaling.py            # some 20 to 60 minutes on one core; goes on where it was stopped
     python benchmarks/scaling.py --out FILE
 
 The code that runs a point is `qwen_nb.scaling.run_point`, explained in nbs/21b_scaling.ipynb, which draws the result. Writes
