@@ -37,13 +37,13 @@ def list_lesson(choose) -> list:
     again = [choose(known) for _ in range(6)]
     return [(told_pairs(choose, known), False)] + [part for _, name, value in again for part in ((f" {name}", False), (f" {value}", True))]
 
-# %% ../nbs/20a_lessons.ipynb #6e96c6b1
+# %% ../nbs/20a_lessons.ipynb #8a9d3b45
 def asked(choose, w, n, unknown=0):
     "n questions that one fact answers; the same one may come twice. Of eight, about `unknown` are about a name that was never told."
     strangers = [("person", name) for name in PEOPLE if name not in w.at] + [(k, name) for name in THINGS if name not in w.things() for k in ("who", "lying")]
     for _ in range(n):
         told = choose([True, False], [8 - unknown, unknown])
-        kind, name = choose(pairs(w))[:2] if told else choose(strangers)
+        kind, name = choose(known := pairs(w), [1 + 2 * (k == "who") for k, *_ in known])[:2] if told else choose(strangers)
         question, answer = ask(w if told else World({name: PLACES[0]}), "thing" if kind == "lying" else kind, name)
         yield Line(f"{question} {answer if told else 'I do not know.'}", len(question) + 1, kind if told else "unknown")
 
@@ -77,19 +77,19 @@ def story_lesson(choose) -> list:
 
 LESSONS = dict(list=list_lesson, asked=asked_lesson, facts=facts_lesson, dense=dense_lesson, story=story_lesson)
 
-# %% ../nbs/20a_lessons.ipynb #890c6bbe
+# %% ../nbs/20a_lessons.ipynb #225f4af2
 ANSWER = 5.0
 
-def text_row(choose, name, encode, end):
+def text_row(choose, name, encode, end, answer=ANSWER):
     "A lesson's ids with `<|endoftext|>` at the end, and how much each of them counts."
     ids, weights, rest = [], [], 1.0 if name == "story" else 0.0
     for text, counts in LESSONS[name](choose):
         new = encode(text)
-        ids, weights = ids + new, weights + [ANSWER if counts else rest] * len(new)
+        ids, weights = ids + new, weights + [answer if counts else rest] * len(new)
     return ids + [end], weights + [rest]
 
-# %% ../nbs/20a_lessons.ipynb #f4fc034c
-def chat_row(choose, tokenizer):
+# %% ../nbs/20a_lessons.ipynb #649d1880
+def chat_row(choose, tokenizer, answer=ANSWER):
     "A conversation in Qwen3's template up to an answer: its ids, and how much each of them counts."
     *before, last = conversation(choose)
     thinks = choose([True, False])
@@ -97,25 +97,26 @@ def chat_row(choose, tokenizer):
     full = encode_chat(tokenizer, [*before, last], "qwen3", add_generation_prompt=False)
     start = len(encode_chat(tokenizer, before, "qwen3", enable_thinking=thinks))
     end = len(full) - full[::-1].index(tokenizer.special["<|im_end|>"])
-    return full[:end], [0.0] * start + [ANSWER] * (end - start)
+    return full[:end], [0.0] * start + [answer] * (end - start)
 
-# %% ../nbs/20a_lessons.ipynb #f04e6f0c
+# %% ../nbs/20a_lessons.ipynb #d7a7d952
 COURSE = [  # (up to this row, the share of each lesson)
     (16_000, dict(list=1)),
     (20_000, dict(list=1, asked=4)),
-    (56_000, dict(list=1, asked=2, facts=7)),
+    (64_000, dict(list=1, asked=2, facts=7)),
     (None, dict(facts=3, dense=5, story=8, chat=8))]
 STORIES = [(None, dict(story=1))]
 
-# %% ../nbs/20a_lessons.ipynb #317a8f6d
+# %% ../nbs/20a_lessons.ipynb #0f0ad023
 class WorldRows:
     "Rows about the made-up world, without end. Each is one document."
     def __init__(self,
                  tokenizer,      # a `Tokenizer` with `<|endoftext|>`, and with ChatML's tokens if there are conversations
                  seq_len:int,    # the longest row; a longer one is drawn again
                  course=COURSE,  # a list of (up to this row, shares of the lessons)
+                 answer=ANSWER,  # how much an answer's tokens count
                  pool=256):      # rows that are sorted by length together
-        self.tokenizer, self.seq_len, self.course, self.pool, self._made = tokenizer, seq_len, course, pool, (None, None)
+        self.tokenizer, self.seq_len, self.course, self.answer, self.pool, self._made = tokenizer, seq_len, course, answer, pool, (None, None)
         self.encode = lru_cache(100_000)(tokenizer.encode)  # the same sentences come again and again
 
     def row(self, seed, k):
@@ -124,7 +125,7 @@ class WorldRows:
         mix = next(mix for end, mix in self.course if end is None or k < end)
         while True:
             name = choose(mix, list(mix.values()))
-            ids, weights = chat_row(choose, self.tokenizer) if name == "chat" else text_row(choose, name, self.encode, self.tokenizer.special[END])
+            ids, weights = chat_row(choose, self.tokenizer, self.answer) if name == "chat" else text_row(choose, name, self.encode, self.tokenizer.special[END], self.answer)
             if len(ids) <= self.seq_len + 1: return ids, weights
 
     def block(self, seed, number):

@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OU
            'build_model', 'Run', 'optimizer_step', 'not_a_number', 'save_run', 'load_run', 'compare_configs', 'claim',
            'write_sample', 'watch', 'loop', 'train', 'world_floor', 'plot_log', 'live_plot', 'attention_map']
 
-# %% ../nbs/21_train.ipynb #5e61bd38
+# %% ../nbs/21_train.ipynb #2613f168
 import difflib, json, math, os, re, shutil, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +31,7 @@ from .chat import SMALL_TEMPLATE
 from .data import IGNORED, Packed, Shards, digest, document_mask, write_file
 from .generate import generate
 from .inspect import OURS, QUIET, packaged_model
+from .lessons import COURSE, STORIES, WorldRows
 from .model import Qwen, QwenConfig
 from .tokenizer import Tokenizer, tokenizer_json
 from .weights import find_model
@@ -461,18 +462,16 @@ class Log:
         self.file.close()
         if self.board: self.board.close()
 
-# %% ../nbs/21_train.ipynb #53b09b72
+# %% ../nbs/21_train.ipynb #8530d37f
 def open_data(
     config:TrainConfig,
     folder=None,  # of the model to go on from
 ):
     "Where the tokenizer is, rows to train on, held-out rows (or None), and a hash of the data. Raises what `Shards` and `Packed` raise."
     if config.data == "world":
-        from qwen_nb.data import WorldRows
         source = folder or packaged_model()
         tokenizer = Tokenizer.from_pretrained(source)
-        rows = WorldRows(tokenizer, config.seq_len)
-        return source, rows, rows, "world"
+        return source, WorldRows(tokenizer, config.seq_len), WorldRows(tokenizer, config.seq_len, STORIES, answer=1.0), f"world {COURSE}"
     tokenizer = Tokenizer.from_pretrained(folder) if folder else None
     train, held_out = (Shards(config.data, part, tokenizer, config.vocab_size or None) for part in ("train", "held_out"))
     enough = len(held_out) > config.seq_len
@@ -530,9 +529,9 @@ class Run:
 
 HELD_OUT_SEED = 1_000_000_007
 
-# %% ../nbs/21_train.ipynb #dfc17294
+# %% ../nbs/21_train.ipynb #a5c6f3ea
 def optimizer_step(run) -> dict:
-    """One step of AdamW on `batch_size` rows. Returns its loss (mean over all labels of all processes), lr and gradient norm.
+    """One step of AdamW on `batch_size` rows. Returns its loss (mean over all labels of all processes), lr, gradient norm, and how many tokens its rows held.
 
     Raises FloatingPointError, before anything is changed, if the loss or the norm is not a number."""
     c, engine = run.config, run.engine
@@ -551,7 +550,7 @@ def optimizer_step(run) -> dict:
     if not math.isfinite(loss + norm): raise FloatingPointError(not_a_number(run, f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}"))
     run.optimizer.step()
     run.step += 1
-    return dict(step=run.step, loss=loss, lr=lr, grad_norm=norm)
+    return dict(step=run.step, loss=loss, lr=lr, grad_norm=norm, tokens=int(run.total(sum(b["input_ids"].numel() for b in batches))))
 
 # %% ../nbs/21_train.ipynb #13b32b08
 def not_a_number(run, found) -> str:
@@ -636,18 +635,18 @@ def write_sample(run) -> str:
         return run.tokenizer.decode(ids[:batch.shape[1]]) + " → " + run.tokenizer.decode(ids[batch.shape[1]:])
     return run.engine.first(write)
 
-# %% ../nbs/21_train.ipynb #86637dfe
-def watch(run, line, seconds, tokens, peak):
+# %% ../nbs/21_train.ipynb #69281040
+def watch(run, line, seconds, tokens, rows, peak):
     "Complete a line of the log: speed, and at every evaluation the held-out loss and a sample."
     c = run.config
     line["tokens_per_second"] = tokens / seconds
-    line["peak_share"] = line["tokens_per_second"] * flops_per_token(run.model.config, c.seq_len) / peak
+    line["peak_share"] = line["tokens_per_second"] * flops_per_token(run.model.config, tokens // rows) / peak
     if c.eval_every and (run.step % c.eval_every == 0 or run.step in (1, c.steps)):
         if run.held_out: line["held_out"] = run.held_out_loss()
         if c.sample: line["sample"] = write_sample(run)
     return line
 
-# %% ../nbs/21_train.ipynb #979c9e65
+# %% ../nbs/21_train.ipynb #5795607e
 def loop(run, on_log=None):
     "The steps that are left, with log and checkpoints."
     c, engine, first = run.config, run.engine, run.engine.rank == 0
@@ -655,18 +654,18 @@ def loop(run, on_log=None):
     log = Log(c.out, on_log) if first else None
     peak = engine.world_size * (1e12 * c.peak_tflops or engine.first(lambda: measure_peak(engine.device, c.dtype)))
     bar = tqdm(total=c.steps, initial=run.step, unit="step", desc=Path(c.out).name, **({} if first else dict(disable=True)))
-    seconds = steps = 0
+    seconds = steps = tokens = 0
     try:
         while run.step < c.steps:
             start = time.perf_counter()
             line = optimizer_step(run)
-            seconds, steps = seconds + time.perf_counter() - start, steps + 1
+            seconds, steps, tokens = seconds + time.perf_counter() - start, steps + 1, tokens + line["tokens"]
             bar.update(); bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
             end = run.step == c.steps
             if run.step % c.log_every == 0 or run.step == 1 or end or c.eval_every and run.step % c.eval_every == 0:
-                line = watch(run, line, seconds, steps * c.batch_size * c.seq_len, peak)
+                line = watch(run, line, seconds, tokens, steps * c.batch_size, peak)
                 if first: log.write(line)
-                seconds = steps = 0
+                seconds = steps = tokens = 0
             if run.step % c.save_every == 0 or end:
                 if first: log.sync()
                 save_run(run)

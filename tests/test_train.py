@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qwen_nb import data
 from qwen_nb import train as training
 from qwen_nb.data import IGNORED, Packed, Shards, write_shards
+from qwen_nb.lessons import ANSWER, STORIES, WorldRows
 from qwen_nb.inspect import load_reference
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer
@@ -184,15 +185,13 @@ def test_the_run_is_the_ten_lines(config):
 def test_rows_of_the_world(config, monkeypatch):
     "`data = \"world\"`: rows made up on the fly, with the packaged tokenizer; the held-out ones by another seed."
     asked = set()
-    class WorldRows:
-        def __init__(self, tokenizer, seq_len): self.n, self.seq_len = len(tokenizer), seq_len
+    class Rows(WorldRows):
         def batch(self, step, batch_size, seed):
-            asked.add(seed)
-            ids = torch.randint(0, self.n, (batch_size, self.seq_len), generator=torch.Generator().manual_seed(1000 * seed + step))
-            return dict(input_ids=ids, labels=ids, document_ids=torch.zeros_like(ids), position_ids=torch.arange(self.seq_len).expand(batch_size, -1))
-    monkeypatch.setattr(data, "WorldRows", WorldRows, raising=False)
+            asked.add((seed, self.course is STORIES, self.answer))
+            return super().batch(step, batch_size, seed)
+    monkeypatch.setattr(training, "WorldRows", Rows)
     final = train(replace(config, data="world", eval_every=6))
-    assert asked == {0, training.HELD_OUT_SEED} and len(Tokenizer.from_pretrained(final)) <= Qwen.from_pretrained(final).config.vocab_size
+    assert asked == {(0, False, ANSWER), (training.HELD_OUT_SEED, True, 1.0)} and len(Tokenizer.from_pretrained(final)) <= Qwen.from_pretrained(final).config.vocab_size
     assert (final / "tokenizer_config.json").read_bytes() == (training.packaged_model() / "tokenizer_config.json").read_bytes()
 
 
