@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['MARK', 'SUFFIXES', 'END', 'IGNORED', 'write_pdf', 'world_stories', 'world_pdf', 'page_number', 'drop_headers',
            'join_lines', 'read_pdf', 'read_document', 'read_documents', 'cut', 'fingerprint', 'split_documents',
-           'write_file', 'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'read_shard_index',
-           'open_array', 'Shards', 'Packed', 'document_mask', 'prepare']
+           'write_file', 'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'is_ours',
+           'read_shard_index', 'open_array', 'Shards', 'Packed', 'document_mask', 'prepare']
 
 # %% ../nbs/20_data.ipynb #ea72de8e
 import hashlib, json, os, re, shutil, unicodedata
@@ -265,8 +265,9 @@ def clean(folder, index):
     "Remove shards and tokenizers that the index does not name, and nothing else."
     named = {index["tokenizer"]} | {s["file"] for part in index["parts"].values() for s in [*part["shards"], part["starts"]]}
     for p in Path(folder).iterdir():
-        ours = re.fullmatch(r"(train|held_out)-(\d{5,}|starts)-[0-9a-f]{12}\.bin(\.tmp)?|tokenizer-[0-9a-f]{12}|index\.json\.tmp", p.name)
-        if ours and p.name not in named: shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
+        if is_ours(p.name) and p.name not in named: shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
+
+def is_ours(name) -> bool: return bool(re.fullmatch(r"(train|held_out)-(\d{5,}|starts)-[0-9a-f]{12}\.bin(\.tmp)?|tokenizer-[0-9a-f]{12}|index\.json\.tmp", name))
 
 # %% ../nbs/20_data.ipynb #fc2e5410
 def read_shard_index(folder) -> dict:

@@ -468,7 +468,7 @@ def open_data(
 ):
     "Where the tokenizer is, rows to train on, held-out rows (or None), and a hash of the data. Raises what `Shards` and `Packed` raise."
     if config.data == "world":
-        from qwen_nb.data import WorldRows
+        from qwen_nb.lessons import WorldRows
         source = folder or packaged_model()
         tokenizer = Tokenizer.from_pretrained(source)
         rows = WorldRows(tokenizer, config.seq_len)
@@ -677,8 +677,9 @@ def loop(run, on_log=None):
 # %% ../nbs/21_train.ipynb #dd782db0
 def train(
     config:TrainConfig,
-    engine=None,  # None: this process alone; or one that shares the work with others
-    on_log=None,  # called with all lines of the log so far, each time there is a new one
+    engine=None,     # None: this process alone; or one that shares the work with others
+    on_log=None,     # called with all lines of the log so far, each time there is a new one
+    on_resume=None,  # called with the checkpoint that the run goes on from, if there is one
 ) -> Path:
     """Train, or go on where the run in `config.out` was stopped. Returns `config.out/final`, the model in bfloat16.
 
@@ -689,7 +690,9 @@ def train(
     engine.first(lambda: held.append(claim(config.out)))
     try:
         run = Run(config, engine)
-        if last := engine.first(lambda: latest_checkpoint(config.out)): load_run(run, last)
+        if last := engine.first(lambda: latest_checkpoint(config.out)):
+            load_run(run, last)
+            if on_resume: on_resume(last)
         engine.first(lambda: cut_log(config.out, run.step))
         if not last: save_run(run)
         engine.first(lambda: prune(config.out, config.keep))
