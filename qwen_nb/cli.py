@@ -237,7 +237,7 @@ def data(args):
     report_data(folder, prepare(source, folder, **given), args)
     return 0
 
-# %% ../nbs/90_cli.ipynb #dc570d73
+# %% ../nbs/90_cli.ipynb #6f43003d
 def report_data(folder, index, args):
     "What was made, how it begins, and what to type next."
     from qwen_nb.data import Shards
@@ -246,7 +246,8 @@ def report_data(folder, index, args):
     print(f"{folder} is ready: {sum(p['documents'] for p in parts.values()):,} documents, {sum(p['tokens'] for p in parts.values()):,} tokens, a vocabulary of {index['vocab_size']:,} ids")
     for name, p in parts.items(): print(f"  {name:9}{p['documents']:>8,} documents{p['tokens']:>12,} tokens{len(p['shards']):>5} shard{'s' * (len(p['shards']) != 1)}")
     shards = Shards(folder, verify=False)
-    begins = shards.tokenizer().decode(shards.document(0)[:400].tolist(), skip_special=True)[:300].rstrip()
+    begins = shards.tokenizer().decode(shards.document(0).tolist(), skip_special=True)
+    begins = begins[:300].rsplit(None, 1)[0] + " …" if len(begins) > 300 else begins.rstrip()
     print("The first document of train begins (see that it reads well):\n\n" + "".join(f"  {visible(line)}\n" for line in begins.split("\n")))
     if args.vocab_size and not args.tokenizer and index["vocab_size"] < args.vocab_size: print(f"The text is too short for {args.vocab_size:,} ids: no two tokens are left that stand together twice.")
     rows, here = (parts["train"]["tokens"] - 1) // default.seq_len, shlex.quote(f"data={folder}")
@@ -259,7 +260,7 @@ def pace(rows, default, passes=20):
     steps = max(100, passes * rows // default.batch_size)
     return [f"steps={steps}", f"warmup={steps // 10}"] if steps < default.steps else []
 
-# %% ../nbs/90_cli.ipynb #fed46a7e
+# %% ../nbs/90_cli.ipynb #e86b2b15
 def settings_of():
     "`(name, default, comment)` of every field of `TrainConfig`, read from its source without importing it."
     import ast
@@ -270,11 +271,11 @@ def settings_of():
 
 def settings_help():
     "The settings as lines of the help."
-    from textwrap import fill
+    from textwrap import wrap
     width, text = min(110, shutil.get_terminal_size().columns), "settings, and what they are if not given:"
     for name, value, comment in settings_of():
         shown = {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
-        text += "\n" + fill(comment, width, initial_indent=f"  {f'{name}={shown}':29} ", subsequent_indent=" " * 32)
+        text += "\n" + (f"  {f'{name}={shown}':30}" + ("\n" + " " * 32).join(wrap(comment, width - 32))).rstrip()
     return text
 
 # %% ../nbs/90_cli.ipynb #c82dea26
@@ -362,7 +363,7 @@ def add_shared(parser):
     add("--presence-penalty", type=float, metavar="R", help="above 0: rather not what it has written already; 0: off")
     add("--seed", type=int, metavar="N", help="the same seed, the same text")
 
-# %% ../nbs/90_cli.ipynb #1b85be07
+# %% ../nbs/90_cli.ipynb #789c6141
 GENERATE_EXAMPLES = r"""examples:
   qwen-nb generate "Max is in the"
   printf 'Max is in the attic.\nMax has the ball.\nWho has the ball?' | qwen-nb generate --stop '\n'
@@ -378,7 +379,7 @@ CHAT_EXAMPLES = """examples:
 DATA_EXAMPLES = """examples:
   qwen-nb data
   qwen-nb data book.pdf --out book --vocab-size 2048
-  qwen-nb data notes/ --out notes --held-out 0.05 --mark ---"""
+  qwen-nb data notes/ --out notes --held-out 0.05 --mark=---"""
 
 TRAIN_EXAMPLES = """examples:
   qwen-nb train
@@ -406,7 +407,7 @@ def add_generate(commands):
     add_shared(p)
     p.set_defaults(run=generate)
 
-# %% ../nbs/90_cli.ipynb #cd7a1c76
+# %% ../nbs/90_cli.ipynb #fe8b1525
 def add_chat(commands):
     p = commands.add_parser("chat", help="talk with a model", epilog=CHAT_EXAMPLES,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -438,7 +439,7 @@ def add_train(commands):
                             description="Train a model. Without arguments: a small one, on stories and conversations about the world of\n"
                                         "the packaged model. If the folder out holds a run, it goes on where that was stopped.\n"
                                         "Ctrl-C stops it; the last checkpoint stays.")
-    p.add_argument("settings", nargs="*", metavar="CONFIG.toml, key=value", help="a file of settings (.toml or .json), and settings that win over the file")
+    p.add_argument("settings", nargs="*", metavar="CONFIG.toml", help="a file of settings, .toml or .json; a key=value wins over the file")
     p.add_argument("--engine", choices=["ddp", "fsdp"], help="how processes started by torchrun share the work (default: ddp)")
     p.set_defaults(run=train)
 

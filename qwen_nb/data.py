@@ -164,6 +164,7 @@ def cut(
     at_most:int=4_000,   # characters; a longer piece is cut at the ends of lines
 ) -> list:
     "The documents in a text, each ending with a newline. Only a line that is longer than `at_most` makes a longer one."
+    if at_most < 1: raise ValueError(f"at_most is {at_most}; expected a number of characters above 0")
     found = []
     for piece in re.split(rf"^[ \t]*{re.escape(mark)}[ \t]*$", text, flags=re.M) if mark else [text]:
         now = ""
