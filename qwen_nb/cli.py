@@ -297,10 +297,11 @@ def show_progress(lines):
     sample = visible(line.get("sample", "").replace("\n", " / "))
     tqdm.write(f"step {line['step']}: loss {line['loss']:.3f}{held_out}{'   ' * bool(sample)}{sample}", file=sys.stderr)
 
-# %% ../nbs/90_cli.ipynb #d9444f71
+# %% ../nbs/90_cli.ipynb #ad56a77d
 def train(args):
     "Train a model, or go on with a run."
     config, first = config_of(args.settings), os.environ.get("RANK", "0") == "0"
+    import torch
     from qwen_nb import train as training
     def going_on(checkpoint):
         done = int(checkpoint.name.partition("-")[2])
@@ -308,7 +309,9 @@ def train(args):
     try:
         with engine_for(args.engine, config) as engine, redirect_stdout(sys.stderr):
             final = training.train(config, engine, show_progress, going_on if first else None)
+    except torch.OutOfMemoryError: raise ValueError("the GPU's memory is full: accumulate=2 (or more) computes a step in parts, with the same result; checkpointing=true saves more") from None
     except KeyboardInterrupt:
+        if not first: return 130  # one process says it
         safe = (training.checkpoints(config.out) or [None])[-1]
         raise KeyboardInterrupt(f"stopped; {f'the checkpoint {safe} is safe: the same command goes on from there' if safe else 'nothing had been saved yet'}") from None
     if first: report_training(config, final)
@@ -407,7 +410,7 @@ def add_generate(commands):
     add_shared(p)
     p.set_defaults(run=generate)
 
-# %% ../nbs/90_cli.ipynb #fe8b1525
+# %% ../nbs/90_cli.ipynb #18f9c532
 def add_chat(commands):
     p = commands.add_parser("chat", help="talk with a model", epilog=CHAT_EXAMPLES,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -424,7 +427,7 @@ def add_data(commands):
                             description="From a PDF or a text to what training reads: clean text, cut into documents, a tokenizer\n"
                                         "trained on it, and files of ids in two parts, train and held-out.")
     p.add_argument("source", nargs="?", metavar="SOURCE", help="a .pdf, .txt or .md, or a folder of them (default: a PDF of stories about the small model's world, made for it)")
-    p.add_argument("--out", default="data", metavar="FOLDER", help="where it goes (default: data)")
+    p.add_argument("--out", default="data", metavar="FOLDER", help="where it goes; what an earlier call made there is replaced (default: data)")
     one = p.add_mutually_exclusive_group()
     one.add_argument("--vocab-size", type=int, metavar="N", help="ids of the tokenizer that is trained (default: 512; 2048 to 8192 for a book or more)")
     one.add_argument("--tokenizer", metavar="MODEL", help="take the tokenizer of this model, a folder or a hub id, and train none")

@@ -251,6 +251,22 @@ def test_ctrl_c_and_on(capsys, monkeypatch, book, tmp_path):
     assert a == b and len(a) == 40
 
 
+@pytest.mark.skipif(os.name == "nt", reason="gloo needs a system with fork")
+def test_under_torchrun(book, tmp_path):
+    "Two processes come to the losses of one, and one of them reports."
+    pytest.importorskip("qwen_nb.parallel")
+    from qwen_nb.train import read_log
+    words = ["train", f"data={book[0]}", *TINY, "steps=4", "eval_every=0"]
+    env = ENV | dict(CUDA_VISIBLE_DEVICES="")
+    (tmp_path / "go.py").write_text("from qwen_nb.cli import main; main()")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "go.py", *words, f"out={tmp_path / 'two'}", "--engine", "fsdp"],
+                          env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("Step 4: loss") == 1 and (tmp_path / "two/final/model.safetensors").is_file(), done.stderr
+    assert run(*words, f"out={tmp_path / 'one'}", CUDA_VISIBLE_DEVICES="")[0] == 0
+    one, two = ([line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-4) and len(one) == 4
+
+
 def test_refused_data(capsys, monkeypatch, tmp_path):
     from qwen_nb.data import write_pdf
     go = lambda *a: call(capsys, monkeypatch, "data", *a)
@@ -290,6 +306,8 @@ def test_refused_training(capsys, monkeypatch, book, tmp_path):
     refused(go(data, out, *TINY, "steps=2", "lr=1e-3"), out[4:], "lr was 0.003 and is now 0.001")
     status, said, err = go(data, out, *TINY, "--engine", "ddp", "steps=2")  # in any order
     refused((status, said, err), "torchrun")
+    status, said, err = go(data, f"out={tmp_path / 'wild'}", *TINY, "lr=1e30", "steps=20", "eval_every=0")
+    assert status == 2 and not said and "step-000000 is safe: try a lower lr" in err and "Traceback" not in err
 
 
 def test_the_settings_in_the_help(capsys, monkeypatch):
