@@ -213,7 +213,7 @@ def chat(args):
     if terminal: screen.tell("")
     return status
 
-# %% ../nbs/90_cli.ipynb #415444b6
+# %% ../nbs/90_cli.ipynb #7c083cb8
 def own_folder(folder):
     "ValueError if the folder holds what `data` has not made."
     from qwen_nb.data import is_ours
@@ -224,6 +224,8 @@ def own_folder(folder):
 
 def data(args):
     "Make a document ready for training."
+    import logging
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # its remarks about odd but readable files
     from qwen_nb.data import prepare, world_pdf
     from qwen_nb.tokenizer import Tokenizer
     given = {name: getattr(args, name) for name in ("vocab_size", "held_out", "mark", "at_most") if getattr(args, name) is not None}

@@ -127,7 +127,7 @@ def read_pdf(path) -> str:
         raise ValueError(f"{path} is damaged and cannot be read as a PDF ({type(e).__name__}: {' '.join(str(e).split())[:80]})") from e
     if not pages: raise ValueError(f"{path} has no pages")
     text = join_lines([line for page in drop_headers([[s.strip() for s in page if s.strip()] for page in pages]) for line in page])
-    if not any(map(str.isalnum, text)): raise ValueError(f"{path} has no text on its {len(pages)} pages: it is a scan or empty; run a text recognition (OCR) over it first")
+    if not any(map(str.isalnum, text)): raise ValueError(f"{path} has no text on its {len(pages)} page{'s' * (len(pages) != 1)}: it is a scan or empty; run a text recognition (OCR) over it first")
     odd = sum(c == "\ufffd" or unicodedata.category(c) in ("Co", "Cs", "Cn") for c in text)
     if odd > len(text) / 20: raise ValueError(f"{path}: {odd / len(text):.0%} of its characters cannot be read, since its fonts do not say which letters they draw")
     return re.sub(r"[\x00-\x08\x0b-\x1f]|[\ud800-\udfff]", "", text)

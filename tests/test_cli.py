@@ -273,6 +273,8 @@ def test_refused_data(capsys, monkeypatch, tmp_path):
     refused(go(tmp_path / "no.pdf"), "no.pdf", "there is no file or folder")
     refused(go(write_pdf(tmp_path / "scan.pdf", [[], []]), "--out", tmp_path / "new"), "scan.pdf", "OCR")
     (tmp_path / "a.txt").write_text("One.\n* * *\nTwo.\n")
+    (tmp_path / "half.pdf").write_bytes((tmp_path / "scan.pdf").read_bytes()[:400])
+    refused(go(tmp_path / "half.pdf", "--out", tmp_path / "new"), "half.pdf is damaged")
     (tmp_path / "sheet.xls").write_text("1")
     refused(go(tmp_path / "sheet.xls", "--out", tmp_path / "new"), ".xls", ".pdf")
     refused(go(tmp_path / "a.txt", "--out", tmp_path), "something that is no prepared data", "a.txt", "--out")
