@@ -4,7 +4,7 @@
 __all__ = ['LESSONS', 'ANSWER', 'COURSE', 'STORIES', 'small_world', 'pairs', 'told_pairs', 'list_lesson', 'asked', 'parts',
            'asked_lesson', 'facts_lesson', 'dense_lesson', 'story_lesson', 'text_row', 'chat_row', 'WorldRows']
 
-# %% ../nbs/20a_lessons.ipynb #d1b197ab
+# %% ../nbs/20a_lessons.ipynb #5d502d16
 from functools import lru_cache
 from random import Random
 
@@ -12,7 +12,7 @@ import torch
 
 from .chat import encode_chat
 from .data import END, IGNORED
-from .world import Chooser, Line, World, ask, conversation, opening, pick, story
+from .world import PEOPLE, PLACES, THINGS, Chooser, Line, World, ask, conversation, opening, pick, story
 
 # %% ../nbs/20a_lessons.ipynb #68f7d680
 def small_world(choose):
@@ -37,12 +37,15 @@ def list_lesson(choose) -> list:
     again = [choose(known) for _ in range(6)]
     return [(told_pairs(choose, known), False)] + [part for _, name, value in again for part in ((f" {name}", False), (f" {value}", True))]
 
-# %% ../nbs/20a_lessons.ipynb #c2e245e6
-def asked(choose, w, n):
-    "n questions that one fact answers; the same one may come twice."
-    for kind, name, _ in (choose(pairs(w)) for _ in range(n)):
-        question, answer = ask(w, "thing" if kind == "lying" else kind, name)
-        yield Line(f"{question} {answer}", len(question) + 1, kind)
+# %% ../nbs/20a_lessons.ipynb #6e96c6b1
+def asked(choose, w, n, unknown=0):
+    "n questions that one fact answers; the same one may come twice. Of eight, about `unknown` are about a name that was never told."
+    strangers = [("person", name) for name in PEOPLE if name not in w.at] + [(k, name) for name in THINGS if name not in w.things() for k in ("who", "lying")]
+    for _ in range(n):
+        told = choose([True, False], [8 - unknown, unknown])
+        kind, name = choose(pairs(w))[:2] if told else choose(strangers)
+        question, answer = ask(w if told else World({name: PLACES[0]}), "thing" if kind == "lying" else kind, name)
+        yield Line(f"{question} {answer if told else 'I do not know.'}", len(question) + 1, kind if told else "unknown")
 
 def parts(lines):
     "Lines of a story as `(text, counts)`: the answers count."
@@ -51,17 +54,17 @@ def parts(lines):
         if at: yield text[:at], False
         yield text[at:], bool(line.kind)
 
-# %% ../nbs/20a_lessons.ipynb #8496e498
+# %% ../nbs/20a_lessons.ipynb #6ea966da
 def asked_lesson(choose) -> list:
     "Pairs, then five questions."
     w, _ = small_world(choose)
     return [(told_pairs(choose, pairs(w)) + "\n", False), *parts(asked(choose, w, 5))]
 
 def facts_lesson(choose) -> list:
-    "Sentences, then five questions."
+    "Sentences, then six questions, some of which nobody can answer."
     w, lines = small_world(choose)
     told = choose([" ", "\n"]).join(line.text for line in lines)
-    return [(told + "\n", False), *parts(asked(choose, w, 5))]
+    return [(told + "\n", False), *parts(asked(choose, w, 6, unknown=1))]
 
 # %% ../nbs/20a_lessons.ipynb #179fb89e
 def dense_lesson(choose) -> list:
@@ -96,12 +99,12 @@ def chat_row(choose, tokenizer):
     end = len(full) - full[::-1].index(tokenizer.special["<|im_end|>"])
     return full[:end], [0.0] * start + [ANSWER] * (end - start)
 
-# %% ../nbs/20a_lessons.ipynb #dc71d8e7
+# %% ../nbs/20a_lessons.ipynb #f04e6f0c
 COURSE = [  # (up to this row, the share of each lesson)
     (16_000, dict(list=1)),
     (20_000, dict(list=1, asked=4)),
-    (34_000, dict(list=1, asked=2, facts=7)),
-    (None, dict(facts=1, dense=5, story=8, chat=8))]
+    (56_000, dict(list=1, asked=2, facts=7)),
+    (None, dict(facts=3, dense=5, story=8, chat=8))]
 STORIES = [(None, dict(story=1))]
 
 # %% ../nbs/20a_lessons.ipynb #317a8f6d

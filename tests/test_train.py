@@ -161,6 +161,41 @@ def test_parts_equal_the_large_batch(tmp_path, config, change):
     assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
 
 
+def test_the_run_is_the_ten_lines(config):
+    "AdamW with groups, warm-up and cosine, clipping to a length that matters: a plain loop gives the same weights."
+    c = replace(config, clip=0.3, weight_decay=0.5)
+    plain = Run(replace(c, out="none"), OneProcess("cpu"))
+    model, norms = plain.model, []
+    optimizer = torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=0.5), dict(params=[p for p in model.parameters() if p.dim() == 1], weight_decay=0.0)], betas=(0.9, 0.95))
+    for step in range(6):
+        for group in optimizer.param_groups: group["lr"] = 3e-3 * [0.5, 1, 1][step] if step < 3 else learning_rate(step, 6, 3e-3, 2)
+        batch = plain.rows.batch(step, 4, 0)
+        loss = next_token_loss(forward(model, batch), batch["labels"])
+        optimizer.zero_grad(); loss.backward()
+        norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+        for p in model.parameters(): p.grad *= min(1, 0.3 / norms[-1])
+        optimizer.step()
+    train(c)
+    assert min(norms) > 0.3 and [line["grad_norm"] for line in read_log(c.out)] == pytest.approx(norms, rel=1e-4)
+    assert losses(c.out)[-1] == pytest.approx(loss.item(), rel=1e-5)
+    for name, t in final_weights(c.out).items(): assert torch.allclose(t, model.get_parameter(name), atol=1e-4), name
+
+
+def test_rows_of_the_world(config, monkeypatch):
+    "`data = \"world\"`: rows made up on the fly, with the packaged tokenizer; the held-out ones by another seed."
+    asked = set()
+    class WorldRows:
+        def __init__(self, tokenizer, seq_len): self.n, self.seq_len = len(tokenizer), seq_len
+        def batch(self, step, batch_size, seed):
+            asked.add(seed)
+            ids = torch.randint(0, self.n, (batch_size, self.seq_len), generator=torch.Generator().manual_seed(1000 * seed + step))
+            return dict(input_ids=ids, labels=ids, document_ids=torch.zeros_like(ids), position_ids=torch.arange(self.seq_len).expand(batch_size, -1))
+    monkeypatch.setattr(data, "WorldRows", WorldRows, raising=False)
+    final = train(replace(config, data="world", eval_every=6))
+    assert asked == {0, training.HELD_OUT_SEED} and len(Tokenizer.from_pretrained(final)) <= Qwen.from_pretrained(final).config.vocab_size
+    assert (final / "tokenizer_config.json").read_bytes() == (training.packaged_model() / "tokenizer_config.json").read_bytes()
+
+
 def test_parts_with_few_labels(config):
     "Exact also where the parts have different numbers of labels."
     runs = [Run(replace(config, accumulate=n, clip=0.0), OneProcess("cpu")) for n in (1, 4)]
