@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['MARK', 'SUFFIXES', 'END', 'IGNORED', 'write_pdf', 'world_stories', 'world_pdf', 'page_number', 'drop_headers',
            'join_lines', 'read_pdf', 'read_document', 'read_documents', 'cut', 'fingerprint', 'split_documents',
-           'write_file', 'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'read_shard_index',
-           'open_array', 'Shards', 'Packed', 'document_mask', 'prepare']
+           'write_file', 'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'is_ours',
+           'read_shard_index', 'open_array', 'Shards', 'Packed', 'document_mask', 'prepare']
 
 # %% ../nbs/20_data.ipynb #ea72de8e
 import hashlib, json, os, re, shutil, unicodedata
@@ -127,7 +127,7 @@ def read_pdf(path) -> str:
         raise ValueError(f"{path} is damaged and cannot be read as a PDF ({type(e).__name__}: {' '.join(str(e).split())[:80]})") from e
     if not pages: raise ValueError(f"{path} has no pages")
     text = join_lines([line for page in drop_headers([[s.strip() for s in page if s.strip()] for page in pages]) for line in page])
-    if not any(map(str.isalnum, text)): raise ValueError(f"{path} has no text on its {len(pages)} pages: it is a scan or empty; run a text recognition (OCR) over it first")
+    if not any(map(str.isalnum, text)): raise ValueError(f"{path} has no text on its {len(pages)} page{'s' * (len(pages) != 1)}: it is a scan or empty; run a text recognition (OCR) over it first")
     odd = sum(c == "\ufffd" or unicodedata.category(c) in ("Co", "Cs", "Cn") for c in text)
     if odd > len(text) / 20: raise ValueError(f"{path}: {odd / len(text):.0%} of its characters cannot be read, since its fonts do not say which letters they draw")
     return re.sub(r"[\x00-\x08\x0b-\x1f]|[\ud800-\udfff]", "", text)
@@ -164,6 +164,7 @@ def cut(
     at_most:int=4_000,   # characters; a longer piece is cut at the ends of lines
 ) -> list:
     "The documents in a text, each ending with a newline. Only a line that is longer than `at_most` makes a longer one."
+    if at_most < 1: raise ValueError(f"at_most is {at_most}; expected a number of characters above 0")
     found = []
     for piece in re.split(rf"^[ \t]*{re.escape(mark)}[ \t]*$", text, flags=re.M) if mark else [text]:
         now = ""
@@ -265,8 +266,9 @@ def clean(folder, index):
     "Remove shards and tokenizers that the index does not name, and nothing else."
     named = {index["tokenizer"]} | {s["file"] for part in index["parts"].values() for s in [*part["shards"], part["starts"]]}
     for p in Path(folder).iterdir():
-        ours = re.fullmatch(r"(train|held_out)-(\d{5,}|starts)-[0-9a-f]{12}\.bin(\.tmp)?|tokenizer-[0-9a-f]{12}|index\.json\.tmp", p.name)
-        if ours and p.name not in named: shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
+        if is_ours(p.name) and p.name not in named: shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
+
+def is_ours(name) -> bool: return bool(re.fullmatch(r"(train|held_out)-(\d{5,}|starts)-[0-9a-f]{12}\.bin(\.tmp)?|tokenizer-[0-9a-f]{12}|index\.json\.tmp", name))
 
 # %% ../nbs/20_data.ipynb #fc2e5410
 def read_shard_index(folder) -> dict:

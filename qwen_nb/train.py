@@ -119,7 +119,7 @@ def use_checkpointing(
     for layer in model.model.layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
-# %% ../nbs/21_train.ipynb #38422f50
+# %% ../nbs/21_train.ipynb #aaecbb19
 @dataclass
 class TrainConfig:
     "All that decides a run. Raises ValueError, in one sentence, for a value of the wrong type or size."
@@ -149,7 +149,7 @@ class TrainConfig:
     seed: int = 0                       # of the weights and of the order of the rows
     dtype: str = "float32"              # or "bfloat16": autocast
     checkpointing: bool = False         # of activations
-    save_every: int = 500               # steps
+    save_every: int = 200               # steps
     keep: int = 3                       # checkpoints; 0: all
     log_every: int = 10                 # steps
     eval_every: int = 100               # steps; 0: never
@@ -673,11 +673,12 @@ def loop(run, on_log=None):
         bar.close()
         if first: log.close()
 
-# %% ../nbs/21_train.ipynb #dd782db0
+# %% ../nbs/21_train.ipynb #c399fff5
 def train(
     config:TrainConfig,
-    engine=None,  # None: this process alone; or one that shares the work with others
-    on_log=None,  # called with all lines of the log so far, each time there is a new one
+    engine=None,     # None: this process alone; or one that shares the work with others
+    on_log=None,     # called with all lines of the log so far, each time there is a new one
+    on_resume=None,  # called with the checkpoint that the run goes on from, if there is one
 ) -> Path:
     """Train, or go on where the run in `config.out` was stopped. Returns `config.out/final`, the model in bfloat16.
 
@@ -688,7 +689,9 @@ def train(
     engine.first(lambda: held.append(claim(config.out)))
     try:
         run = Run(config, engine)
-        if last := engine.first(lambda: latest_checkpoint(config.out)): load_run(run, last)
+        if last := engine.first(lambda: latest_checkpoint(config.out)):
+            load_run(run, last)
+            if on_resume: on_resume(last)
         engine.first(lambda: cut_log(config.out, run.step))
         if not last: save_run(run)
         engine.first(lambda: prune(config.out, config.keep))

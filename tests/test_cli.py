@@ -1,12 +1,15 @@
 """The command as it is used: real processes, pipes, a pseudo-terminal with Ctrl-C and Ctrl-D, and what is refused."""
 import io
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +61,7 @@ def call(capsys, monkeypatch, *args, stdin=""):
 
 def refused(result, *words):
     status, out, err = result
+    err = re.sub(r"[^\n]*\r", "", err)  # as a terminal shows it: a progress bar that is gone leaves nothing
     assert status == 2 and not out and len(err.strip().splitlines()) == 1 and len(err) < 400 and err.startswith("qwen-nb: "), result
     for word in words: assert str(word) in err, result
 
@@ -66,7 +70,7 @@ def refused(result, *words):
 
 def test_help(capsys, monkeypatch):
     status, out, err = call(capsys, monkeypatch, "-h")
-    assert status == 0 and not err and all(name in out for name in ("chat ", "generate ", "verify "))
+    assert status == 0 and not err and all(name in out for name in ("chat ", "generate ", "data ", "train ", "verify "))
     for name in ("chat", "generate"):
         monkeypatch.setenv("COLUMNS", "80")
         status, out, _ = call(capsys, monkeypatch, name, "-h")
@@ -80,11 +84,10 @@ def test_help(capsys, monkeypatch):
 
 
 def test_examples_of_the_help_are_commands():
-    import shlex
-    for line in (cli.GENERATE_EXAMPLES + "\n" + cli.CHAT_EXAMPLES).splitlines():
+    for line in "\n".join((cli.GENERATE_EXAMPLES, cli.CHAT_EXAMPLES, cli.DATA_EXAMPLES, cli.TRAIN_EXAMPLES)).splitlines():
         if "qwen-nb" not in line: continue
         words = shlex.split(re.split(r" \| | [<>] ", line[line.index("qwen-nb"):])[0])
-        assert cli.make_parser().parse_args(words[1:]).run in (cli.generate, cli.chat)
+        assert cli.parse(words[1:]).run is getattr(cli, words[1])
 
 
 def test_help_is_instant():
@@ -177,6 +180,160 @@ def test_a_terminal_that_lacks_characters():
     code = "import sys; from qwen_nb.cli import main, Screen\nimport qwen_nb.cli as c\nc.verify = lambda args: print('✓ ok') or 0\nmain(['verify'])"
     done = subprocess.run([sys.executable, "-c", code], env=ENV | dict(PYTHONIOENCODING="ascii"), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "? ok\n", "")
+
+
+# ---- data and train, as processes
+
+TINY = ["hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=1", "head_dim=16", "seq_len=32", "batch_size=4",
+        "lr=3e-3", "warmup=2", "log_every=1", "eval_every=6", "eval_batches=1", "sample=5", "peak_tflops=1"]
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    "Prepared by the command, from a PDF that lies in a folder whose name has a blank."
+    from qwen_nb.data import world_pdf
+    folder = tmp_path_factory.mktemp("my books")
+    world_pdf(folder / "a book.pdf", 80)
+    status, out, err = run("data", folder / "a book.pdf", "--out", folder / "data", "--vocab-size", 300)
+    assert status == 0 and "Traceback" not in err, err
+    return folder / "data", out
+
+
+def commands_in(out):
+    "What a report says to type, each as a list of words."
+    return [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  qwen-nb ")]
+
+
+def test_from_a_pdf_to_a_model_that_writes(book, tmp_path):
+    folder, said = book
+    index = json.loads((folder / "index.json").read_text())
+    assert index["vocab_size"] == 300 and f"{index['parts']['train']['tokens']:,} tokens" in said and "held_out" in said and " is in the " in said
+    (words,) = commands_in(said)
+    assert words[:2] == ["train", f"data={folder}"] and "steps=100" in words  # the small book is not read hundreds of times
+    status, out, err = run(*words, *TINY[:-6], "steps=12", *TINY[-6:], f"out={tmp_path / 'out'}")
+    assert status == 0 and "Step 12: loss" in out and "held-out" in out and "step 6: loss" in err and "Traceback" not in err, err
+    (words,) = commands_in(out)
+    assert words[0] == "generate" and words[-1] == str(tmp_path / "out/final")
+    status, out, err = run(*words, "--max-new-tokens", 5)
+    assert status == 0 and out.strip() and not err
+
+
+def test_the_made_up_world_by_default(capsys, monkeypatch, tmp_path):
+    "Data without a source; a run without data, which ends with a chat."
+    status, out, err = call(capsys, monkeypatch, "data", "--out", tmp_path / "data", "--vocab-size", 280)
+    assert status == 0 and (tmp_path / "data/world.pdf").is_file() and commands_in(out)[0][:2] == ["train", f"data={tmp_path / 'data'}"]
+    assert call(capsys, monkeypatch, "data", "--out", tmp_path / "data", "--vocab-size", 290)[0] == 0  # once more into its own folder
+    status, out, err = call(capsys, monkeypatch, "train", f"out={tmp_path / 'out'}", *TINY, "seq_len=256", "steps=2", "batch_size=2")
+    assert status == 0 and commands_in(out) == [["chat", "--model", str(tmp_path / "out/final")]], err
+    assert call(capsys, monkeypatch, *commands_in(out)[0], "--max-new-tokens", 2, stdin="Hello")[0] == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that only one process gets")
+def test_ctrl_c_and_on(capsys, monkeypatch, book, tmp_path):
+    "A run that was stopped says how to go on, goes on, and comes to the same losses as one that was not."
+    from qwen_nb.train import read_log
+    words = ["train", f"data={book[0]}", *TINY, "steps=40", "save_every=5"]
+    p = subprocess.Popen([*COMMAND, *words, f"out={tmp_path / 'a'}"], env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    end = time.time() + 200
+    while not (tmp_path / "a/step-000005").is_dir(): assert time.time() < end and p.poll() is None; time.sleep(0.01)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=100)
+    last = err.decode().strip().splitlines()[-1]
+    assert p.returncode == 130 and not out and b"Traceback" not in err
+    safe = re.fullmatch(r"qwen-nb: stopped; the checkpoint (.*) is safe: the same command goes on from there", last)[1]
+    assert safe.startswith(str(tmp_path / "a/step-0000")) and safe < str(tmp_path / "a/step-000040")
+    status, out, err = run(*words, f"out={tmp_path / 'a'}")
+    assert status == 0 and f"going on from {safe}" in err and "Step 40" in out
+    status, again, err = call(capsys, monkeypatch, *words, f"out={tmp_path / 'a'}")
+    assert status == 0 and again == out and "it is done: 40 steps" in err
+    assert run(*words, f"out={tmp_path / 'b'}")[0] == 0
+    a, b = ([(line["step"], line["loss"]) for line in read_log(tmp_path / name)] for name in "ab")
+    assert a == b and len(a) == 40
+
+
+@pytest.mark.skipif(os.name == "nt", reason="gloo needs a system with fork")
+def test_under_torchrun(book, tmp_path):
+    "Two processes come to the losses of one, and one of them reports."
+    pytest.importorskip("qwen_nb.parallel")
+    from qwen_nb.train import read_log
+    words = ["train", f"data={book[0]}", *TINY, "steps=4", "eval_every=0"]
+    env = ENV | dict(CUDA_VISIBLE_DEVICES="")
+    (tmp_path / "go.py").write_text("from qwen_nb.cli import main; main()")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "go.py", *words, f"out={tmp_path / 'two'}", "--engine", "fsdp"],
+                          env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("Step 4: loss") == 1 and (tmp_path / "two/final/model.safetensors").is_file(), done.stderr
+    assert run(*words, f"out={tmp_path / 'one'}", CUDA_VISIBLE_DEVICES="")[0] == 0
+    one, two = ([line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-4) and len(one) == 4
+
+
+def test_refused_data(capsys, monkeypatch, tmp_path):
+    from qwen_nb.data import write_pdf
+    go = lambda *a: call(capsys, monkeypatch, "data", *a)
+    refused(go(tmp_path / "no.pdf"), "no.pdf", "there is no file or folder")
+    refused(go(write_pdf(tmp_path / "scan.pdf", [[], []]), "--out", tmp_path / "new"), "scan.pdf", "OCR")
+    (tmp_path / "a.txt").write_text("One.\n* * *\nTwo.\n")
+    (tmp_path / "half.pdf").write_bytes((tmp_path / "scan.pdf").read_bytes()[:400])
+    refused(go(tmp_path / "half.pdf", "--out", tmp_path / "new"), "half.pdf is damaged")
+    (tmp_path / "sheet.xls").write_text("1")
+    refused(go(tmp_path / "sheet.xls", "--out", tmp_path / "new"), ".xls", ".pdf")
+    refused(go(tmp_path / "a.txt", "--out", tmp_path), "something that is no prepared data", "a.txt", "--out")
+    refused(go(tmp_path / "a.txt", "--out", tmp_path / "a.txt"), "is a file")
+    refused(go(tmp_path / "a.txt", "--out", tmp_path / "new", "--vocab-size", 100), "vocab_size is 100", 256)
+    refused(go(tmp_path / "a.txt", "--out", tmp_path / "new", "--held-out", 2), "held_out is 2")
+    refused(go(tmp_path / "a.txt", "--out", tmp_path / "new", "--mark", "no such line"), "one document")
+    refused(go(tmp_path / "a.txt", "--out", tmp_path / "new", "--tokenizer", tmp_path / "none"), tmp_path / "none")
+    assert not (tmp_path / "new").exists() and (tmp_path / "a.txt").read_text() == "One.\n* * *\nTwo.\n"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/index.json").write_text("{}")
+    refused(go(tmp_path / "a.txt", "--out", tmp_path / "theirs"), "index.json")
+    for at_most in (0, -5): refused(go(tmp_path / "a.txt", "--out", tmp_path / "new", "--at-most", at_most), "at_most", at_most)
+
+
+def test_refused_training(capsys, monkeypatch, book, tmp_path):
+    data, out = f"data={book[0]}", f"out={tmp_path / 'out'}"
+    go = lambda *a: call(capsys, monkeypatch, "train", *a)
+    refused(go("lr=abc"), "lr", "abc", "a number")
+    refused(go("batchsize=3"), "batchsize", "batch_size")
+    for words in (["--lr", "1"], ["--lr=1"], [data, "--lr", "1"]): refused(go(*words), "--lr", "lr=5e-4")
+    refused(go("lr"), "lr", ".toml")
+    refused(go(tmp_path / "no.toml"), "no.toml")
+    refused(go(tmp_path / "a.toml", tmp_path / "b.toml"), "a.toml", "b.toml", "one config")
+    refused(go("--engine", "ddp"), "--engine ddp", "torchrun")
+    refused(go(f"data={tmp_path / 'none'}", out, *TINY), "no prepared data", "none")
+    refused(go(data, out, *TINY, "vocab_size=100"), "vocab_size", 300)
+    refused(go(data, out, *TINY, "seq_len=100000", "max_position_embeddings=100000"), "seq_len 100000")
+    refused(go(data, f"out={book[0].parent}", *TINY), "no run of ours", "a book.pdf")
+    assert go(data, out, *TINY, "steps=2")[0] == 0
+    refused(go(data, out, *TINY, "steps=2", "lr=1e-3"), out[4:], "lr was 0.003 and is now 0.001")
+    status, said, err = go(data, out, *TINY, "--engine", "ddp", "steps=2")  # in any order
+    refused((status, said, err), "torchrun")
+    status, said, err = go(data, f"out={tmp_path / 'wild'}", *TINY, "lr=1e30", "steps=20", "eval_every=0")
+    assert status == 2 and not said and "step-000000 is safe: try a lower lr" in err and "Traceback" not in err
+
+
+def test_the_settings_in_the_help(capsys, monkeypatch):
+    "They are those of the dataclass, and what data's options are if not given is what prepare does."
+    import inspect
+    from dataclasses import fields
+    from qwen_nb.data import prepare
+    from qwen_nb.train import TrainConfig
+    assert [(name, value) for name, value, _ in cli.settings_of()] == [(f.name, f.default) for f in fields(TrainConfig)]
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = call(capsys, monkeypatch, "train", "-h")
+    assert status == 0 and all(f"\n  {f.name}=" in out for f in fields(TrainConfig)) and max(map(len, out.partition("settings, and")[2].splitlines())) <= 80
+    assert "checkpointing=false" in out and "lr=0.001 " in out and "\n  beta2=0.95\n" in out
+    status, out, _ = call(capsys, monkeypatch, "data", "-h")
+    for name in ("vocab_size", "held_out", "mark", "at_most"):
+        assert str(inspect.signature(prepare).parameters[name].default) in " ".join(out.partition("\n  --" + name.replace("_", "-") + " ")[2].split())[:150], name
+
+
+def test_the_example_config():
+    pytest.importorskip("tomllib")
+    from qwen_nb.train import read_config
+    path = Path(__file__).resolve().parent.parent / "configs/mine.toml"
+    config = read_config(path)
+    assert config.data != "world" and f"qwen-nb data YOUR.pdf --out {config.data}" in path.read_text(encoding="utf-8")
 
 
 # ---- chat, with a model that says what we want

@@ -91,7 +91,7 @@ def test_refused_documents(tmp_path):
     one_sentence("has no pages", lambda: read_document(tmp_path / "nothing.pdf"))
     blank.add_blank_page(200, 200)
     blank.write(tmp_path / "scan.pdf")
-    one_sentence("no text on its 1 pages.*OCR", lambda: read_document(tmp_path / "scan.pdf"))
+    one_sentence("no text on its 1 page.*OCR", lambda: read_document(tmp_path / "scan.pdf"))
     raw = pdf.read_bytes()
     for name, content, match in [("a.pdf", b"", "is empty"), ("b.pdf", b"hello", "not a PDF"), ("c.pdf", raw[:60], "damaged"), ("d.txt", b"", "is empty"), ("e.md", b" \n\t", "is empty"),
                                  ("f.txt", b"caf\xe9", "not UTF-8: the byte 0xe9 at position 3"), ("g.docx", b"PK", "suffix is '.docx'"), ("h", b"x", "suffix is 'missing'")]:
