@@ -119,7 +119,7 @@ def use_checkpointing(
     for layer in model.model.layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
-# %% ../nbs/21_train.ipynb #aaecbb19
+# %% ../nbs/21_train.ipynb #ac8a42f5
 @dataclass
 class TrainConfig:
     "All that decides a run. Raises ValueError, in one sentence, for a value of the wrong type or size."
@@ -135,7 +135,7 @@ class TrainConfig:
     head_dim: int = 32
     max_position_embeddings: int = 512
     rope_theta: float = 10_000.0
-    steps: int = 2000
+    steps: int = 3000                   # rows about the world become stories after 2000 (of 32 rows); the packaged model took 4800
     batch_size: int = 32                # rows in a step, over all processes
     accumulate: int = 1                 # parts in which each process computes its rows, one after the other
     seq_len: int = 256                  # positions in a row
