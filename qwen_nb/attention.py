@@ -118,7 +118,7 @@ def attend_blocks(
         end = start
     return torch.cat(mix[::-1], dim=-2).flatten(1, 2)
 
-# %% ../nbs/06_attention.ipynb #2c7067bb
+# %% ../nbs/06_attention.ipynb #2ace5569
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE: `(batch, seq, hidden_size)` in and out.
 
@@ -161,6 +161,5 @@ class Attention(nn.Module):
                 cache=None): # anything with `update(layer_idx, k, v) -> (all k, all v)`
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None: k, v = cache.update(self.layer_idx, k, v)
-        in_blocks = self.training and cache is None and v.dtype == torch.bfloat16
-        mix = attend_blocks(q, k, v, mask) if in_blocks else attend(q, k, v, mask)
-        return self.o_proj(mix.transpose(1, 2).flatten(-2))
+        mixing = attend_blocks if self.training and cache is None and v.dtype == torch.bfloat16 else attend
+        return self.o_proj(mixing(q, k, v, mask).transpose(1, 2).flatten(-2))
