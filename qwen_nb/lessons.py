@@ -107,7 +107,7 @@ COURSE = [  # (up to this row, the share of each lesson)
     (None, dict(facts=3, dense=5, story=8, chat=8))]
 STORIES = [(None, dict(story=1))]
 
-# %% ../nbs/20a_lessons.ipynb #45567d61
+# %% ../nbs/20a_lessons.ipynb #f2ea7a85
 class WorldRows:
     "Rows about the made-up world, without end. Each is one document. ValueError for a tokenizer without the tokens of documents and of chats."
     def __init__(self,
@@ -119,7 +119,7 @@ class WorldRows:
         self.tokenizer, self.seq_len, self.course, self.answer, self.pool, self._made = tokenizer, seq_len, course, answer, pool, (None, None)
         self.encode = lru_cache(100_000)(tokenizer.encode)  # the same sentences come again and again
         if missing := {END, "<|im_start|>", "<|im_end|>"} - {*tokenizer.special}: raise ValueError(f"the tokenizer has no {', '.join(sorted(missing))}, which rows of the made-up world need: use the packaged model's")
-        if seq_len < 32: raise ValueError(f"seq_len is {seq_len}; rows of the made-up world need at least 32")
+        if seq_len < 128: raise ValueError(f"seq_len is {seq_len}; rows of the made-up world need at least 128, and 512 for all of them")
 
     def row(self, seed, k):
         "The ids and weights of row k."

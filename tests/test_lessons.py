@@ -92,10 +92,10 @@ def test_padding_never_counts():
 def test_a_tokenizer_without_chat_tokens_is_refused():
     plain = types.SimpleNamespace(special={"<|endoftext|>": 0}, encode=list)
     with pytest.raises(ValueError, match=r"no <\|im_end\|>, <\|im_start\|>"): WorldRows(plain, 256)
-    with pytest.raises(ValueError, match="seq_len is 8; .* at least 32"): WorldRows(TOKENIZER, 8)
+    with pytest.raises(ValueError, match="seq_len is 8; .* at least 128"): WorldRows(TOKENIZER, 8)
 
 
 def test_names_are_one_token():
     "The lists are only so easy because a name is one token."
     assert all(len(TOKENIZER.encode(f" {name}")) == 1 for name in [*PEOPLE, *PLACES, *THINGS])
-    assert isinstance(WorldRows(TOKENIZER, 64).batch(0, 2)["labels"], torch.Tensor)
+    assert isinstance(WorldRows(TOKENIZER, 128).batch(0, 2)["labels"], torch.Tensor)

@@ -190,7 +190,7 @@ def test_rows_of_the_world(config, monkeypatch):
             asked.add((seed, self.course is STORIES, self.answer))
             return super().batch(step, batch_size, seed)
     monkeypatch.setattr(training, "WorldRows", Rows)
-    final = train(replace(config, data="world", eval_every=6))
+    final = train(replace(config, data="world", eval_every=6, seq_len=128, max_position_embeddings=128))
     assert asked == {(0, False, ANSWER), (training.HELD_OUT_SEED, True, 1.0)} and len(Tokenizer.from_pretrained(final)) <= Qwen.from_pretrained(final).config.vocab_size
     assert (final / "tokenizer_config.json").read_bytes() == (training.packaged_model() / "tokenizer_config.json").read_bytes()
 
