@@ -289,9 +289,8 @@ def config_json(
     family = {(False, True): "qwen3", (True, False): "qwen2"}.get((c.qkv_bias, c.qk_norm))
     if family is None or c.o_bias: raise ValueError("no Qwen has this mixture of qkv_bias, o_bias and qk_norm, so no config.json can describe it")
     sizes = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ("qkv_bias", "o_bias", "qk_norm")}
-    rope = dict(rope_theta=c.rope_theta, **(c.rope_scaling or dict(rope_type="default")))
     return dict(sizes, architectures=[f"{family.title()}ForCausalLM"], model_type=family, attention_bias=False, attention_dropout=0.0, hidden_act="silu",
-                rope_parameters=rope, use_sliding_window=False, sliding_window=None, max_window_layers=c.num_hidden_layers, use_cache=True, initializer_range=0.02,
+                use_sliding_window=False, sliding_window=None, max_window_layers=c.num_hidden_layers, use_cache=True, initializer_range=0.02,
                 torch_dtype=dtype, bos_token_id=ends[1], eos_token_id=ends[0] if ends[0] is not None else ends[1])
 
 # %% ../nbs/21_train.ipynb #128f7b4d

@@ -259,7 +259,7 @@ def test_toml(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_others_open_the_folder(tmp_path, tokenizer, family, dtype):
-    model = small(**FAMILIES[family]).to(dtype)
+    model = small(**FAMILIES[family]).to(dtype).eval()
     save_pretrained(model, tmp_path / "m", tokenizer, dtype)
     again, (theirs, their_tokenizer) = Qwen.from_pretrained(tmp_path / "m"), load_reference(tmp_path / "m", dtype)
     text = data.world_stories(1)[0]
