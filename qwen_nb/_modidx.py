@@ -271,6 +271,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qwen_nb.lessons.parts': ('lessons.html#parts', 'qwen_nb/lessons.py'),
                                  'qwen_nb.lessons.small_world': ('lessons.html#small_world', 'qwen_nb/lessons.py'),
                                  'qwen_nb.lessons.story_lesson': ('lessons.html#story_lesson', 'qwen_nb/lessons.py'),
+                                 'qwen_nb.lessons.talk_row': ('lessons.html#talk_row', 'qwen_nb/lessons.py'),
                                  'qwen_nb.lessons.text_row': ('lessons.html#text_row', 'qwen_nb/lessons.py'),
                                  'qwen_nb.lessons.told_pairs': ('lessons.html#told_pairs', 'qwen_nb/lessons.py')},
             'qwen_nb.lora': { 'qwen_nb.lora.LoRALinear': ('lora.html#loralinear', 'qwen_nb/lora.py'),
