@@ -331,6 +331,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'qwen_nb.parallel.launched': ('parallel.html#launched', 'qwen_nb/parallel.py'),
                                   'qwen_nb.parallel.local_device': ('parallel.html#local_device', 'qwen_nb/parallel.py'),
                                   'qwen_nb.parallel.many': ('parallel.html#many', 'qwen_nb/parallel.py'),
+                                  'qwen_nb.parallel.meet': ('parallel.html#meet', 'qwen_nb/parallel.py'),
                                   'qwen_nb.parallel.process_died': ('parallel.html#process_died', 'qwen_nb/parallel.py'),
                                   'qwen_nb.parallel.watch_sigterm': ('parallel.html#watch_sigterm', 'qwen_nb/parallel.py')},
             'qwen_nb.preference': { 'qwen_nb.preference.advantages': ('preference.html#advantages', 'qwen_nb/preference.py'),
