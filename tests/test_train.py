@@ -576,3 +576,5 @@ def test_speed():
     attention = 3 * 4 * 4 * 8 * 40 * 40 // 2  # what a causal mask leaves of scores and mix
     assert training.flops_per_token(c, 40) * 40 == 3 * (matrices + attention)
     assert 1e8 < training.measure_peak("cpu", "float32", 256) < 1e14
+    times = iter([0, 5, 10, 12, 20, 29])  # three products; the best took 2
+    assert training.measure_peak("cpu", size=8, repeats=2, clock=lambda: next(times)) == 2 * 8**3 / 2
