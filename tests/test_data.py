@@ -3,13 +3,11 @@ import json
 import os
 import random
 import re
-import signal
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from kill import killed
 from pypdf import PdfReader, PdfWriter
 
 from qwen_nb import data
@@ -239,28 +237,6 @@ def test_whoever_reads_the_old_file_keeps_it(tmp_path):
     with open(tmp_path / "a", "rb") as old:
         data.write_file(tmp_path / "a", b"new!")
         assert old.read() == b"old" and (tmp_path / "a").read_bytes() == b"new!"
-
-
-def killed(write, folder, at=None, after=None):
-    "Run `write` in a child that is killed with -9 before its file operation number `at`, or `after` seconds. Whether it was."
-    child = os.fork()
-    if not child:
-        seen = [0]
-        def hook(event, args):
-            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") and str(folder) in str(args[0]):
-                seen[0] += 1
-                if seen[0] == at: os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            sys.addaudithook(hook)
-            write()
-            os._exit(0)
-        finally: os._exit(1)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the writer failed by itself"
-    return os.WIFSIGNALED(status)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -4,13 +4,12 @@ import types
 from random import Random
 
 import pytest
-import torch
 
 from qwen_nb.data import IGNORED
 from qwen_nb.inspect import packaged_model
-from qwen_nb.lessons import ANSWER, COURSE, LESSONS, STORIES, WorldRows, asked_lesson, facts_lesson, list_lesson
+from qwen_nb.lessons import ANSWER, CHATS, COURSE, LESSONS, STORIES, WorldRows, asked_lesson, facts_lesson, list_lesson, talk_row
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.world import PEOPLE, PLACES, THINGS, Chooser
+from qwen_nb.world import PEOPLE, PLACES, THINGS, Chooser, conversation
 
 TOKENIZER = Tokenizer.from_pretrained(packaged_model())
 
@@ -59,16 +58,47 @@ def test_a_step_can_be_shared():
     assert rows([data.batch(4000, 16, 4)]) != rows([data.batch(4000, 16, 3)])
 
 
+def graded(weights):
+    "The stretches that count twice, as (begin, end)."
+    edges = [i for i in range(len(weights) + 1) if (i < len(weights) and weights[i] == ANSWER) != (i > 0 and weights[i - 1] == ANSWER)]
+    return list(zip(edges[::2], edges[1::2]))
+
+
+def kind_of(ids, weights):
+    "Which lesson a row is from, by its text and what counts in it."
+    text, answers = TOKENIZER.decode(ids).removesuffix("<|endoftext|>"), len(graded(weights))
+    if "<|im_start|>" in text: return "chat" if answers == 1 else "talk"  # one answer counts, or every one of four and more
+    if 1.0 in weights: return "story"
+    if not re.search("[.?]", text): return "list"
+    if "." not in text.splitlines()[0]: return "asked"  # pairs in its first line
+    asks = [line.endswith("?") or "? " in line for line in text.splitlines()]
+    return "facts" if answers == 6 and all(asks[-6:]) and not any(asks[:-6]) and not re.search("went|took|dropped|gave", text) else "dense"
+
+
 def test_the_course():
-    "Each part of the course has its lessons and no others, and all six come."
+    "Each part of the course has its lessons and no others, and all seven come."
     begin, seen = 0, set()
     for end, mix in COURSE:
-        assert set(mix) <= {*LESSONS, "chat"} and (end is None or end > begin)
-        texts = [TOKENIZER.decode(WorldRows(TOKENIZER, 512).row(0, begin + k)[0]) for k in range(60)]
-        chats = sum("<|im_start|>" in t for t in texts)
-        assert (chats > 0) == ("chat" in mix) and ("list" in mix) == any(not re.search(r"[.?]", t) for t in texts)
+        assert end is None or end > begin
+        assert {kind_of(*WorldRows(TOKENIZER, 512).row(0, begin + k)) for k in range(100)} == set(mix)
         seen, begin = seen | set(mix), end
-    assert seen == {*LESSONS, "chat"}
+    assert seen == {*LESSONS, *CHATS}
+
+
+def test_what_counts_in_a_talk():
+    "Of each turn the thought, the answer and the mark of its end, and nothing else; in the rows that answer at once the thought is empty, and belongs to the prompt."
+    kinds = set()
+    for seed in range(100):
+        ids, weights = talk_row(Chooser(Random(seed)), TOKENIZER)
+        said = conversation(Chooser(Random(seed)), range(4, 9))
+        thinks = "<think>\n\n</think>" not in TOKENIZER.decode(ids)
+        turns = [(user["content"], f"<think>\n{m['reasoning_content']}\n</think>\n\n" * thinks + f"{m['content']}<|im_end|>") for user, m in zip(said[::2], said[1::2])]
+        assert [TOKENIZER.decode(ids[a:b]) for a, b in graded(weights)] == [answer for _, answer in turns]
+        empty = "<think>\n\n</think>\n\n" * (not thinks)
+        assert TOKENIZER.decode(ids) == "".join(f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{empty}{answer}\n" for asked, answer in turns)
+        assert 4 <= len(turns) <= 8 and set(weights) == {0.0, ANSWER} and len(ids) == len(weights)
+        kinds.add(thinks)
+    assert kinds == {True, False}
 
 
 def test_held_out_stories_are_weighed_alike():
@@ -98,4 +128,3 @@ def test_a_tokenizer_without_chat_tokens_is_refused():
 def test_names_are_one_token():
     "The lists are only so easy because a name is one token."
     assert all(len(TOKENIZER.encode(f" {name}")) == 1 for name in [*PEOPLE, *PLACES, *THINGS])
-    assert isinstance(WorldRows(TOKENIZER, 128).batch(0, 2)["labels"], torch.Tensor)

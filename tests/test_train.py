@@ -7,6 +7,7 @@ import sys
 import textwrap
 import types
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -350,34 +351,16 @@ def test_another_config(tmp_path, config, shards, tokenizer):
 
 
 DRIVER = """
-import json, os, random, signal, sys, time
+import json, os, random, sys, time
 import torch
 torch.set_num_threads(1)
 os.fsync = lambda fd: None  # slow, and what the system has been given survives kill -9 without it
 from qwen_nb.train import TrainConfig, checkpoints, load_checkpoint, read_log, train
 config, folder = json.loads(sys.argv[1]), sys.argv[2]
+sys.path.insert(0, sys.argv[3])
+from kill import killed
 
-def run(out, at=None, after=None):
-    "Train in a child that is killed with -9 before its file operation number `at`, or `after` seconds. Whether it was."
-    child = os.fork()
-    if not child:
-        seen = [0]
-        def hook(event, args):
-            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") and str(args[0]).startswith(out):
-                seen[0] += 1
-                if seen[0] == at: os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            sys.addaudithook(hook)
-            train(TrainConfig(**config | dict(out=out)))
-            os._exit(0)
-        except BaseException as e: print(repr(e), flush=True)
-        finally: os._exit(1)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "it failed by itself"
-    return os.WIFSIGNALED(status)
+def run(out, at=None, after=None): return killed(lambda: train(TrainConfig(**config | dict(out=out))), out, at, after)
 
 def result(out):
     last = load_checkpoint(checkpoints(out)[-1])
@@ -392,7 +375,7 @@ train(TrainConfig(**config | dict(out=folder + "/first")))  # so that what torch
 def drive(config, folder, body, timeout=500):
     code = textwrap.dedent(DRIVER) + textwrap.dedent(body)
     env = os.environ | dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(asdict(config)), str(folder)], env=env, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(asdict(config)), str(folder), str(Path(__file__).parent)], env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
