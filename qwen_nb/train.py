@@ -178,7 +178,7 @@ def check_config(c):
     if not max(c.beta1, c.beta2) < 1: raise ValueError(f"config: beta1 and beta2 are {c.beta1} and {c.beta2}; expected numbers from 0 to below 1")
     if c.seq_len > c.max_position_embeddings and not c.init_from: raise ValueError(f"config: seq_len is {c.seq_len}, more than max_position_embeddings, {c.max_position_embeddings}")
 
-# %% ../nbs/21_train.ipynb #4e1eb633
+# %% ../nbs/21_train.ipynb #ae5f191a
 def parse_value(key, text, kind):
     "The text of an override as its setting's type. ValueError if it is none."
     try: return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
@@ -191,9 +191,9 @@ def read_settings(path) -> dict:
     try:
         if path.suffix == ".json": found = json.loads(path.read_text(encoding="utf-8"))
         else:
-            import tomllib
+            try: import tomllib
+            except ModuleNotFoundError: import tomli as tomllib  # Python 3.10
             found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ModuleNotFoundError: raise ValueError(f"{path}: TOML needs Python 3.11 or newer: write the same settings as a .json file") from None
     except ValueError as e: raise ValueError(f"{path} is damaged: {' '.join(str(e).split())}") from None
     if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}; expected settings with names")
     return found

@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 def closure(requirements):
     "All distributions that these requirements bring along."
-    found, todo = {}, [Requirement(r) for r in requirements]
+    found, todo = {}, [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate()]
     while todo:
         req = todo.pop()
         name = canonicalize_name(req.name)

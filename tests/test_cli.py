@@ -329,7 +329,6 @@ def test_the_settings_in_the_help(capsys, monkeypatch):
 
 
 def test_the_example_config():
-    pytest.importorskip("tomllib")
     from qwen_nb.train import read_config
     path = Path(__file__).resolve().parent.parent / "configs/mine.toml"
     config = read_config(path)

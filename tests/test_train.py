@@ -247,12 +247,12 @@ def test_config(tmp_path):
 
 def test_toml(tmp_path, monkeypatch):
     (tmp_path / "a.toml").write_text('steps = 7\nlr = 5e-4\nout = "x"  # here\n')
-    if sys.version_info >= (3, 11):
-        assert read_config(tmp_path / "a.toml") == TrainConfig(steps=7, lr=5e-4, out="x")
-        (tmp_path / "b.toml").write_text("steps = ")
-        one_sentence("is damaged", lambda: read_config(tmp_path / "b.toml"))
-    monkeypatch.setitem(sys.modules, "tomllib", None)
-    one_sentence("needs Python 3.11", lambda: read_config(tmp_path / "a.toml"))
+    assert read_config(tmp_path / "a.toml") == TrainConfig(steps=7, lr=5e-4, out="x")
+    (tmp_path / "b.toml").write_text("steps = ")
+    one_sentence("is damaged", lambda: read_config(tmp_path / "b.toml"))
+    monkeypatch.setitem(sys.modules, "tomllib", None)  # as in Python 3.10
+    monkeypatch.setitem(sys.modules, "tomli", types.SimpleNamespace(loads=lambda text: dict(steps=len(text))))
+    assert read_config(tmp_path / "a.toml") == TrainConfig(steps=len((tmp_path / "a.toml").read_text()))
 
 
 # ---- folders
