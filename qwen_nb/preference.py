@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['pad', 'answer_log_probs', 'sample_answers', 'prompts_of', 'right_or_wrong', 'dpo_loss', 'preference_pair',
-           'own_pairs', 'dpo_batches', 'frozen', 'not_itself', 'answer_sums', 'make_step', 'dpo', 'advantages',
-           'kl_estimate', 'grpo_objective', 'grpo']
+           'own_pairs', 'dpo_batches', 'frozen', 'not_itself', 'answer_sums', 'dpo', 'advantages', 'kl_estimate',
+           'grpo_objective', 'grpo']
 
-# %% ../nbs/22b_preference.ipynb #a14d517d
+# %% ../nbs/22b_preference.ipynb #4a6ee5b7
 import copy
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .chat import encode_chat, stop_ids
 from .data import IGNORED
-from .finetune import answer_example
+from .finetune import answer_example, make_step
 from .generate import generate, pad_left
 from .train import forward, parameter_groups
 from .world import PEOPLE, PLACES
@@ -104,7 +104,7 @@ def dpo_batches(tokenizer, family, pairs, per_step:int=16) -> list:
     examples = [[answer_example(tokenizer, side, family) for side in pair] for pair in pairs]
     return [pad([w for w, _ in part] + [l for _, l in part]) for i in range(0, len(pairs), per_step) for part in [examples[i:i + per_step]]]
 
-# %% ../nbs/22b_preference.ipynb #9b4f6006
+# %% ../nbs/22b_preference.ipynb #89547ca9
 def frozen(model):
     "A copy that nothing trains: the reference."
     return copy.deepcopy(model).requires_grad_(False).eval()
@@ -115,14 +115,6 @@ def not_itself(model, reference):
 def answer_sums(model, batch):
     "The log-probabilities of whole answers, chosen and rejected: `(pairs,)` each."
     return answer_log_probs(model, batch).sum(-1).chunk(2)
-
-def make_step(model, optimizer, loss):
-    "One step of the optimizer, clipped. ValueError if the loss is not a number; then nothing changes."
-    if not loss.isfinite(): raise ValueError(f"the loss is {loss.item()}: lower the learning rate")
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.)
-    optimizer.step()
 
 def dpo(
     model, reference,  # the reference is frozen and stays
@@ -138,7 +130,7 @@ def dpo(
         chosen, rejected = answer_sums(model, batch)
         loss, margin = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
         words = (batch["labels"] != IGNORED).sum(-1).chunk(2)[0]
-        make_step(model, optimizer, loss.mean() - anchor * (chosen / words).mean())
+        make_step(optimizer, loss.mean() - anchor * (chosen / words).mean(), step + 1)
         yield dict(step=step + 1, loss=loss.mean().item(), margin=margin.mean().item(), ordered=(margin > 0).float().mean().item(),
                    chosen=(chosen - ref_chosen).mean().item(), rejected=(rejected - ref_rejected).mean().item())
 
@@ -170,7 +162,7 @@ def grpo_objective(
     gain = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) - beta * kl_estimate(log_p, log_ref)
     return ((gain * graded).sum(1) / graded.sum(1)).mean()
 
-# %% ../nbs/22b_preference.ipynb #aa7cc99c
+# %% ../nbs/22b_preference.ipynb #d257685c
 def grpo(
     model, reference, tokenizer,
     lessons,                # a list, one for each step, of lists of talks
@@ -190,6 +182,6 @@ def grpo(
         for _ in range(updates):
             log_p = answer_log_probs(model, batch)
             if log_old is None: log_old = log_p.detach()  # the first time the model is still the one that sampled
-            make_step(model, optimizer, -grpo_objective(log_p, log_old, log_ref, A, graded, clip, beta))
+            make_step(optimizer, -grpo_objective(log_p, log_old, log_ref, A, graded, clip, beta), step + 1)
         far = ((log_p - log_old).exp() - 1).abs()[graded] > clip
         yield dict(step=step + 1, reward=rewards.mean().item(), kl=kl_estimate(log_p, log_ref)[graded].mean().item(), clipped=far.float().mean().item())

@@ -165,5 +165,5 @@ def test_refused(tokenizer, model):
     one_sentence("the reference is the model itself", lambda: next(pr.dpo(model, model, batches)))
     reference, before = pr.frozen(model), model.model.norm.weight.clone()
     with torch.no_grad(): reference.model.norm.weight[0] = float("nan")
-    one_sentence("the loss is nan", lambda: next(pr.dpo(model, reference, batches)))
+    one_sentence("the loss of step 1 is nan", lambda: next(pr.dpo(model, reference, batches)))
     assert torch.equal(model.model.norm.weight, before)
