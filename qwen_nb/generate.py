@@ -213,7 +213,7 @@ class Context:
                  attention_mask=None,  # (batch, prompt), 0 where the prompt is padding
                  use_cache=True):      # False: read everything again each time
         weight, self.model, self.mask, self.ids = next(model.parameters()), model, attention_mask, None
-        self.cache = KVCache(model.config, batch, max_length, weight.dtype, weight.device) if use_cache else None
+        self.cache = getattr(model.config, "cache", KVCache)(model.config, batch, max_length, weight.dtype, weight.device) if use_cache else None
         self.dtype, self.on_cpu = weight.dtype, weight.device.type == "cpu"
 
     @torch.no_grad()

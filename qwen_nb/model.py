@@ -133,7 +133,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids, position_ids, mask=None, cache=None):
         x = self.embed_tokens(input_ids)
-        cos, sin = self.rotary(position_ids, x.dtype)
+        cos, sin = self.rotary(position_ids, x.dtype, cache)
         for layer in self.layers: x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
@@ -180,13 +180,14 @@ class Qwen(nn.Module):
     def from_pretrained(cls,
                         name_or_path=None,  # None: the model inside the package; or a folder, or a hub id such as "Qwen/Qwen3-0.6B"
                         dtype=None,         # None: as stored; or torch.float32, "bfloat16", …
-                        device=None):       # None: the CPU
+                        device=None,        # None: the CPU
+                        progress=iter):     # or `tqdm`: goes round the tensors as they are read
         "Open a checkpoint, ready to run. Raises ValueError or OSError, in one sentence, if it cannot."
         dtype, folder = as_dtype(dtype, device), find_model(name_or_path)
         config = QwenConfig.from_pretrained(folder)
         with torch.device("meta"), SkipInit(): model = cls(config)
         weights = match_weights(config.rename(open_weights(folder)), model.state_dict(), config.tie_word_embeddings)
-        model.load_state_dict({k: v.to(device, dtype) for k, v in weights.items()}, strict=True, assign=True)
+        model.load_state_dict({k: v.to(device, dtype) for k, v in progress(weights.items())}, strict=True, assign=True)
         model.folder = folder  # where the rest of its files are, such as generation_config.json
         return model.eval()
 

@@ -162,6 +162,7 @@ class Rotary:
 
     def __call__(self,
                  position_ids,          # (batch, seq) integers
-                 dtype=torch.float32):  # of the tables that come back: the model's
+                 dtype=torch.float32,   # of the tables that come back: the model's
+                 cache=None):           # not looked at here: Qwen1's rotary keeps its choice of a base there
         "cos and sin for `apply_rope`, each `(batch, seq, head_dim)`, on the device of `position_ids`."
         return cos_sin(position_ids, self.inv_freq, dtype, self.attention_factor)

@@ -249,7 +249,7 @@ def open_weights(
 
 # %% ../nbs/02_weights.ipynb #7d9e5a6b
 WANTED = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
-          "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template*"]
+          "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "qwen.tiktoken", "chat_template*"]
 
 def find_model(
     name_or_path=None,  # None: the model inside the package; a folder; or a hub id such as "Qwen/Qwen3-0.6B"
