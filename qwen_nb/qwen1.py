@@ -74,7 +74,7 @@ def ntk_frequencies(
     "Radians per position with the base stretched, `(head_dim/2,)`. Source: bloc97's \"NTK-Aware Scaled RoPE\" (2023); `RotaryEmbedding` in modeling_qwen.py."
     return inverse_frequencies(head_dim, theta * alpha ** (head_dim / (head_dim - 2)))
 
-# %% ../nbs/11_qwen1.ipynb #b2ca2d89
+# %% ../nbs/11_qwen1.ipynb #fd841b91
 class NTKRotary(nn.Module):
     """Tables of cos and sin whose base depends on how long the prompt is. The choice stays in the cache (`cache.ntk_alpha`), one for each row.
 
@@ -91,12 +91,12 @@ class NTKRotary(nn.Module):
     def alphas(self, position_ids, cache=None) -> list:
         "One alpha for all rows, or one for each."
         if self.training or not self.dynamic: return [1]
-        begun = cache is not None and cache.length > 0
-        if begun and position_ids.shape[1] == 1: return cache.ntk_alpha
+        begun, kept = cache is not None and cache.length > 0, getattr(cache, "ntk_alpha", None) or [1]
+        if begun and position_ids.shape[1] == 1: return kept
         found = [ntk_alpha(1 + last, self.seq_length) for last in position_ids.amax(1).tolist()]
         if len(set(found)) == 1: found = found[:1]
-        if begun and found != cache.ntk_alpha:
-            raise ValueError(f"dynamic NTK chose its base for the first {cache.length} tokens (alpha {cache.ntk_alpha}); with {position_ids.shape[1]} more it needs another (alpha {found}): read the prompt in one piece")
+        if begun and found != kept:
+            raise ValueError(f"dynamic NTK chose its base for the first {cache.length} tokens (alpha {kept}); with {position_ids.shape[1]} more it needs another (alpha {found}): read the prompt in one piece")
         if cache is not None: cache.ntk_alpha = found
         return found
 
@@ -175,7 +175,7 @@ class Qwen1Config(QwenConfig):
 
 CONFIGS = {"qwen": Qwen1Config}
 
-# %% ../nbs/11_qwen1.ipynb #0b8d466c
+# %% ../nbs/11_qwen1.ipynb #80752c2e
 def parse_qwen1(
     raw:dict,  # what config.json holds
 ) -> dict:
@@ -188,7 +188,7 @@ def parse_qwen1(
         if not isinstance(found.get(key, False), bool): raise ValueError(f"config.json: {key} is {found[key]!r}; expected true or false")
     both, width, heads = raw["intermediate_size"], raw["hidden_size"], raw["num_attention_heads"]
     if type(both) is not int or both < 2 or both % 2: raise ValueError(f"config.json: intermediate_size is {both!r}; expected an even number, as it counts two matrices")
-    if type(heads) is int and heads > 0 and found.get("head_dim", 128) * heads != width: raise ValueError(f"config.json: kv_channels is {found.get('head_dim', 128)!r}; expected hidden_size / num_attention_heads, {width} / {heads}")
+    if type(heads) is type(width) is int and heads > 0 and found.get("head_dim", 128) * heads != width: raise ValueError(f"config.json: kv_channels is {found.get('head_dim', 128)!r}; expected hidden_size / num_attention_heads, {width} / {heads}")
     if type(raw["seq_length"]) is not int or raw["seq_length"] < 2: raise ValueError(f"config.json: seq_length is {raw['seq_length']!r}; expected a whole number above 1")
     stretch = found.get("use_dynamic_ntk", True) or found.get("use_logn_attn", True)
     return found | dict(intermediate_size=both // 2, num_key_value_heads=None, max_position_embeddings=LONGEST if stretch else raw["seq_length"])
