@@ -25,12 +25,13 @@ def qwen1_tiny() -> Path:
     import qwen_nb
     return Path(qwen_nb.__path__[0]) / "qwen1_tiny"
 
-# %% ../nbs/11_qwen1.ipynb #052bab24
+# %% ../nbs/11_qwen1.ipynb #4ef09d38
 PARTS = {"ln_1": "input_layernorm", "attn.c_proj": "self_attn.o_proj", "ln_2": "post_attention_layernorm",
          "mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj"}
 OUTSIDE = {"transformer.wte.weight": "model.embed_tokens.weight", "transformer.ln_f.weight": "model.norm.weight"}
 COMPUTED = r".*\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.logn_tensor)"
 
+# %% ../nbs/11_qwen1.ipynb #807fa037
 def our_names(
     stored:dict,  # name → tensor, as Qwen1's files have them
 ) -> dict:
@@ -135,13 +136,14 @@ class LogNAttention(Attention):
             q = q * logn_scale(position, self.seq_length).to(q.dtype)[:, None, :, None]
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(-2))
 
-# %% ../nbs/11_qwen1.ipynb #7a924574
+# %% ../nbs/11_qwen1.ipynb #521ed7be
 MUST_BE = dict(rotary_pct=1, no_bias=True, scale_attn_weights=True, attn_dropout_prob=0, emb_dropout_prob=0, visual=None, audio=None, quantization_config=None)
 RENAMED = dict(kv_channels="head_dim", rotary_emb_base="rope_theta", layer_norm_epsilon="rms_norm_eps")
 SAME = "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "seq_length"
 SWITCHES = "use_dynamic_ntk", "use_logn_attn", "tie_word_embeddings", "use_cache_quantization"
 LONGEST = 32_767  # entries of the original's table of log-n factors
 
+# %% ../nbs/11_qwen1.ipynb #d8c74c3f
 @dataclass
 class Qwen1Config(QwenConfig):
     "A Qwen1. Defaults: Qwen-1.8B."
@@ -266,12 +268,14 @@ def chatml_prompt(
         turns = turn + turns
     return [*first, *turns, *line, *message("user", question), *line, start, *tokenizer.encode("assistant"), *line]
 
-# %% ../nbs/11_qwen1.ipynb #80b936be
+# %% ../nbs/11_qwen1.ipynb #13cdc0a1
 def stop_ids(
     tokenizer,
     chat_format:str,  # "raw" or "chatml", as generation_config.json says
 ) -> tuple:
-    "The ids that end a text. ValueError for another format. Source: `get_stop_words_ids` in qwen_generation_utils.py, and the end-of-text token."
+    """The ids that end a text. ValueError for another format.
+
+    Source: `get_stop_words_ids` in qwen_generation_utils.py, and the end-of-text token. (For raw chats it has the words "Human:" too: `generate` takes them as `stop`.)"""
     names = dict(raw=["<|endoftext|>"], chatml=["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
     if chat_format not in names: raise ValueError(f"chat_format is {chat_format!r}; expected raw or chatml")
     return tuple(tokenizer.special[name] for name in names[chat_format])
