@@ -148,8 +148,7 @@ def positions(
 # %% ../nbs/08_model.ipynb #80758712
 class Qwen(nn.Module):
     "A whole Qwen. Ids `(batch, seq)` in, logits `(batch, seq, vocab_size)` out."
-    def __init__(self,
-                 config:QwenConfig):
+    def __init__(self, config:QwenConfig):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
