@@ -386,6 +386,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qwen_nb.qwen1.logn_scale': ('qwen1.html#logn_scale', 'qwen_nb/qwen1.py'),
                                'qwen_nb.qwen1.ntk_alpha': ('qwen1.html#ntk_alpha', 'qwen_nb/qwen1.py'),
                                'qwen_nb.qwen1.ntk_frequencies': ('qwen1.html#ntk_frequencies', 'qwen_nb/qwen1.py'),
+                               'qwen_nb.qwen1.original_config': ('qwen1.html#original_config', 'qwen_nb/qwen1.py'),
                                'qwen_nb.qwen1.original_names': ('qwen1.html#original_names', 'qwen_nb/qwen1.py'),
                                'qwen_nb.qwen1.our_names': ('qwen1.html#our_names', 'qwen_nb/qwen1.py'),
                                'qwen_nb.qwen1.parse_qwen1': ('qwen1.html#parse_qwen1', 'qwen_nb/qwen1.py'),

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'OUTSIDE', 'COMPUTED', 'MUST_BE', 'RENAMED', 'SAME', 'SWITCHES', 'LONGEST', 'CONFIGS', 'SYSTEM', 'qwen1_tiny',
            'our_names', 'original_names', 'ntk_alpha', 'ntk_frequencies', 'NTKRotary', 'logn_scale', 'LogNAttention',
-           'Qwen1Config', 'parse_qwen1', 'NTKCache', 'quantize', 'dequantize', 'Int8Cache', 'NearestCache',
-           'chatml_prompt', 'stop_ids']
+           'Qwen1Config', 'parse_qwen1', 'original_config', 'NTKCache', 'quantize', 'dequantize', 'Int8Cache',
+           'NearestCache', 'chatml_prompt', 'stop_ids']
 
 # %% ../nbs/11_qwen1.ipynb #38ff3f31
 import math, re
@@ -194,6 +194,15 @@ def parse_qwen1(
     if type(raw["seq_length"]) is not int or raw["seq_length"] < 2: raise ValueError(f"config.json: seq_length is {raw['seq_length']!r}; expected a whole number above 1")
     stretch = found.get("use_dynamic_ntk", True) or found.get("use_logn_attn", True)
     return found | dict(intermediate_size=both // 2, num_key_value_heads=None, max_position_embeddings=LONGEST if stretch else raw["seq_length"])
+
+# %% ../nbs/11_qwen1.ipynb #404ec933
+def original_config(
+    config:Qwen1Config,
+) -> dict:
+    "The way back: what `config.json` says of such a model."
+    same, renamed = {k: getattr(config, k) for k in (*SAME, *SWITCHES)}, {theirs: getattr(config, ours) for theirs, ours in RENAMED.items()}
+    return same | renamed | dict(model_type="qwen", architectures=["QWenLMHeadModel"], intermediate_size=2 * config.intermediate_size, max_position_embeddings=config.seq_length,
+                                 rotary_pct=1.0, no_bias=True, scale_attn_weights=True, attn_dropout_prob=0.0, emb_dropout_prob=0.0)
 
 # %% ../nbs/11_qwen1.ipynb #32abd6c6
 class NTKCache(KVCache):

@@ -266,6 +266,13 @@ def test_missing_settings():
     assert family_config(short) == family_config(RAW)  # the rest is what the original takes for granted
 
 
+@pytest.mark.parametrize("change", [{}, dict(use_logn_attn=False, use_dynamic_ntk=False), dict(use_cache_quantization=True), dict(tie_word_embeddings=True, rotary_emb_base=500)])
+def test_the_way_back(change):
+    config = family_config(RAW | change)
+    assert family_config(json.loads(json.dumps(q1.original_config(config)))) == config
+    assert config.max_position_embeddings == (32 if "use_logn_attn" in change else 32_767)
+
+
 @official
 def test_the_real_config():
     config = family_config(read_json(DATA / "configs", "Qwen-1_8B.qwen_config_dict.json"))
