@@ -94,7 +94,7 @@ def parse_config(
     unsaid = dict(num_key_value_heads=None, head_dim=None, tie_word_embeddings=False, qkv_bias=bias, o_bias=bias)
     return unsaid | known | FAMILIES.get(raw.get("model_type"), {})
 
-# %% ../nbs/08_model.ipynb #58254746
+# %% ../nbs/08_model.ipynb #77f6cca2
 LATER = {"qwen": "qwen_nb.qwen1", "qwen2_moe": "qwen_nb.moe", "qwen3_moe": "qwen_nb.moe",  # model_type → the module that knows it
          "qwen3_next": "qwen_nb.hybrid", "qwen3_5": "qwen_nb.hybrid", "qwen3_5_text": "qwen_nb.hybrid"}
 
@@ -102,10 +102,11 @@ def family_config(
     raw:dict,  # what config.json holds
 ) -> QwenConfig:
     "The config of whichever family. Raises ValueError for a family or a setting that is not covered."
-    family = raw.get("model_type")
-    if family in FAMILIES: return QwenConfig.read(raw)
-    if family not in LATER: raise ValueError(f"config.json: model_type is {family!r}; expected one of {', '.join([*FAMILIES, *LATER])}")
-    return importlib.import_module(LATER[family]).CONFIGS[family].read(raw)
+    family, kinds = raw.get("model_type"), raw.get("layer_types") or []
+    if family not in [*FAMILIES, *LATER]: raise ValueError(f"config.json: model_type is {family!r}; expected one of {', '.join([*FAMILIES, *LATER])}")
+    all_alike = not raw.get("use_sliding_window") and isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    if family in FAMILIES and all_alike: return QwenConfig.read(raw)
+    return importlib.import_module(LATER.get(family, "qwen_nb.qwen2")).CONFIGS[family].read(raw)
 
 # %% ../nbs/08_model.ipynb #db4f37d3
 class Block(nn.Module):

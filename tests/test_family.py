@@ -13,12 +13,12 @@ transformers = pytest.importorskip("transformers")
 # ---- random settings; what is drawn is small, and odd rather than usual
 
 def sizes(rng):
-    "What every family has. A wide `initializer_range`: with the usual 0.02 a tiny model hardly looks at its input."
+    "What every family has."
     kv = rng.choice([1, 2, 3, 4])
     return dict(vocab_size=rng.choice([97, 256]), num_hidden_layers=rng.choice([1, 2, 3, 4]), num_key_value_heads=kv,
                 num_attention_heads=kv * rng.choice([1, 2, 3]), intermediate_size=rng.choice([24, 56, 96]), hidden_act="silu",
                 tie_word_embeddings=rng.random() < .5, rms_norm_eps=rng.choice([1e-6, 1e-5, 1e-3]), max_position_embeddings=rng.choice([64, 128]),
-                initializer_range=rng.choice([.1, .3]), rope_parameters=rope(rng), bos_token_id=None, eos_token_id=None, pad_token_id=None)
+                rope_parameters=rope(rng), bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
 def rope(rng):
@@ -31,16 +31,24 @@ def rope(rng):
     return scaling | dict(original_max_position_embeddings=rng.choice([16, 32])) | {k: v for k, v in may.items() if rng.random() < .3}
 
 
+def windows(rng, layers):
+    "None of the released models uses these."
+    if rng.random() < .5: return {}
+    w = dict(use_sliding_window=True, sliding_window=rng.choice([1, 2, 7, 16, 100]), max_window_layers=rng.randint(0, layers))
+    if rng.random() < .5: w["layer_types"] = [rng.choice(["full_attention", "sliding_attention"]) for _ in range(layers)]
+    return w
+
+
 def qwen2(rng):
     size = sizes(rng)
     size["hidden_size"] = size["num_attention_heads"] * rng.choice([4, 8, 16])
     if rng.random() < .2: size["head_dim"] = rng.choice([6, 32])  # not a setting of Qwen2Config, and yet it counts
-    return transformers.Qwen2Config(**size)
+    return transformers.Qwen2Config(**size, **windows(rng, size["num_hidden_layers"]))
 
 
 def qwen3(rng):
     size = sizes(rng) | dict(hidden_size=rng.choice([20, 48, 64]), head_dim=rng.choice([4, 8, 16, 32]), attention_bias=rng.random() < .5)
-    return transformers.Qwen3Config(**size)
+    return transformers.Qwen3Config(**size, **windows(rng, size["num_hidden_layers"]))
 
 
 FAMILIES = {"Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3}  # class in transformers → rng → one of its configs
@@ -53,6 +61,7 @@ def checkpoint(folder, family, seed):
     rng = random.Random(f"{family} {seed}")
     torch.manual_seed(seed)
     config = FAMILIES[family](rng)
+    config.initializer_range = rng.choice([1, 1.5]) / config.hidden_size**.5  # with the usual 0.02 a tiny model hardly looks at its input
     reference = getattr(transformers, family)(config).float().eval()
     with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake
         for p in reference.parameters():
@@ -60,6 +69,11 @@ def checkpoint(folder, family, seed):
     reference.save_pretrained(folder)
     reference.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
     return reference, rng, config
+
+
+def can_cache(config):
+    "Not with a window of 1: transformers 5.23's own cache then keeps `keys[:, :, -0:]`, which is everything (cache_utils.py, DynamicSlidingWindowLayer)."
+    return getattr(config, "sliding_window", None) != 1
 
 
 def compare(folder, family, seed, length=40, new=12):
@@ -74,7 +88,7 @@ def compare(folder, family, seed, length=40, new=12):
         assert error <= 1e-5 * scale, f"logits differ by {error:.2g} at a scale of {scale:.2g}"
         for prompt, m in ((ids[:1, :5], mask[:1, :5]), (ids, mask)):
             a = generate(ours, prompt, new, m, temperature=0., stop_ids=())
-            b = reference.generate(prompt, attention_mask=m, max_new_tokens=new)
+            b = reference.generate(prompt, attention_mask=m, max_new_tokens=new, use_cache=can_cache(config))
             assert torch.equal(a, b), f"greedy ids after {prompt.shape[1]} are {a[:, -new:].tolist()}, theirs {b[:, -new:].tolist()}"
     except Exception as e:
         raise AssertionError(f"{family}, seed {seed}: {type(e).__name__}: {e}\n{config.to_diff_dict()}") from e
@@ -85,6 +99,13 @@ def cases(n): return [([*FAMILIES][i % len(FAMILIES)], i) for i in range(n)]  # 
 
 @pytest.mark.parametrize("family, seed", cases(10))
 def test_equals_transformers(tmp_path, family, seed): compare(tmp_path, family, seed)
+
+
+def test_the_comparison_can_fail(tmp_path, monkeypatch):
+    "And then names the config."
+    from qwen_nb.rope import Rotary
+    monkeypatch.setattr("qwen_nb.model.Rotary", lambda head_dim, theta, *rest: Rotary(head_dim, 2 * theta, *rest))
+    with pytest.raises(AssertionError, match=r"(?s)Qwen3ForCausalLM, seed 1: AssertionError: logits differ.*'head_dim': \d+"): compare(tmp_path, "Qwen3ForCausalLM", 1)
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_tied_head_that_is_stored_as_well(copy):
 
 @pytest.mark.parametrize("changes, match", [
     (dict(model_type="llama"), "model_type is 'llama'"), (dict(model_type=None), "model_type is None"),
-    (dict(hidden_act="gelu"), "hidden_act"), (dict(use_sliding_window=True), "use_sliding_window"),
+    (dict(hidden_act="gelu"), "hidden_act"), (dict(use_sliding_window=True, sliding_window=0), "sliding_window is 0"),
     (dict(num_key_value_heads=3), "does not divide"), (dict(hidden_size="128"), "hidden_size is '128'"), (dict(head_dim=-4), "head_dim"),
     (dict(num_hidden_layers=0), "num_hidden_layers"), (dict(num_hidden_layers=True), "num_hidden_layers"),
     (dict(rms_norm_eps="small"), "rms_norm_eps"), (dict(rope_theta="big"), "rope_theta"), (dict(rope_theta=-1), "rope_theta"),
