@@ -51,7 +51,26 @@ def qwen3(rng):
     return transformers.Qwen3Config(**size, **windows(rng, size["num_hidden_layers"]))
 
 
-FAMILIES = {"Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3}  # class in transformers → rng → one of its configs
+def experts(rng, size):
+    "What the two mixtures share."
+    n, layers = rng.choice([2, 3, 5, 8]), size["num_hidden_layers"]
+    return dict(num_experts=n, num_experts_per_tok=rng.randint(1, n), moe_intermediate_size=rng.choice([12, 24, 40]), norm_topk_prob=rng.random() < .5,
+                decoder_sparse_step=rng.choice([1, 1, 2, 3]), mlp_only_layers=sorted(rng.sample(range(layers), rng.randint(0, layers - 1) if rng.random() < .3 else 0)))
+
+
+def qwen2_moe(rng):
+    size = sizes(rng)
+    size |= experts(rng, size) | dict(hidden_size=size["num_attention_heads"] * rng.choice([4, 8, 16]), shared_expert_intermediate_size=rng.choice([16, 48]))
+    return transformers.Qwen2MoeConfig(**size, **windows(rng, size["num_hidden_layers"]), qkv_bias=rng.random() < .7)
+
+
+def qwen3_moe(rng):
+    size = sizes(rng)
+    size |= experts(rng, size) | dict(hidden_size=rng.choice([20, 48, 64]), head_dim=rng.choice([4, 8, 16, 32]), attention_bias=rng.random() < .5)
+    return transformers.Qwen3MoeConfig(**size, **{k: v for k, v in windows(rng, size["num_hidden_layers"]).items() if k != "layer_types"})
+
+
+FAMILIES = {"Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3, "Qwen2MoeForCausalLM": qwen2_moe, "Qwen3MoeForCausalLM": qwen3_moe}  # class in transformers → rng → one of its configs
 
 
 # ---- the comparison
@@ -83,7 +102,8 @@ def compare(folder, family, seed, length=40, new=12):
     mask[1, :rng.choice([0, 1, length // 2])] = 0
     try:
         ours = Qwen.from_pretrained(folder, dtype="float32")
-        with torch.no_grad(): a, b = ours(ids, mask), reference(ids, attention_mask=mask).logits
+        places = (mask.cumsum(-1) - 1).clamp_min(0)  # as the reference's generate counts them; by itself it counts the padding too, which is the same but for rounding
+        with torch.no_grad(): a, b = ours(ids, mask), reference(ids, attention_mask=mask, position_ids=places).logits
         error, scale = (a - b)[mask.bool()].abs().max().item(), b[mask.bool()].abs().max().item()
         assert error <= 1e-5 * scale, f"logits differ by {error:.2g} at a scale of {scale:.2g}"
         for prompt, m in ((ids[:1, :5], mask[:1, :5]), (ids, mask)):
