@@ -231,19 +231,20 @@ def encode_story(
         ids += enc.ids
     return ids + [tokenizer.token_to_id("<|endoftext|>")], answers
 
-# %% ../nbs/03a_world.ipynb #028977ed
+# %% ../nbs/03a_world.ipynb #dc1d3d65
 @torch.no_grad()
 def measure(
     model,      # anything that takes ids `(1, seq)` and gives logits `(1, seq, vocab)`
     tokenizer,
     seeds,      # one story each
+    tell_story=story,  # what makes one
 ) -> dict:
     "Loss and floor in nats per token (the first token of a story left out), and accuracy by kind of question."
     nll = nats = tokens = 0.
     right, asked = {}, {}
     for seed in seeds:
         choose = Chooser(random.Random(seed))
-        ids, answers = encode_story(story(choose), tokenizer)
+        ids, answers = encode_story(tell_story(choose), tokenizer)
         x = torch.tensor([ids])
         logits = model(x)[0, :-1].float()
         nll += F.cross_entropy(logits, x[0, 1:], reduction="sum").item()
