@@ -239,7 +239,7 @@ def data(args):
     report_data(folder, prepare(source, folder, **given), args)
     return 0
 
-# %% ../nbs/90_cli.ipynb #6310cc6f
+# %% ../nbs/90_cli.ipynb #9deced98
 def report_data(folder, index, args):
     "What was made, how it begins, and what to type next."
     from qwen_nb.data import Shards
@@ -258,12 +258,14 @@ def report_data(folder, index, args):
     rows, here = (parts["train"]["tokens"] - 1) // default.seq_len, shlex.quote(f"data={folder}")
     if not rows: print(f"It is too short for rows of {default.seq_len} tokens: take shorter ones, and expect a model that learns it by heart.")
     settings = [] if rows else [f"seq_len={max(1, (parts['train']['tokens'] - 1) // 8)}"]
-    print("Next:\n  " + " ".join(["qwen-nb train", here, *settings, *pace(rows, default)]))
+    print("Next:\n  " + " ".join(["qwen-nb train", here, *settings, *pace(rows, default, any(talks.values()))]))
 
-def pace(rows, default, passes=20):
-    "Settings for a run that reads a small text no more than about `passes` times."
-    steps = max(100, passes * rows // default.batch_size)
-    return [f"steps={steps}", f"warmup={steps // 10}"] if steps < default.steps else []
+def pace(rows, default, talks=False):
+    "Settings for a small text: to write on, about 20 passes over it; to answer questions, which is learnt late, at least 1000 steps of fewer rows."
+    passes, least, batch_size = (13, 1000, 8) if talks else (20, 100, default.batch_size)
+    steps = max(least, passes * rows // batch_size)
+    if steps * batch_size >= default.steps * default.batch_size: return []
+    return [f"steps={steps}", f"warmup={min(steps // 10, 50)}"] + [f"batch_size={batch_size}"] * talks
 
 # %% ../nbs/90_cli.ipynb #e86b2b15
 def settings_of():

@@ -209,7 +209,7 @@ def test_from_a_pdf_to_a_model_that_answers(capsys, monkeypatch, book, tmp_path)
     index = json.loads((folder / "index.json").read_text())
     assert index["vocab_size"] == 300 and f"{index['parts']['train']['tokens']:,} tokens" in said and "held_out" in said and " is in the " in said
     (words,) = commands_in(said)
-    assert words[:2] == ["train", f"data={folder}"] and "steps=100" in words  # the small book is not read hundreds of times
+    assert words[:2] == ["train", f"data={folder}"] and {"steps=1000", "batch_size=8"} <= {*words}  # answering takes many steps
     status, out, err = run(*words, *TINY[:-6], "steps=12", *TINY[-6:], f"out={tmp_path / 'out'}")
     assert status == 0 and "Step 12: loss" in out and "held-out" in out and "step 6: loss" in err and "Traceback" not in err, err
     (words,) = commands_in(out)
@@ -229,6 +229,7 @@ def test_no_questions(capsys, monkeypatch, tmp_path):
     status, said, err = call(capsys, monkeypatch, "data", tmp_path / "a.txt", "--out", tmp_path / "data", "--vocab-size", 300, "--no-questions")
     assert status == 0 and "conversation" not in said and sum(Shards(tmp_path / "data", p).documents for p in ("train", "held_out")) == 80
     status, out, err = call(capsys, monkeypatch, "train", f"data={tmp_path / 'data'}", *TINY, "steps=2", f"out={tmp_path / 'out'}")
+    assert "steps=100" in commands_in(said)[0] and "batch_size" not in said  # the small book is not read hundreds of times
     (words,) = commands_in(out)
     assert status == 0 and words[0] == "generate" and words[-1] == str(tmp_path / "out/final") and "for example" not in out
 

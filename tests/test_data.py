@@ -286,7 +286,9 @@ def test_prepare(tmp_path):
     again = prepare(tmp_path / "a.pdf", tmp_path / "e", vocab_size=340)
     assert json.dumps(index) == json.dumps(again)
     texts = data.world_stories(50)
-    assert data.tokenizer_hash(Tokenizer.train(split_documents(texts)["train"], 340, tags=("<think>", "</think>"))) == index["tokenizer_sha256"]  # held-out text teaches it nothing
+    train = split_documents(texts)["train"]
+    seen = train + [f"{m['role']}\n{m['content']}" for talk in data.conversations(train) for m in talk]
+    assert data.tokenizer_hash(Tokenizer.train(seen, 340, tags=("<think>", "</think>"))) == index["tokenizer_sha256"]  # held-out text teaches it nothing
     kept = prepare(tmp_path / "a.pdf", tmp_path / "f", tokenizer=Shards(tmp_path / "d").tokenizer())
     assert kept["parts"] == index["parts"]
 
@@ -327,7 +329,9 @@ def test_a_document_answers_its_own_questions():
     talks, told, nothing = data.conversations(texts), [], []
     for question, answer in asked(talks):
         form, word = next((form, m[1]) for form in data.QUESTIONS if (m := re.fullmatch(re.escape(form).replace(r"\{\}", r"(\w+)"), question)))
-        if answer == data.NOTHING.format(word):
+        begin, answer = answer[:len(data.ANSWER.format(word, ""))], answer[len(data.ANSWER.format(word, "")):]
+        assert begin == data.ANSWER.format(word, "")
+        if answer == data.NOTHING:
             assert not re.search(rf"\b{word}\b", PROSE, re.I)
             nothing.append(word)
             continue
@@ -353,7 +357,7 @@ def test_conversations_in_shards(tmp_path):
         assert [shards.document(i).tolist() for i in range(shards.documents)] == [ids + [tokenizer.special["<|endoftext|>"]] for ids in want]
         end = tokenizer.special["<|im_end|>"]
         assert shards[:].tolist().count(end) == 2 * len([*asked(talks)])
-        whole[name] = {a for _, a in asked(talks) if "nothing" not in a}
+        whole[name] = {a.partition(": ")[2] for _, a in asked(talks)} - {data.NOTHING}
         assert whole[name] <= {s for t in texts for s in data.sentences(t)}
     assert whole["train"] and whole["held_out"] and not whole["train"] & whole["held_out"]
     assert json.dumps(prepare(tmp_path / "a.txt", tmp_path / "e", 300, held_out=0.4)) == json.dumps(index)
