@@ -158,6 +158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qwen_nb.data.read_shard_index': ('data.html#read_shard_index', 'qwen_nb/data.py'),
                               'qwen_nb.data.sentences': ('data.html#sentences', 'qwen_nb/data.py'),
                               'qwen_nb.data.split_documents': ('data.html#split_documents', 'qwen_nb/data.py'),
+                              'qwen_nb.data.spoken': ('data.html#spoken', 'qwen_nb/data.py'),
                               'qwen_nb.data.tokenizer_hash': ('data.html#tokenizer_hash', 'qwen_nb/data.py'),
                               'qwen_nb.data.world_pdf': ('data.html#world_pdf', 'qwen_nb/data.py'),
                               'qwen_nb.data.world_stories': ('data.html#world_stories', 'qwen_nb/data.py'),

@@ -383,7 +383,7 @@ def add_shared(parser):
     add("--presence-penalty", type=float, metavar="R", help="above 0: rather not what it has written already; 0: off")
     add("--seed", type=int, metavar="N", help="the same seed, the same text")
 
-# %% ../nbs/90_cli.ipynb #789c6141
+# %% ../nbs/90_cli.ipynb #b4921260
 GENERATE_EXAMPLES = r"""examples:
   qwen-nb generate "Max is in the"
   printf 'Max is in the attic.\nMax has the ball.\nWho has the ball?' | qwen-nb generate --stop '\n'
@@ -398,7 +398,7 @@ CHAT_EXAMPLES = """examples:
 
 DATA_EXAMPLES = """examples:
   qwen-nb data
-  qwen-nb data book.pdf --out book --vocab-size 2048
+  qwen-nb data book.pdf --out book --vocab-size 4096
   qwen-nb data notes/ --out notes --held-out 0.05 --mark=---"""
 
 TRAIN_EXAMPLES = """examples:
@@ -427,7 +427,7 @@ def add_generate(commands):
     add_shared(p)
     p.set_defaults(run=generate)
 
-# %% ../nbs/90_cli.ipynb #a1a5c351
+# %% ../nbs/90_cli.ipynb #6c126b11
 def add_chat(commands):
     p = commands.add_parser("chat", help="talk with a model", epilog=CHAT_EXAMPLES,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -448,7 +448,7 @@ def add_data(commands):
     p.add_argument("source", nargs="?", metavar="SOURCE", help="a .pdf, .txt or .md, or a folder of them (default: a PDF of stories about the small model's world, made for it)")
     p.add_argument("--out", default="data", metavar="FOLDER", help="where it goes; what an earlier call made there is replaced (default: data)")
     one = p.add_mutually_exclusive_group()
-    one.add_argument("--vocab-size", type=int, metavar="N", help="ids of the tokenizer that is trained (default: 512; 2048 to 8192 for a book or more)")
+    one.add_argument("--vocab-size", type=int, metavar="N", help="ids of the tokenizer that is trained (default: 2048, or what the text has pairs for; up to 8192 for a book or more)")
     one.add_argument("--tokenizer", metavar="MODEL", help="take the tokenizer of this model, a folder or a hub id, and train none")
     p.add_argument("--held-out", type=float, metavar="SHARE", help="how much is kept apart, to measure on (default: 0.1)")
     p.add_argument("--mark", metavar="TEXT", help="a line that ends a document (default: * * *)")

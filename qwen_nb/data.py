@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['MARK', 'SUFFIXES', 'LONGEST', 'QUESTIONS', 'ANSWER', 'NOTHING', 'END', 'IGNORED', 'write_pdf', 'world_stories',
            'world_pdf', 'page_number', 'drop_headers', 'join_lines', 'read_pdf', 'read_document', 'read_documents',
-           'cut', 'fingerprint', 'split_documents', 'sentences', 'answers_to', 'made_up', 'conversations', 'write_file',
-           'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'is_ours', 'read_shard_index',
-           'open_array', 'Shards', 'Packed', 'document_mask', 'prepare']
+           'cut', 'fingerprint', 'split_documents', 'sentences', 'answers_to', 'made_up', 'conversations', 'spoken',
+           'write_file', 'digest', 'tokenizer_hash', 'write_part', 'write_shards', 'clean', 'is_ours',
+           'read_shard_index', 'open_array', 'Shards', 'Packed', 'document_mask', 'prepare']
 
 # %% ../nbs/20_data.ipynb #234898c8
 import hashlib, json, os, re, shutil, unicodedata
@@ -216,7 +216,7 @@ def answers_to(texts) -> dict:
             first.setdefault(word.lower(), sentence)
     return {spelled[word]: sentence for word, sentence in first.items()}
 
-# %% ../nbs/20_data.ipynb #9dcf1ca0
+# %% ../nbs/20_data.ipynb #31410822
 QUESTIONS = "What does it say about {}?", "Tell me about {}."
 ANSWER, NOTHING = "What it says about {}: {}", "nothing."
 
@@ -242,6 +242,10 @@ def conversations(
             now, pairs = pairs[:(n := choose.randint(1, 3))], pairs[n:]
             found.append([m for word, answer in now for m in (dict(role="user", content=question.format(word)), dict(role="assistant", content=ANSWER.format(word, answer)))])
     return found
+
+def spoken(talks):
+    "What a tokenizer learns from conversations: who speaks, and the words."
+    return [f"{m['role']}\n{m['content']}" for talk in talks for m in talk]
 
 # %% ../nbs/20_data.ipynb #9639d189
 def write_file(
@@ -438,11 +442,11 @@ def document_mask(
     d, seq = document_ids, document_ids.shape[-1]
     return causal_mask(seq, seq, device=d.device) & (d[:, None, :, None] == d[:, None, None, :])
 
-# %% ../nbs/20_data.ipynb #206e2b66
+# %% ../nbs/20_data.ipynb #ed11a44a
 def prepare(
     source,                 # a .pdf, .txt or .md, or a folder of them
     folder,                 # where the shards go
-    vocab_size:int=512,     # of the tokenizer that is trained on the train part
+    vocab_size:int=2048,    # of the tokenizer that is trained on the train part, at most
     tokenizer=None,         # or one that is there already
     held_out:float=0.1,
     mark=MARK,              # a line that ends a document
@@ -454,6 +458,5 @@ def prepare(
     texts = [part for _, text in read_documents(source) for part in cut(text, mark, at_most)]
     if not tokenizer:  # it reads what the model will read, the words of the chat too
         train = split_documents(texts, held_out)["train"]
-        said = [f"{m['role']}\n{m['content']}" for talk in conversations(train, questions) for m in talk]
-        tokenizer = Tokenizer.train(train + said, vocab_size, tags=("<think>", "</think>") if questions else ())
+        tokenizer = Tokenizer.train(train + spoken(conversations(train, questions)), vocab_size, tags=("<think>", "</think>") if questions else ())
     return write_shards(folder, texts, tokenizer, held_out, shard_tokens, questions)

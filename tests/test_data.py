@@ -287,7 +287,7 @@ def test_prepare(tmp_path):
     assert json.dumps(index) == json.dumps(again)
     texts = data.world_stories(50)
     train = split_documents(texts)["train"]
-    seen = train + [f"{m['role']}\n{m['content']}" for talk in data.conversations(train) for m in talk]
+    seen = train + data.spoken(data.conversations(train))
     assert data.tokenizer_hash(Tokenizer.train(seen, 340, tags=("<think>", "</think>"))) == index["tokenizer_sha256"]  # held-out text teaches it nothing
     kept = prepare(tmp_path / "a.pdf", tmp_path / "f", tokenizer=Shards(tmp_path / "d").tokenizer())
     assert kept["parts"] == index["parts"]
