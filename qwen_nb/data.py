@@ -216,7 +216,7 @@ def answers_to(texts) -> dict:
             first.setdefault(word.lower(), sentence)
     return {spelled[word]: sentence for word, sentence in first.items()}
 
-# %% ../nbs/20_data.ipynb #31410822
+# %% ../nbs/20_data.ipynb #1511f6e1
 QUESTIONS = "What does it say about {}?", "Tell me about {}."
 ANSWER, NOTHING = "What it says about {}: {}", "nothing."
 
@@ -230,12 +230,12 @@ def conversations(
     texts,                # of one part
     questions=QUESTIONS,  # each word is asked about in each of these ways
     seed=0,
-    times=2,              # how often, each time in other company
+    times=None,           # how often, each time in other company; None: 8 times in a small text, once in one with thousands of words
     unknown=0.25,         # made-up words, for each word that is there
 ) -> list:
     "Conversations about the texts, each a list of messages. None if there is no sentence to answer with."
     choose, answers, found = Random(f"conversations {seed}"), answers_to(texts), []
-    for question in [*questions] * times:
+    for question in [*questions] * (times or max(1, min(8, 4000 // max(1, len(answers))))):
         pairs = [*answers.items()] + [(word, NOTHING) for word in made_up([*answers], int(unknown * len(answers)), choose)]
         choose.shuffle(pairs)
         while pairs:

@@ -326,7 +326,7 @@ def test_a_document_answers_its_own_questions():
     answers, whole = data.answers_to(texts), data.sentences(PROSE)
     assert answers["water"] == "Water is wet." and answers["Wren"] == whole[1] and answers["wood"] == "Masons split it with wedges of dry wood."
     assert "Sand" not in answers and answers["sand"] == "Glass is made from sand." and "said" in answers and "the" not in answers
-    talks, told, nothing = data.conversations(texts), [], []
+    talks, told, nothing = data.conversations(texts, times=2), [], []
     for question, answer in asked(talks):
         form, word = next((form, m[1]) for form in data.QUESTIONS if (m := re.fullmatch(re.escape(form).replace(r"\{\}", r"(\w+)"), question)))
         begin, answer = answer[:len(data.ANSWER.format(word, ""))], answer[len(data.ANSWER.format(word, "")):]
@@ -339,7 +339,7 @@ def test_a_document_answers_its_own_questions():
         told.append((form, word, answer))
     assert sorted(told) == sorted((form, *pair) for form in data.QUESTIONS for pair in answers.items() for _ in range(2))  # each word, each way, twice
     assert 0 < len(nothing) <= len(told) / 2 and {len(t) // 2 for t in talks} == {1, 2, 3}
-    assert data.conversations(texts) == talks != data.conversations(texts, seed=1) and data.conversations(texts, ()) == []
+    assert data.conversations(texts, times=2) == talks != data.conversations(texts, seed=1, times=2) and len([*asked(data.conversations(texts))]) > 3 * len([*asked(talks)]) and data.conversations(texts, ()) == []
     for short in ([], ["A heading\n"], ["One two.\n"], ["So it is on a.\n"]): assert data.conversations(short) == []
     assert not data.answers_to(["A " + "very " * 60 + "long one. "])
 
