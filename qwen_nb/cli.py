@@ -239,7 +239,7 @@ def data(args):
     report_data(folder, prepare(source, folder, **given), args)
     return 0
 
-# %% ../nbs/90_cli.ipynb #e7b6e5f4
+# %% ../nbs/90_cli.ipynb #86329aba
 def report_data(folder, index, args):
     "What was made, how it begins, and what to type next."
     from qwen_nb.data import Shards
@@ -261,11 +261,13 @@ def report_data(folder, index, args):
     print("Next:\n  " + " ".join(["qwen-nb train", here, *settings, *pace(rows, default, any(talks.values()))]))
 
 def pace(rows, default, talks=False):
-    "Settings for a small text: to write on, about 20 passes over it; to answer questions, which is learnt late, at least 1000 steps of fewer rows."
+    """Settings for a small text: to write on, about 20 passes over it; to answer questions, which is learnt late, at least 1000 steps of fewer rows.
+
+    A chat then leaves out what no longer fits into a row: more than that the model has never seen."""
     passes, least, batch_size = (5, 1000, 8) if talks else (20, 100, default.batch_size)
     steps = max(least, passes * rows // batch_size)
     if steps * batch_size >= default.steps * default.batch_size: return []
-    return [f"steps={steps}", f"warmup={min(steps // 10, 50)}"] + [f"batch_size={batch_size}"] * talks
+    return [f"steps={steps}", f"warmup={min(steps // 10, 50)}"] + [f"batch_size={batch_size}", f"max_position_embeddings={default.seq_len}"] * talks
 
 # %% ../nbs/90_cli.ipynb #e86b2b15
 def settings_of():

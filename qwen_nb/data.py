@@ -216,7 +216,7 @@ def answers_to(texts) -> dict:
             first.setdefault(word.lower(), sentence)
     return {spelled[word]: sentence for word, sentence in first.items()}
 
-# %% ../nbs/20_data.ipynb #1511f6e1
+# %% ../nbs/20_data.ipynb #d5e90e7c
 QUESTIONS = "What does it say about {}?", "Tell me about {}."
 ANSWER, NOTHING = "What it says about {}: {}", "nothing."
 
@@ -239,7 +239,7 @@ def conversations(
         pairs = [*answers.items()] + [(word, NOTHING) for word in made_up([*answers], int(unknown * len(answers)), choose)]
         choose.shuffle(pairs)
         while pairs:
-            now, pairs = pairs[:(n := choose.randint(1, 3))], pairs[n:]
+            now, pairs = pairs[:(n := choose.randint(1, 6))], pairs[n:]
             found.append([m for word, answer in now for m in (dict(role="user", content=question.format(word)), dict(role="assistant", content=ANSWER.format(word, answer)))])
     return found
 

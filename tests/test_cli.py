@@ -209,7 +209,7 @@ def test_from_a_pdf_to_a_model_that_answers(capsys, monkeypatch, book, tmp_path)
     index = json.loads((folder / "index.json").read_text())
     assert index["vocab_size"] == 300 and f"{index['parts']['train']['tokens']:,} tokens" in said and "held_out" in said and " is in the " in said
     (words,) = commands_in(said)
-    assert words[:2] == ["train", f"data={folder}"] and {"steps=1000", "batch_size=8"} <= {*words}  # answering takes many steps
+    assert words[:2] == ["train", f"data={folder}"] and {"steps=1000", "batch_size=8", "max_position_embeddings=256"} <= {*words}  # answering takes many steps
     status, out, err = run(*words, *TINY[:-6], "steps=12", *TINY[-6:], f"out={tmp_path / 'out'}")
     assert status == 0 and "Step 12: loss" in out and "held-out" in out and "step 6: loss" in err and "Traceback" not in err, err
     (words,) = commands_in(out)

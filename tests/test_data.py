@@ -310,7 +310,7 @@ Glass is made from sand. Sand melts at a great heat. Potash makes it melt sooner
 def asked(talks):
     "Every (question, answer) in them."
     for talk in talks:
-        assert [m["role"] for m in talk] == ["user", "assistant"] * (len(talk) // 2) and 1 <= len(talk) // 2 <= 3
+        assert [m["role"] for m in talk] == ["user", "assistant"] * (len(talk) // 2) and 1 <= len(talk) // 2 <= 6
         yield from ((a["content"], b["content"]) for a, b in zip(talk[::2], talk[1::2]))
 
 
@@ -338,7 +338,7 @@ def test_a_document_answers_its_own_questions():
         assert answer in whole and re.search(rf"\b{word}\b", answer, re.I)
         told.append((form, word, answer))
     assert sorted(told) == sorted((form, *pair) for form in data.QUESTIONS for pair in answers.items() for _ in range(2))  # each word, each way, twice
-    assert 0 < len(nothing) <= len(told) / 2 and {len(t) // 2 for t in talks} == {1, 2, 3}
+    assert 0 < len(nothing) <= len(told) / 2 and {len(t) // 2 for t in talks} == {1, 2, 3, 4, 5, 6}
     assert data.conversations(texts, times=2) == talks != data.conversations(texts, seed=1, times=2) and len([*asked(data.conversations(texts))]) > 3 * len([*asked(talks)]) and data.conversations(texts, ()) == []
     for short in ([], ["A heading\n"], ["One two.\n"], ["So it is on a.\n"]): assert data.conversations(short) == []
     assert not data.answers_to(["A " + "very " * 60 + "long one. "])
