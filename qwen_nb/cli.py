@@ -334,7 +334,7 @@ def engine_for(kind, config):
     if kind: raise ValueError(f"--engine {kind} is for several processes: start them with torchrun --nproc-per-node 2 --no-python qwen-nb train --engine {kind} …")
     return nullcontext()
 
-# %% ../nbs/90_cli.ipynb #5fe6bdc5
+# %% ../nbs/90_cli.ipynb #b342b849
 def report_training(config, final):
     "The last losses, and the command that shows what came of it."
     from qwen_nb.train import read_log
@@ -345,7 +345,7 @@ def report_training(config, final):
     if held and min(held)[0] < 0.98 * held[-1][0]:
         print(f"The held-out loss was lowest at step {min(held)[1]}, with {min(held)[0]:.3f}: from there on it learnt the text by heart" + (", which answering questions about it takes." if question else ". More text helps, or fewer steps."))
     print("Next:\n  " + try_it(config, final, question))
-    if question: print(f"and ask, for example: {question}\nIt answers with a sentence of the text that it has learnt by heart. What it has not read, it does not know.")
+    if question: print(f"and ask, for example: {question}\nAsked in this form, it answers with a sentence of the text that it has learnt by heart. It knows nothing else.")
 
 def example_question(folder):
     "The first question in a data folder; None if there are no conversations."
