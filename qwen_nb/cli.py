@@ -4,9 +4,9 @@
 __all__ = ['SAMPLING', 'COMMANDS', 'EXAMPLE', 'GENERATE_EXAMPLES', 'CHAT_EXAMPLES', 'DATA_EXAMPLES', 'TRAIN_EXAMPLES', 'verify',
            'visible', 'Screen', 'read_text', 'check_utf8', 'load', 'sampling_of', 'generate', 'command', 'can_think',
            'answer', 'talk', 'asker', 'greeting', 'chat', 'own_folder', 'data', 'report_data', 'pace', 'settings_of',
-           'settings_help', 'config_of', 'show_progress', 'train', 'engine_for', 'report_training', 'try_it',
-           'add_shared', 'add_verify', 'add_generate', 'add_chat', 'add_data', 'add_train', 'make_parser', 'parse',
-           'main']
+           'settings_help', 'config_of', 'show_progress', 'train', 'engine_for', 'report_training', 'example_question',
+           'try_it', 'add_shared', 'add_verify', 'add_generate', 'add_chat', 'add_data', 'add_train', 'make_parser',
+           'parse', 'main']
 
 # %% ../nbs/90_cli.ipynb #31b1c281
 import argparse
@@ -213,7 +213,7 @@ def chat(args):
     if terminal: screen.tell("")
     return status
 
-# %% ../nbs/90_cli.ipynb #7c083cb8
+# %% ../nbs/90_cli.ipynb #8c1aee01
 def own_folder(folder):
     "ValueError if the folder holds what `data` has not made."
     from qwen_nb.data import is_ours
@@ -228,7 +228,7 @@ def data(args):
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # its remarks about odd but readable files
     from qwen_nb.data import prepare, world_pdf
     from qwen_nb.tokenizer import Tokenizer
-    given = {name: getattr(args, name) for name in ("vocab_size", "held_out", "mark", "at_most") if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in ("vocab_size", "held_out", "mark", "at_most", "questions") if getattr(args, name) is not None}
     folder, source = Path(args.out), args.source
     own_folder(folder)
     if source and not Path(source).exists(): raise FileNotFoundError(f"there is no file or folder {source}")
@@ -239,14 +239,17 @@ def data(args):
     report_data(folder, prepare(source, folder, **given), args)
     return 0
 
-# %% ../nbs/90_cli.ipynb #6f43003d
+# %% ../nbs/90_cli.ipynb #86329aba
 def report_data(folder, index, args):
     "What was made, how it begins, and what to type next."
     from qwen_nb.data import Shards
     from qwen_nb.train import TrainConfig
     parts, default = index["parts"], TrainConfig()
-    print(f"{folder} is ready: {sum(p['documents'] for p in parts.values()):,} documents, {sum(p['tokens'] for p in parts.values()):,} tokens, a vocabulary of {index['vocab_size']:,} ids")
-    for name, p in parts.items(): print(f"  {name:9}{p['documents']:>8,} documents{p['tokens']:>12,} tokens{len(p['shards']):>5} shard{'s' * (len(p['shards']) != 1)}")
+    talks = {name: p.get("conversations", 0) for name, p in parts.items()}
+    print(f"{folder} is ready: {sum(p['documents'] for p in parts.values()) - sum(talks.values()):,} documents, {f'{sum(talks.values()):,} conversations about them, ' if any(talks.values()) else ''}"
+          f"{sum(p['tokens'] for p in parts.values()):,} tokens, a vocabulary of {index['vocab_size']:,} ids")
+    for name, p in parts.items():
+        print(f"  {name:9}{p['documents'] - talks[name]:>8,} documents{f'{talks[name]:>8,} conversations' * any(talks.values())}{p['tokens']:>12,} tokens{len(p['shards']):>5} shard{'s' * (len(p['shards']) != 1)}")
     shards = Shards(folder, verify=False)
     begins = shards.tokenizer().decode(shards.document(0).tolist(), skip_special=True)
     begins = begins[:300].rsplit(None, 1)[0] + " …" if len(begins) > 300 else begins.rstrip()
@@ -255,12 +258,16 @@ def report_data(folder, index, args):
     rows, here = (parts["train"]["tokens"] - 1) // default.seq_len, shlex.quote(f"data={folder}")
     if not rows: print(f"It is too short for rows of {default.seq_len} tokens: take shorter ones, and expect a model that learns it by heart.")
     settings = [] if rows else [f"seq_len={max(1, (parts['train']['tokens'] - 1) // 8)}"]
-    print("Next:\n  " + " ".join(["qwen-nb train", here, *settings, *pace(rows, default)]))
+    print("Next:\n  " + " ".join(["qwen-nb train", here, *settings, *pace(rows, default, any(talks.values()))]))
 
-def pace(rows, default, passes=20):
-    "Settings for a run that reads a small text no more than about `passes` times."
-    steps = max(100, passes * rows // default.batch_size)
-    return [f"steps={steps}", f"warmup={steps // 10}"] if steps < default.steps else []
+def pace(rows, default, talks=False):
+    """Settings for a small text: to write on, about 20 passes over it; to answer questions, which is learnt late, at least 1000 steps of fewer rows.
+
+    A chat then leaves out what no longer fits into a row: more than that the model has never seen."""
+    passes, least, batch_size = (5, 1000, 8) if talks else (20, 100, default.batch_size)
+    steps = max(least, passes * rows // batch_size)
+    if steps * batch_size >= default.steps * default.batch_size: return []
+    return [f"steps={steps}", f"warmup={min(steps // 10, 50)}"] + [f"batch_size={batch_size}", f"max_position_embeddings={default.seq_len}"] * talks
 
 # %% ../nbs/90_cli.ipynb #e86b2b15
 def settings_of():
@@ -327,22 +334,32 @@ def engine_for(kind, config):
     if kind: raise ValueError(f"--engine {kind} is for several processes: start them with torchrun --nproc-per-node 2 --no-python qwen-nb train --engine {kind} …")
     return nullcontext()
 
-# %% ../nbs/90_cli.ipynb #b8e4b13c
+# %% ../nbs/90_cli.ipynb #b342b849
 def report_training(config, final):
     "The last losses, and the command that shows what came of it."
     from qwen_nb.train import read_log
     log = read_log(config.out)
     held = [(line["held_out"], line["step"]) for line in log if "held_out" in line]
     print(f"Step {log[-1]['step']}: loss {log[-1]['loss']:.3f}" + (f", held-out {held[-1][0]:.3f}" if held else "") + f". The model is {final}, the log {Path(config.out) / 'log.jsonl'}.")
-    if held and min(held)[0] < 0.98 * held[-1][0]: print(f"The held-out loss was lowest at step {min(held)[1]}, with {min(held)[0]:.3f}: from there on it learnt the text by heart. More text helps, or fewer steps.")
-    print("Next:\n  " + try_it(config, final))
+    question = config.data != "world" and example_question(config.data)
+    if held and min(held)[0] < 0.98 * held[-1][0]:
+        print(f"The held-out loss was lowest at step {min(held)[1]}, with {min(held)[0]:.3f}: from there on it learnt the text by heart" + (", which answering questions about it takes." if question else ". More text helps, or fewer steps."))
+    print("Next:\n  " + try_it(config, final, question))
+    if question: print(f"and ask, for example: {question}\nAsked in this form, it answers with a sentence of the text that it has learnt by heart. It knows nothing else.")
 
-def try_it(config, final):
+def example_question(folder):
+    "The first question in a data folder; None if there are no conversations."
+    from qwen_nb.data import Shards
+    shards = Shards(folder, verify=False)
+    if not (n := shards.index["parts"]["train"].get("conversations", 0)): return None
+    return visible(shards.tokenizer().decode(shards.document(shards.documents - n).tolist(), skip_special=True).split("\n")[1])
+
+def try_it(config, final, question=None):
     "A model that was trained on conversations can chat; any other writes on."
     from qwen_nb.data import Shards
     from qwen_nb.tokenizer import Tokenizer
     model = f"--model {shlex.quote(str(final))}"
-    if config.data == "world" and {"<|im_start|>", "<|im_end|>"} <= Tokenizer.from_pretrained(final).special.keys(): return f"qwen-nb chat {model}"
+    if question or config.data == "world" and {"<|im_start|>", "<|im_end|>"} <= Tokenizer.from_pretrained(final).special.keys(): return f"qwen-nb chat {model}"
     begin = "Max is in the"
     if config.data != "world":
         shards = Shards(config.data, verify=False)
@@ -368,7 +385,7 @@ def add_shared(parser):
     add("--presence-penalty", type=float, metavar="R", help="above 0: rather not what it has written already; 0: off")
     add("--seed", type=int, metavar="N", help="the same seed, the same text")
 
-# %% ../nbs/90_cli.ipynb #789c6141
+# %% ../nbs/90_cli.ipynb #b4921260
 GENERATE_EXAMPLES = r"""examples:
   qwen-nb generate "Max is in the"
   printf 'Max is in the attic.\nMax has the ball.\nWho has the ball?' | qwen-nb generate --stop '\n'
@@ -383,7 +400,7 @@ CHAT_EXAMPLES = """examples:
 
 DATA_EXAMPLES = """examples:
   qwen-nb data
-  qwen-nb data book.pdf --out book --vocab-size 2048
+  qwen-nb data book.pdf --out book --vocab-size 4096
   qwen-nb data notes/ --out notes --held-out 0.05 --mark=---"""
 
 TRAIN_EXAMPLES = """examples:
@@ -412,7 +429,7 @@ def add_generate(commands):
     add_shared(p)
     p.set_defaults(run=generate)
 
-# %% ../nbs/90_cli.ipynb #18f9c532
+# %% ../nbs/90_cli.ipynb #6c126b11
 def add_chat(commands):
     p = commands.add_parser("chat", help="talk with a model", epilog=CHAT_EXAMPLES,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -427,15 +444,18 @@ def add_chat(commands):
 def add_data(commands):
     p = commands.add_parser("data", help="make a document ready for training", epilog=DATA_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
                             description="From a PDF or a text to what training reads: clean text, cut into documents, a tokenizer\n"
-                                        "trained on it, and files of ids in two parts, train and held-out.")
+                                        "trained on it, and files of ids in two parts, train and held-out. Beside the documents\n"
+                                        "stand conversations, in which each word is asked about and a sentence that has it is the\n"
+                                        "answer: that a model can answer in qwen-nb chat comes from these.")
     p.add_argument("source", nargs="?", metavar="SOURCE", help="a .pdf, .txt or .md, or a folder of them (default: a PDF of stories about the small model's world, made for it)")
     p.add_argument("--out", default="data", metavar="FOLDER", help="where it goes; what an earlier call made there is replaced (default: data)")
     one = p.add_mutually_exclusive_group()
-    one.add_argument("--vocab-size", type=int, metavar="N", help="ids of the tokenizer that is trained (default: 512; 2048 to 8192 for a book or more)")
+    one.add_argument("--vocab-size", type=int, metavar="N", help="ids of the tokenizer that is trained (default: 2048, or what the text has pairs for; up to 8192 for a book or more)")
     one.add_argument("--tokenizer", metavar="MODEL", help="take the tokenizer of this model, a folder or a hub id, and train none")
     p.add_argument("--held-out", type=float, metavar="SHARE", help="how much is kept apart, to measure on (default: 0.1)")
     p.add_argument("--mark", metavar="TEXT", help="a line that ends a document (default: * * *)")
     p.add_argument("--at-most", type=int, metavar="N", help="characters of a document; a longer one is cut at the end of a line (default: 4000)")
+    p.add_argument("--no-questions", dest="questions", action="store_const", const=(), help="make no conversations about the documents: the model will only go on with a text")
     p.set_defaults(run=data)
 
 def add_train(commands):

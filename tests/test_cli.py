@@ -204,18 +204,34 @@ def commands_in(out):
     return [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  qwen-nb ")]
 
 
-def test_from_a_pdf_to_a_model_that_writes(book, tmp_path):
+def test_from_a_pdf_to_a_model_that_answers(capsys, monkeypatch, book, tmp_path):
     folder, said = book
     index = json.loads((folder / "index.json").read_text())
     assert index["vocab_size"] == 300 and f"{index['parts']['train']['tokens']:,} tokens" in said and "held_out" in said and " is in the " in said
     (words,) = commands_in(said)
-    assert words[:2] == ["train", f"data={folder}"] and "steps=100" in words  # the small book is not read hundreds of times
+    assert words[:2] == ["train", f"data={folder}"] and {"steps=1000", "batch_size=8", "max_position_embeddings=256"} <= {*words}  # answering takes many steps
     status, out, err = run(*words, *TINY[:-6], "steps=12", *TINY[-6:], f"out={tmp_path / 'out'}")
     assert status == 0 and "Step 12: loss" in out and "held-out" in out and "step 6: loss" in err and "Traceback" not in err, err
     (words,) = commands_in(out)
-    assert words[0] == "generate" and words[-1] == str(tmp_path / "out/final")
-    status, out, err = run(*words, "--max-new-tokens", 5)
+    assert words == ["chat", "--model", str(tmp_path / "out/final")] and "and ask, for example: " in out
+    question = re.search("for example: (.*)", out)[1]
+    from qwen_nb.data import QUESTIONS, conversations, split_documents, world_stories
+    assert question == conversations(split_documents(world_stories(80))["train"])[0][0]["content"] and question[:4] in {q[:4] for q in QUESTIONS}
+    assert call(capsys, monkeypatch, *words, "--max-new-tokens", 5, stdin=question)[0] == 0
+    status, out, err = run("generate", "Max", *words[1:], "--max-new-tokens", 5)
     assert status == 0 and out.strip() and not err
+
+
+def test_no_questions(capsys, monkeypatch, tmp_path):
+    "Switched off: documents alone, and a model that writes on."
+    from qwen_nb.data import Shards, world_stories
+    (tmp_path / "a.txt").write_text("* * *\n".join(world_stories(80)))
+    status, said, err = call(capsys, monkeypatch, "data", tmp_path / "a.txt", "--out", tmp_path / "data", "--vocab-size", 300, "--no-questions")
+    assert status == 0 and "conversation" not in said and sum(Shards(tmp_path / "data", p).documents for p in ("train", "held_out")) == 80
+    status, out, err = call(capsys, monkeypatch, "train", f"data={tmp_path / 'data'}", *TINY, "steps=2", f"out={tmp_path / 'out'}")
+    assert "steps=100" in commands_in(said)[0] and "batch_size" not in said  # the small book is not read hundreds of times
+    (words,) = commands_in(out)
+    assert status == 0 and words[0] == "generate" and words[-1] == str(tmp_path / "out/final") and "for example" not in out
 
 
 def test_the_made_up_world_by_default(capsys, monkeypatch, tmp_path):

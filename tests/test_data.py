@@ -11,6 +11,7 @@ from kill import killed
 from pypdf import PdfReader, PdfWriter
 
 from qwen_nb import data
+from qwen_nb.chat import encode_chat
 from qwen_nb.data import Packed, Shards, cut, document_mask, drop_headers, join_lines, prepare, read_document, read_documents, split_documents, write_pdf, write_shards
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer
@@ -285,9 +286,89 @@ def test_prepare(tmp_path):
     again = prepare(tmp_path / "a.pdf", tmp_path / "e", vocab_size=340)
     assert json.dumps(index) == json.dumps(again)
     texts = data.world_stories(50)
-    assert data.tokenizer_hash(Tokenizer.train(split_documents(texts)["train"], 340)) == index["tokenizer_sha256"]  # held-out text teaches it nothing
+    train = split_documents(texts)["train"]
+    seen = train + data.spoken(data.conversations(train))
+    assert data.tokenizer_hash(Tokenizer.train(seen, 340, tags=("<think>", "</think>"))) == index["tokenizer_sha256"]  # held-out text teaches it nothing
     kept = prepare(tmp_path / "a.pdf", tmp_path / "f", tokenizer=Shards(tmp_path / "d").tokenizer())
     assert kept["parts"] == index["parts"]
+
+
+# ---- conversations
+
+PROSE = """The Sea
+Water is wet. Dr. Wren drank the water at 7 p.m. sharp! He said: "It is bitter." Then he slept.
+and this begins in the middle of a sentence. Why did A. Quill ask him? Nobody
+* * *
+Bees live in hives. A queen lays two thousand eggs a day. Honey never spoils.
+* * *
+Granite is a hard stone. Masons split it with wedges of dry wood. The wood swells when it gets wet.
+* * *
+Glass is made from sand. Sand melts at a great heat. Potash makes it melt sooner.
+"""
+
+
+def asked(talks):
+    "Every (question, answer) in them."
+    for talk in talks:
+        assert [m["role"] for m in talk] == ["user", "assistant"] * (len(talk) // 2) and 1 <= len(talk) // 2 <= 6
+        yield from ((a["content"], b["content"]) for a, b in zip(talk[::2], talk[1::2]))
+
+
+def test_sentences():
+    whole = data.sentences(PROSE)
+    assert whole[:4] == ["Water is wet.", "Dr. Wren drank the water at 7 p.m. sharp!", 'He said: "It is bitter."', "Then he slept."]
+    assert whole[4:6] == ["Why did A. Quill ask him?", "Bees live in hives."] and all(s in PROSE for s in whole)
+    assert data.sentences("") == data.sentences("No end") == data.sentences("Too short.") == []
+
+
+def test_a_document_answers_its_own_questions():
+    texts = cut(PROSE)
+    answers, whole = data.answers_to(texts), data.sentences(PROSE)
+    assert answers["water"] == "Water is wet." and answers["Wren"] == whole[1] and answers["wood"] == "Masons split it with wedges of dry wood."
+    assert "Sand" not in answers and answers["sand"] == "Glass is made from sand." and "said" in answers and "the" not in answers
+    talks, told, nothing = data.conversations(texts, times=2), [], []
+    for question, answer in asked(talks):
+        form, word = next((form, m[1]) for form in data.QUESTIONS if (m := re.fullmatch(re.escape(form).replace(r"\{\}", r"(\w+)"), question)))
+        begin, answer = answer[:len(data.ANSWER.format(word, ""))], answer[len(data.ANSWER.format(word, "")):]
+        assert begin == data.ANSWER.format(word, "")
+        if answer == data.NOTHING:
+            assert not re.search(rf"\b{word}\b", PROSE, re.I)
+            nothing.append(word)
+            continue
+        assert answer in whole and re.search(rf"\b{word}\b", answer, re.I)
+        told.append((form, word, answer))
+    assert sorted(told) == sorted((form, *pair) for form in data.QUESTIONS for pair in answers.items() for _ in range(2))  # each word, each way, twice
+    assert 0 < len(nothing) <= len(told) / 2 and {len(t) // 2 for t in talks} == {1, 2, 3, 4, 5, 6}
+    assert data.conversations(texts, times=2) == talks != data.conversations(texts, seed=1, times=2) and len([*asked(data.conversations(texts))]) > 3 * len([*asked(talks)]) and data.conversations(texts, ()) == []
+    for short in ([], ["A heading\n"], ["One two.\n"], ["So it is on a.\n"]): assert data.conversations(short) == []
+    assert not data.answers_to(["A " + "very " * 60 + "long one. "])
+
+
+def test_conversations_in_shards(tmp_path):
+    "They follow the documents of their part, are made from these alone, and are the ids that `encode_chat` gives."
+    (tmp_path / "a.txt").write_text(PROSE)
+    index = prepare(tmp_path / "a.txt", tmp_path / "d", 300, held_out=0.4)
+    parts, whole = split_documents(cut(PROSE), 0.4), {}
+    for name, texts in parts.items():
+        shards, talks = Shards(tmp_path / "d", name), data.conversations(texts)
+        tokenizer = shards.tokenizer()
+        assert {"<think>", "</think>"} <= tokenizer.special.keys() and len(talks) > 5 and index["parts"][name]["conversations"] == len(talks)
+        want = [tokenizer.encode(t) for t in texts] + [encode_chat(tokenizer, t, "qwen3", add_generation_prompt=False) for t in talks]
+        assert [shards.document(i).tolist() for i in range(shards.documents)] == [ids + [tokenizer.special["<|endoftext|>"]] for ids in want]
+        end = tokenizer.special["<|im_end|>"]
+        assert shards[:].tolist().count(end) == 2 * len([*asked(talks)])
+        whole[name] = {a.partition(": ")[2] for _, a in asked(talks)} - {data.NOTHING}
+        assert whole[name] <= {s for t in texts for s in data.sentences(t)}
+    assert whole["train"] and whole["held_out"] and not whole["train"] & whole["held_out"]
+    assert json.dumps(prepare(tmp_path / "a.txt", tmp_path / "e", 300, held_out=0.4)) == json.dumps(index)
+    none = prepare(tmp_path / "a.txt", tmp_path / "f", 300, held_out=0.4, questions=())
+    assert [p["conversations"] for p in none["parts"].values()] == [0, 0] and Shards(tmp_path / "f").documents == len(parts["train"])
+    assert "<think>" not in Shards(tmp_path / "f").tokenizer().special
+    plain = Tokenizer.train(cut(PROSE), 300, special_tokens=["<|endoftext|>"])
+    one_sentence("no <|im_end|>, <|im_start|>, which conversations need", lambda: prepare(tmp_path / "a.txt", tmp_path / "g", tokenizer=plain))
+    prepare(tmp_path / "a.txt", tmp_path / "g", tokenizer=plain, questions=())
+    (tmp_path / "b.txt").write_text("one\n* * *\ntwo\n")
+    assert [p["conversations"] for p in prepare(tmp_path / "b.txt", tmp_path / "h", 300)["parts"].values()] == [0, 0]  # nothing to ask about
 
 
 # ---- rows
