@@ -70,7 +70,29 @@ def qwen3_moe(rng):
     return transformers.Qwen3MoeConfig(**size, **{k: v for k, v in windows(rng, size["num_hidden_layers"]).items() if k != "layer_types"})
 
 
-FAMILIES = {"Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3, "Qwen2MoeForCausalLM": qwen2_moe, "Qwen3MoeForCausalLM": qwen3_moe}  # class in transformers → rng → one of its configs
+def hybrid(rng):
+    "What the two hybrids share."
+    size, keys = sizes(rng), rng.choice([1, 2, 3])
+    size["rope_parameters"]["partial_rotary_factor"] = rng.choice([.25, .5, 1.0])
+    n = size["num_hidden_layers"]
+    kinds = rng.choices(["linear_attention", "full_attention"], [2, 1], k=n)
+    kinds[rng.randrange(n)] = "full_attention"
+    return size | dict(hidden_size=rng.choice([20, 48, 64]), head_dim=rng.choice([8, 16, 32]), attention_bias=rng.random() < .5, layer_types=kinds if n < 4 or rng.random() < .6 else None,
+                       linear_num_key_heads=keys, linear_num_value_heads=keys * rng.choice([1, 2]), linear_key_head_dim=rng.choice([4, 8, 16]),
+                       linear_value_head_dim=rng.choice([4, 8, 16]), linear_conv_kernel_dim=rng.choice([2, 3, 4, 5]))
+
+
+def qwen3_5(rng): return transformers.Qwen3_5TextConfig(**hybrid(rng))
+
+
+def qwen3_next(rng):
+    size = hybrid(rng)
+    size |= experts(rng, size) | dict(shared_expert_intermediate_size=rng.choice([16, 48])) | (dict(num_experts=0) if rng.random() < .2 else {})
+    return transformers.Qwen3NextConfig(**size)
+
+
+FAMILIES = {"Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3, "Qwen2MoeForCausalLM": qwen2_moe, "Qwen3MoeForCausalLM": qwen3_moe,
+            "Qwen3_5ForCausalLM": qwen3_5, "Qwen3NextForCausalLM": qwen3_next}  # class in transformers → rng → one of its configs
 
 
 # ---- the comparison
