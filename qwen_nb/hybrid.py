@@ -4,7 +4,7 @@
 __all__ = ['KINDS', 'CONFIGS', 'l2_norm', 'delta_rule', 'delta_rule_chunked', 'causal_conv', 'log_decay', 'GatedRMSNorm',
            'without_padding', 'qkv_heads', 'GatedDeltaNet', 'ZeroCentredRMSNorm', 'apply_partial_rope',
            'GatedAttention', 'MixedCache', 'HybridBlock', 'layer_kinds', 'check_hybrid', 'HybridConfig',
-           'hybrid_arguments', 'text_only', 'cache_parts', 'in_order', 'NextConfig']
+           'hybrid_arguments', 'text_only', 'cache_parts', 'NextDeltaNet', 'NextConfig']
 
 # %% ../nbs/15_hybrid.ipynb #b75c3a8e
 import math
@@ -47,7 +47,7 @@ def delta_rule(
         read.append((q[..., None] * state).sum(-2))
     return torch.stack(read, 2), state
 
-# %% ../nbs/15_hybrid.ipynb #6d2f854e
+# %% ../nbs/15_hybrid.ipynb #23ab4ff3
 def delta_rule_chunked(
     q, k, v, g, beta,  # as for `delta_rule`
     state=None,
@@ -61,7 +61,7 @@ def delta_rule_chunked(
     for q, k, v, g, beta in zip(*(x.split(size, 2) for x in (q, k, v, g, beta))):
         G, beta = g.cumsum(-1)[..., None], beta[..., None]                              # (batch, heads, chunk, 1)
         D = (G - G.mT).tril().exp().tril()                                              # (batch, heads, chunk, chunk)
-        A = beta * D * (k @ k.mT)
+        A = (beta * k @ k.mT) * D
         W = torch.linalg.solve_triangular(A, beta * (v - G.exp() * (k @ state)), upper=False, unitriangular=True)
         read.append(G.exp() * (q @ state) + (D * (q @ k.mT)) @ W)
         state = G[..., -1:, :].exp() * state + (D[..., -1, :, None] * k).mT @ W
@@ -116,7 +116,7 @@ def qkv_heads(
     n = v.shape[1] // k.shape[1]  # value heads that share a key head
     return repeat_kv(l2_norm(q) * dims[0]**-0.5, n), repeat_kv(l2_norm(k), n), v
 
-# %% ../nbs/15_hybrid.ipynb #3c4c53ce
+# %% ../nbs/15_hybrid.ipynb #245aa960
 class GatedDeltaNet(nn.Module):
     """A token mixer with a memory of fixed size: `(batch, seq, hidden_size)` in and out.
 
@@ -132,15 +132,15 @@ class GatedDeltaNet(nn.Module):
                  layer_idx:int=0):     # which slot of the cache is ours
         super().__init__()
         if num_value_heads % num_key_heads: raise ValueError(f"{num_value_heads} value heads cannot share {num_key_heads} key heads evenly")
-        keys, values = num_key_heads * key_dim, num_value_heads * value_dim
+        keys, values, self.key_heads, self.value_heads = num_key_heads * key_dim, num_value_heads * value_dim, num_key_heads, num_value_heads
         self.sizes, self.dims, self.layer_idx = (keys, keys, values), (key_dim, key_dim, value_dim), layer_idx
-        self.in_proj_qkv = nn.Linear(hidden_size, sum(self.sizes), bias=False)
-        self.in_proj_z = nn.Linear(hidden_size, values, bias=False)
-        self.in_proj_b = nn.Linear(hidden_size, num_value_heads, bias=False)
-        self.in_proj_a = nn.Linear(hidden_size, num_value_heads, bias=False)
+        for name, size in self.projections().items(): setattr(self, f"in_proj_{name}", nn.Linear(hidden_size, size, bias=False))
         self.conv1d = nn.Conv1d(sum(self.sizes), sum(self.sizes), kernel, groups=sum(self.sizes), bias=False)
         self.A_log, self.dt_bias = nn.Parameter(torch.zeros(num_value_heads)), nn.Parameter(torch.zeros(num_value_heads))
         self.norm, self.out_proj = GatedRMSNorm(value_dim, eps), nn.Linear(values, hidden_size, bias=False)
+
+    def projections(self): return dict(qkv=sum(self.sizes), z=self.sizes[2], b=self.value_heads, a=self.value_heads)  # name → rows
+    def project(self, x): return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
 
     def first_values(self, generator=None):
         "For training from scratch: decays as in Mamba, so that memories of about one to a thousand tokens occur; convolutions as in PyTorch."
@@ -156,14 +156,14 @@ class GatedDeltaNet(nn.Module):
                 cache=None): # a `MixedCache`
         if mask is not None: x = without_padding(x, mask)
         recent, state = (None, None) if cache is None else cache.layers[self.layer_idx]
-        mixed, recent = causal_conv(self.in_proj_qkv(x).transpose(1, 2), self.conv1d.weight, recent)
+        mixed, z, b, a = self.project(x)
+        mixed, recent = causal_conv(mixed.transpose(1, 2), self.conv1d.weight, recent)
         q, k, v = qkv_heads(F.silu(mixed).transpose(1, 2), self.sizes, self.dims)
-        g, beta = log_decay(self.in_proj_a(x), self.A_log, self.dt_bias), self.in_proj_b(x).sigmoid().float()
+        g, beta = log_decay(a, self.A_log, self.dt_bias), b.sigmoid().float()
         rule = delta_rule if x.shape[1] == 1 else delta_rule_chunked
         with torch.autocast(x.device.type, enabled=False): read, state = rule(q, k, v, g.transpose(1, 2), beta.transpose(1, 2), state)
         if cache is not None: cache.keep(self.layer_idx, recent, state, x.shape[1])
-        z = self.in_proj_z(x).unflatten(-1, (-1, self.dims[-1]))
-        return self.out_proj(self.norm(read.transpose(1, 2).to(x.dtype), z).flatten(-2))
+        return self.out_proj(self.norm(read.transpose(1, 2).to(x.dtype), z.unflatten(-1, (-1, self.dims[2]))).flatten(-2))
 
 # %% ../nbs/15_hybrid.ipynb #ab431fc7
 class ZeroCentredRMSNorm(RMSNorm):
@@ -285,7 +285,7 @@ def check_hybrid(
     if c.partial_rotary_factor > 1 or c.turned() < 2 or c.turned() % 2:
         raise ValueError(f"config: partial_rotary_factor is {c.partial_rotary_factor}, so {c.turned()} of {c.head_dim} channels turn; expected an even number of them")
 
-# %% ../nbs/15_hybrid.ipynb #87259926
+# %% ../nbs/15_hybrid.ipynb #0dd23b3a
 @dataclass
 class HybridConfig(QwenConfig):
     "The numbers of a Qwen3.5 text model, under the names of `config.json`. Defaults: Qwen3.5-0.8B."
@@ -319,7 +319,7 @@ class HybridConfig(QwenConfig):
     def norm(self): return ZeroCentredRMSNorm(self.hidden_size, self.rms_norm_eps)
     def attention(self, layer_idx): return GatedAttention(self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim,
                                                           self.qkv_bias, self.o_bias, self.rms_norm_eps, layer_idx)
-    def delta_net(self, layer_idx): return GatedDeltaNet(self.hidden_size, self.linear_num_key_heads, self.linear_num_value_heads, self.linear_key_head_dim,
+    def delta_net(self, layer_idx, kind=GatedDeltaNet): return kind(self.hidden_size, self.linear_num_key_heads, self.linear_num_value_heads, self.linear_key_head_dim,
                                                          self.linear_value_head_dim, self.linear_conv_kernel_dim, self.rms_norm_eps, layer_idx)
     def block(self, layer_idx): return HybridBlock(self, layer_idx)
     def rotary(self): return Rotary(self.turned(), self.rope_theta, self.rope_scaling, self.max_position_embeddings)
@@ -370,28 +370,17 @@ def cache_parts(
     state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim * 4
     return token, kinds.count("linear_attention") * (inputs + state)
 
-# %% ../nbs/15_hybrid.ipynb #ca1c733d
-def in_order(
-    stored:dict,      # name → tensor
-    key_heads:int,
-    value_heads:int,
-    key_dim:int,
-    value_dim:int,
-) -> dict:
-    "Qwen3-Next's `in_proj_qkvz` and `in_proj_ba` as Qwen3.5's four matrices. Source: `fix_query_key_value_ordering` in modeling_qwen3_next. ValueError for another shape."
-    n, found = value_heads // key_heads, {}
-    parts = dict(qkvz=(key_dim, key_dim, n * value_dim, n * value_dim), ba=(n, n))  # rows of one key head
-    for name, w in stored.items():
-        where, _, fused = name.removesuffix(".weight").rpartition("in_proj_")
-        if fused not in parts:
-            found[name] = w
-            continue
-        if len(w) != key_heads * sum(parts[fused]): raise ValueError(f"{name} has shape {tuple(w.shape)} in the file; the config asks for {key_heads * sum(parts[fused])} rows")
-        *first, last = (rows.flatten(0, 1) for rows in w.unflatten(0, (key_heads, -1)).split(parts[fused], 1))
-        found |= {f"{where}in_proj_{fused[:-1]}.weight": torch.cat(first), f"{where}in_proj_{fused[-1]}.weight": last}
-    return found
+# %% ../nbs/15_hybrid.ipynb #74ccb756
+class NextDeltaNet(GatedDeltaNet):
+    "`GatedDeltaNet` with Qwen3-Next's two projections. Source: `fix_query_key_value_ordering` of Qwen3NextGatedDeltaNet in transformers."
+    def projections(self): return dict(qkvz=sum(self.sizes) + self.sizes[2], ba=2 * self.value_heads)
+    def project(self, x):
+        kinds = [size // self.key_heads for size in (*self.sizes, self.sizes[2])]  # channels of one key head's q, k, v and z
+        def sort(x, kinds): return [part.flatten(-2) for part in x.unflatten(-1, (self.key_heads, -1)).split(kinds, -1)]
+        q, k, v, z = sort(self.in_proj_qkvz(x), kinds)
+        return torch.cat([q, k, v], -1), z, *sort(self.in_proj_ba(x), self.value_heads // self.key_heads)
 
-# %% ../nbs/15_hybrid.ipynb #aecaf3bd
+# %% ../nbs/15_hybrid.ipynb #597e8c61
 @dataclass
 class NextConfig(HybridConfig, MoEConfig):
     "A `HybridConfig` with experts. Defaults: those of Qwen3-Next-80B-A3B."
@@ -415,7 +404,7 @@ class NextConfig(HybridConfig, MoEConfig):
         if raw.get("num_experts") == 0: raw = {k: v for k, v in raw.items() if "num_experts" not in k} | dict(mlp_only_layers=list(range(raw.get("num_hidden_layers", 0))))
         return super().read(raw)
 
-    def rename(self, stored):
-        return in_order(unfuse(text_only(stored)), self.linear_num_key_heads, self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim)
+    def delta_net(self, layer_idx): return super().delta_net(layer_idx, NextDeltaNet)
+    def rename(self, stored): return unfuse(text_only(stored))
 
 CONFIGS = {"qwen3_5": HybridConfig, "qwen3_5_text": HybridConfig, "qwen3_next": NextConfig}

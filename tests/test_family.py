@@ -78,7 +78,7 @@ def hybrid(rng):
     kinds = rng.choices(["linear_attention", "full_attention"], [2, 1], k=n)
     kinds[rng.randrange(n)] = "full_attention"
     return size | dict(hidden_size=rng.choice([20, 48, 64]), head_dim=rng.choice([8, 16, 32]), attention_bias=rng.random() < .5, layer_types=kinds if n < 4 or rng.random() < .6 else None,
-                       linear_num_key_heads=keys, linear_num_value_heads=keys * rng.choice([1, 2]), linear_key_head_dim=rng.choice([4, 8, 16]),
+                       linear_num_key_heads=keys, linear_num_value_heads=keys * rng.choice([1, 2]), linear_key_head_dim=rng.choice([6, 8, 16]),
                        linear_value_head_dim=rng.choice([4, 8, 16]), linear_conv_kernel_dim=rng.choice([2, 3, 4, 5]))
 
 
