@@ -67,16 +67,17 @@ def delta_rule_chunked(
         state = G[..., -1:, :].exp() * state + (D[..., -1, :, None] * k).mT @ W
     return torch.cat(read, 2), state
 
-# %% ../nbs/15_hybrid.ipynb #6d381898
+# %% ../nbs/15_hybrid.ipynb #02c80051
 def causal_conv(
     x,            # (batch, channels, seq)
     weight,       # (channels, 1, kernel)
     recent=None,  # (batch, channels, kernel - 1): the inputs before these; None: zeros
 ):
     "Each channel by itself: a weighted sum of this input and the kernel - 1 before it. Returns that, shaped like `x`, and the last kernel - 1 inputs."
-    if recent is None: recent = x.new_zeros(*x.shape[:2], weight.shape[-1] - 1)
-    wide = torch.cat([recent, x], -1)
-    return F.conv1d(wide, weight, groups=len(weight)), wide[..., x.shape[-1]:]
+    wide, zeros = x if recent is None else torch.cat([recent, x], -1), weight.shape[-1] - 1
+    end = wide.shape[-1]
+    y = F.conv1d(wide, weight, padding=zeros, groups=len(weight))  # zeros on both sides: what comes of those behind is cut off
+    return y[..., end - x.shape[-1]:end], F.pad(wide, (zeros, 0))[..., end:]
 
 # %% ../nbs/15_hybrid.ipynb #4e31d777
 def log_decay(
@@ -105,14 +106,14 @@ def without_padding(
         raise ValueError("a row holds several documents, and Gated DeltaNet would carry one into the next: give each a row of its own")
     return x * real[..., None]
 
-# %% ../nbs/15_hybrid.ipynb #47ab37a4
+# %% ../nbs/15_hybrid.ipynb #e32eb1f4
 def qkv_heads(
     mixed,  # (batch, seq, channels): queries, keys and values of all heads, side by side
     sizes,  # channels of all queries, of all keys, of all values
     dims,   # channels of one query, one key, one value
 ):
     "Queries, keys and values for the rule, `(batch, value heads, seq, channels)` each, in float32: lengths made 1, queries divided by √dim."
-    q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2).float() for part, d in zip(mixed.split(sizes, -1), dims))
+    q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2).float().contiguous() for part, d in zip(mixed.split(sizes, -1), dims))
     n = v.shape[1] // k.shape[1]  # value heads that share a key head
     return repeat_kv(l2_norm(q) * dims[0]**-0.5, n), repeat_kv(l2_norm(k), n), v
 

@@ -1,4 +1,5 @@
 """Every family against transformers on random configs: a small random checkpoint saved by transformers, opened by us."""
+import copy
 import random
 
 import pytest
@@ -117,8 +118,16 @@ def can_cache(config):
     return getattr(config, "sliding_window", None) != 1
 
 
+def nudged(reference, ids, mask):
+    "How far the reference's own logits move when every weight moves by about one rounding step: a random hybrid's gated norm can magnify that beyond 1e-5."
+    other = copy.deepcopy(reference)
+    with torch.no_grad():
+        for p in other.parameters(): p.mul_(1 + torch.finfo(p.dtype).eps * torch.randn_like(p))
+        return (other(ids, attention_mask=mask).logits - reference(ids, attention_mask=mask).logits)[mask.bool()].abs().max().item()
+
+
 def compare(folder, family, seed, length=40, new=12):
-    "Logits to 1e-5 of their scale, cached greedy ids the same, with and without padding on the left. The message names the config."
+    "Logits to 1e-5 of their scale (or to what rounding does to the reference itself), cached greedy ids the same, with and without padding on the left. The message names the config."
     reference, rng, config = checkpoint(folder, family, seed)
     ids, mask = torch.randint(0, config.vocab_size, (2, length)), torch.ones(2, length, dtype=torch.long)
     mask[1, :rng.choice([0, 1, length // 2])] = 0
@@ -127,7 +136,7 @@ def compare(folder, family, seed, length=40, new=12):
         places = (mask.cumsum(-1) - 1).clamp_min(0)  # as the reference's generate counts them; by itself it counts the padding too, which is the same but for rounding
         with torch.no_grad(): a, b = ours(ids, mask), reference(ids, attention_mask=mask, position_ids=places).logits
         error, scale = (a - b)[mask.bool()].abs().max().item(), b[mask.bool()].abs().max().item()
-        assert error <= 1e-5 * scale, f"logits differ by {error:.2g} at a scale of {scale:.2g}"
+        assert error <= 1e-5 * scale or error <= min(3 * nudged(reference, ids, mask), 1e-4 * scale), f"logits differ by {error:.2g} at a scale of {scale:.2g}"
         for prompt, m in ((ids[:1, :5], mask[:1, :5]), (ids, mask)):
             a = generate(ours, prompt, new, m, temperature=0., stop_ids=())
             b = reference.generate(prompt, attention_mask=m, max_new_tokens=new, use_cache=can_cache(config))
