@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CONFIGS', 'l2_norm', 'delta_rule', 'delta_rule_chunked', 'causal_conv', 'log_decay', 'GatedRMSNorm',
-           'without_padding', 'qkv_heads', 'GatedDeltaNet', 'ZeroCentredRMSNorm', 'apply_partial_rope',
-           'GatedAttention', 'MixedCache', 'HybridBlock', 'layer_kinds', 'check_hybrid', 'HybridConfig',
+           'without_padding', 'draw_decays', 'qkv_heads', 'GatedDeltaNet', 'ZeroCentredRMSNorm', 'apply_partial_rope',
+           'GatedAttention', 'MixedCache', 'HybridBlock', 'HybridParts', 'layer_kinds', 'check_hybrid', 'HybridConfig',
            'hybrid_arguments', 'text_only', 'cache_parts', 'NextDeltaNet', 'NextConfig']
 
 # %% ../nbs/15_hybrid.ipynb #b75c3a8e
@@ -106,6 +106,18 @@ def without_padding(
         raise ValueError("a row holds several documents, and Gated DeltaNet would carry one into the next: give each a row of its own")
     return x * real[..., None]
 
+# %% ../nbs/15_hybrid.ipynb #1fda2b43
+def draw_decays(
+    layer,           # with A_log, dt_bias and conv1d; changed in place
+    generator=None,
+):
+    "First values for training. Source: `Mamba2.__init__` in github.com/state-spaces/mamba; the convolution as PyTorch's own."
+    def uniform(p, low, high): return torch.rand(p.shape, generator=generator) * (high - low) + low
+    step = uniform(layer.dt_bias, math.log(.001), math.log(.1)).exp()
+    layer.dt_bias.data.copy_(step + torch.log(-torch.expm1(-step)))  # its softplus is the step
+    layer.A_log.data.copy_(uniform(layer.A_log, 1, 16).log())
+    layer.conv1d.weight.data.copy_(uniform(layer.conv1d.weight, -1, 1) * layer.conv1d.kernel_size[0]**-.5)
+
 # %% ../nbs/15_hybrid.ipynb #e32eb1f4
 def qkv_heads(
     mixed,  # (batch, seq, channels): queries, keys and values of all heads, side by side
@@ -117,7 +129,7 @@ def qkv_heads(
     n = v.shape[1] // k.shape[1]  # value heads that share a key head
     return repeat_kv(l2_norm(q) * dims[0]**-0.5, n), repeat_kv(l2_norm(k), n), v
 
-# %% ../nbs/15_hybrid.ipynb #245aa960
+# %% ../nbs/15_hybrid.ipynb #18fe1ff1
 class GatedDeltaNet(nn.Module):
     """A token mixer with a memory of fixed size: `(batch, seq, hidden_size)` in and out.
 
@@ -143,13 +155,7 @@ class GatedDeltaNet(nn.Module):
     def projections(self): return dict(qkv=sum(self.sizes), z=self.sizes[2], b=self.value_heads, a=self.value_heads)  # name → rows
     def project(self, x): return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
 
-    def first_values(self, generator=None):
-        "For training from scratch: decays as in Mamba, so that memories of about one to a thousand tokens occur; convolutions as in PyTorch."
-        def uniform(p, low, high): return torch.rand(p.shape, generator=generator) * (high - low) + low
-        step = uniform(self.dt_bias, math.log(.001), math.log(.1)).exp()
-        self.dt_bias.data.copy_(step + torch.log(-torch.expm1(-step)))  # its softplus is the step
-        self.A_log.data.copy_(uniform(self.A_log, 1, 16).log())
-        self.conv1d.weight.data.copy_(uniform(self.conv1d.weight, -1, 1) * self.conv1d.kernel_size[0]**-.5)
+    def first_values(self, generator=None): draw_decays(self, generator)  # for training from scratch
 
     def forward(self,
                 x,           # (batch, seq, hidden_size)
@@ -264,6 +270,20 @@ class HybridBlock(nn.Module):
         x = x + (self.linear_attn(h, mask, cache) if self.linear else self.self_attn(h, cos, sin, mask, cache))
         return x + self.mlp(self.post_attention_layernorm(x))
 
+# %% ../nbs/15_hybrid.ipynb #96cf1983
+class HybridParts:
+    "What a hybrid's decoder is made of, from the numbers of its config."
+    def norm(self): return ZeroCentredRMSNorm(self.hidden_size, self.rms_norm_eps)
+    def attention(self, layer_idx): return GatedAttention(self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim,
+                                                          self.qkv_bias, self.o_bias, self.rms_norm_eps, layer_idx)
+    def delta_net(self, layer_idx, kind=GatedDeltaNet): return kind(self.hidden_size, self.linear_num_key_heads, self.linear_num_value_heads, self.linear_key_head_dim,
+                                                                    self.linear_value_head_dim, self.linear_conv_kernel_dim, self.rms_norm_eps, layer_idx)
+    def block(self, layer_idx): return HybridBlock(self, layer_idx)
+    def rotary(self): return Rotary(self.turned(), self.rope_theta, self.rope_scaling, self.max_position_embeddings)
+    def mask(self, q_len, k_len, is_real, device):
+        mask = causal_mask(q_len, k_len, device=device)
+        return mask if is_real is None else mask & is_real.bool()[:, None, None]  # padding does not see itself
+
 # %% ../nbs/15_hybrid.ipynb #71c541a5
 KINDS = ["linear_attention", "full_attention"]
 
@@ -286,9 +306,9 @@ def check_hybrid(
     if c.partial_rotary_factor > 1 or c.turned() < 2 or c.turned() % 2:
         raise ValueError(f"config: partial_rotary_factor is {c.partial_rotary_factor}, so {c.turned()} of {c.head_dim} channels turn; expected an even number of them")
 
-# %% ../nbs/15_hybrid.ipynb #0dd23b3a
+# %% ../nbs/15_hybrid.ipynb #a7202f0b
 @dataclass
-class HybridConfig(QwenConfig):
+class HybridConfig(HybridParts, QwenConfig):
     "The numbers of a Qwen3.5 text model, under the names of `config.json`. Defaults: Qwen3.5-0.8B."
     vocab_size: int = 248_320
     intermediate_size: int = 3584
@@ -316,17 +336,6 @@ class HybridConfig(QwenConfig):
 
     def turned(self): return int(self.head_dim * self.partial_rotary_factor)
     def conv_channels(self): return 2 * self.linear_num_key_heads * self.linear_key_head_dim + self.linear_num_value_heads * self.linear_value_head_dim
-
-    def norm(self): return ZeroCentredRMSNorm(self.hidden_size, self.rms_norm_eps)
-    def attention(self, layer_idx): return GatedAttention(self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim,
-                                                          self.qkv_bias, self.o_bias, self.rms_norm_eps, layer_idx)
-    def delta_net(self, layer_idx, kind=GatedDeltaNet): return kind(self.hidden_size, self.linear_num_key_heads, self.linear_num_value_heads, self.linear_key_head_dim,
-                                                         self.linear_value_head_dim, self.linear_conv_kernel_dim, self.rms_norm_eps, layer_idx)
-    def block(self, layer_idx): return HybridBlock(self, layer_idx)
-    def rotary(self): return Rotary(self.turned(), self.rope_theta, self.rope_scaling, self.max_position_embeddings)
-    def mask(self, q_len, k_len, is_real, device):
-        mask = causal_mask(q_len, k_len, device=device)
-        return mask if is_real is None else mask & is_real.bool()[:, None, None]  # padding does not see itself
 
     @classmethod
     def read(cls, raw): return cls(**hybrid_arguments(raw, cls))
