@@ -28,6 +28,7 @@ class Parts:
     def mlp(self, layer_idx): return SwiGLU(self.hidden_size, self.intermediate_size)
     def block(self, layer_idx): return Block(self, layer_idx)
     def rotary(self): return Rotary(self.head_dim, self.rope_theta, self.rope_scaling, self.max_position_embeddings)
+    def mask(self, q_len, k_len, is_real, device): return causal_mask(q_len, k_len, is_real, device)
     def rename(self, stored): return stored  # a checkpoint's tensors, under our names
 
 # %% ../nbs/08_model.ipynb #49739d3b
@@ -173,7 +174,7 @@ class Qwen(nn.Module):
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected {(len(input_ids), past + seq)}")
         if position_ids is None and attention_mask is not None: position_ids = positions(attention_mask, seq)
         if position_ids is None: position_ids = torch.arange(past, past + seq, device=input_ids.device)[None]
-        if attention_mask is not None or (past and seq > 1): mask = causal_mask(seq, past + seq, attention_mask, input_ids.device)
+        if attention_mask is not None or (past and seq > 1): mask = self.config.mask(seq, past + seq, attention_mask, input_ids.device)
         return self.head(self.model(input_ids, position_ids, mask, cache)[:, -1 if last_only else 0:])
 
     @classmethod

@@ -66,6 +66,8 @@ def init_weights(
         for name, p in model.named_parameters():
             if p.dim() > 1: p.copy_(std * torch.randn(p.shape, generator=generator))
             else: p.fill_(0.0 if name.endswith("bias") else 1.0)
+        for m in model.modules():
+            if hasattr(m, "first_values"): m.first_values(generator)  # a part that knows better, as in 15_hybrid
     return model
 
 # %% ../nbs/21_train.ipynb #0d11cbed

@@ -1,4 +1,5 @@
 """Every family against transformers on random configs: a small random checkpoint saved by transformers, opened by us."""
+import copy
 import random
 
 import pytest
@@ -70,7 +71,29 @@ def qwen3_moe(rng):
     return transformers.Qwen3MoeConfig(**size, **{k: v for k, v in windows(rng, size["num_hidden_layers"]).items() if k != "layer_types"})
 
 
-FAMILIES = {"Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3, "Qwen2MoeForCausalLM": qwen2_moe, "Qwen3MoeForCausalLM": qwen3_moe}  # class in transformers → rng → one of its configs
+def hybrid(rng):
+    "What the two hybrids share."
+    size, keys = sizes(rng), rng.choice([1, 2, 3])
+    size["rope_parameters"]["partial_rotary_factor"] = rng.choice([.25, .5, 1.0])
+    n = size["num_hidden_layers"]
+    kinds = rng.choices(["linear_attention", "full_attention"], [2, 1], k=n)
+    kinds[rng.randrange(n)] = "full_attention"
+    return size | dict(hidden_size=rng.choice([20, 48, 64]), head_dim=rng.choice([8, 16, 32]), attention_bias=rng.random() < .5, layer_types=kinds if n < 4 or rng.random() < .6 else None,
+                       linear_num_key_heads=keys, linear_num_value_heads=keys * rng.choice([1, 2]), linear_key_head_dim=rng.choice([6, 8, 16]),
+                       linear_value_head_dim=rng.choice([4, 8, 16]), linear_conv_kernel_dim=rng.choice([2, 3, 4, 5]))
+
+
+def qwen3_5(rng): return transformers.Qwen3_5TextConfig(**hybrid(rng))
+
+
+def qwen3_next(rng):
+    size = hybrid(rng)
+    size |= experts(rng, size) | dict(shared_expert_intermediate_size=rng.choice([16, 48])) | (dict(num_experts=0) if rng.random() < .2 else {})
+    return transformers.Qwen3NextConfig(**size)
+
+
+FAMILIES = {"Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3, "Qwen2MoeForCausalLM": qwen2_moe, "Qwen3MoeForCausalLM": qwen3_moe,
+            "Qwen3_5ForCausalLM": qwen3_5, "Qwen3NextForCausalLM": qwen3_next}  # class in transformers → rng → one of its configs
 
 
 # ---- the comparison
@@ -95,8 +118,16 @@ def can_cache(config):
     return getattr(config, "sliding_window", None) != 1
 
 
+def nudged(reference, ids, mask):
+    "How far the reference's own logits move when every weight moves by about one rounding step: a random hybrid's gated norm can magnify that beyond 1e-5."
+    other = copy.deepcopy(reference)
+    with torch.no_grad():
+        for p in other.parameters(): p.mul_(1 + torch.finfo(p.dtype).eps * torch.randn_like(p))
+        return (other(ids, attention_mask=mask).logits - reference(ids, attention_mask=mask).logits)[mask.bool()].abs().max().item()
+
+
 def compare(folder, family, seed, length=40, new=12):
-    "Logits to 1e-5 of their scale, cached greedy ids the same, with and without padding on the left. The message names the config."
+    "Logits to 1e-5 of their scale (or to what rounding does to the reference itself), cached greedy ids the same, with and without padding on the left. The message names the config."
     reference, rng, config = checkpoint(folder, family, seed)
     ids, mask = torch.randint(0, config.vocab_size, (2, length)), torch.ones(2, length, dtype=torch.long)
     mask[1, :rng.choice([0, 1, length // 2])] = 0
@@ -105,7 +136,7 @@ def compare(folder, family, seed, length=40, new=12):
         places = (mask.cumsum(-1) - 1).clamp_min(0)  # as the reference's generate counts them; by itself it counts the padding too, which is the same but for rounding
         with torch.no_grad(): a, b = ours(ids, mask), reference(ids, attention_mask=mask, position_ids=places).logits
         error, scale = (a - b)[mask.bool()].abs().max().item(), b[mask.bool()].abs().max().item()
-        assert error <= 1e-5 * scale, f"logits differ by {error:.2g} at a scale of {scale:.2g}"
+        assert error <= 1e-5 * scale or error <= min(3 * nudged(reference, ids, mask), 1e-4 * scale), f"logits differ by {error:.2g} at a scale of {scale:.2g}"
         for prompt, m in ((ids[:1, :5], mask[:1, :5]), (ids, mask)):
             a = generate(ours, prompt, new, m, temperature=0., stop_ids=())
             b = reference.generate(prompt, attention_mask=m, max_new_tokens=new, use_cache=can_cache(config))
