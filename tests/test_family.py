@@ -127,7 +127,7 @@ def nudged(reference, ids, mask):
 
 
 def compare(folder, family, seed, length=40, new=12):
-    "Logits to 1e-5 of their scale (or to what rounding does to the reference itself), cached greedy ids the same, with and without padding on the left. The message names the config."
+    "Logits to 1e-5 of their scale (Qwen3-Next: or to what rounding does to the reference itself), cached greedy ids the same, with and without padding on the left. The message names the config."
     reference, rng, config = checkpoint(folder, family, seed)
     ids, mask = torch.randint(0, config.vocab_size, (2, length)), torch.ones(2, length, dtype=torch.long)
     mask[1, :rng.choice([0, 1, length // 2])] = 0
@@ -136,7 +136,8 @@ def compare(folder, family, seed, length=40, new=12):
         places = (mask.cumsum(-1) - 1).clamp_min(0)  # as the reference's generate counts them; by itself it counts the padding too, which is the same but for rounding
         with torch.no_grad(): a, b = ours(ids, mask), reference(ids, attention_mask=mask, position_ids=places).logits
         error, scale = (a - b)[mask.bool()].abs().max().item(), b[mask.bool()].abs().max().item()
-        assert error <= 1e-5 * scale or error <= min(3 * nudged(reference, ids, mask), 1e-4 * scale), f"logits differ by {error:.2g} at a scale of {scale:.2g}"
+        rounding = family == "Qwen3NextForCausalLM" and error <= min(3 * nudged(reference, ids, mask), 1e-4 * scale)
+        assert error <= 1e-5 * scale or rounding, f"logits differ by {error:.2g} at a scale of {scale:.2g}"
         for prompt, m in ((ids[:1, :5], mask[:1, :5]), (ids, mask)):
             a = generate(ours, prompt, new, m, temperature=0., stop_ids=())
             b = reference.generate(prompt, attention_mask=m, max_new_tokens=new, use_cache=can_cache(config))
