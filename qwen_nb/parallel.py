@@ -64,7 +64,7 @@ class FSDP(DDP):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
-# %% ../nbs/21a_parallel.ipynb #7ccf418f
+# %% ../nbs/21a_parallel.ipynb #13f5836e
 ENGINES = dict(ddp=DDP, fsdp=FSDP)
 
 @contextmanager
@@ -84,6 +84,7 @@ def many(
     end_watch = watch_sigterm(out)
     try:
         yield ENGINES[kind](device)
+        dist.barrier()  # gloo's threads let go of the last tensors; if they do so while Python shuts down, it aborts (pytorch pull request 179291)
         dist.destroy_process_group()
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)): raise
