@@ -280,7 +280,7 @@ def read_folder(folder) -> dict:
         if digest(files[name]) != want: raise ValueError(f"{folder} is damaged: the checksum of {name} is not the one in checksums.json")
     return files
 
-# %% ../nbs/21_train.ipynb #80dc56ce
+# %% ../nbs/21_train.ipynb #60ccc38b
 def config_json(
     config:QwenConfig,
     special=None,     # ids of the added tokens by name, from a tokenizer
@@ -290,6 +290,7 @@ def config_json(
     c, ends = config, [(special or {}).get(name) for name in ("<|im_end|>", "<|endoftext|>")]
     family = {(False, True): "qwen3", (True, False): "qwen2"}.get((c.qkv_bias, c.qk_norm))
     if family is None or c.o_bias: raise ValueError("no Qwen has this mixture of qkv_bias, o_bias and qk_norm, so no config.json can describe it")
+    if type(c) is not QwenConfig: raise ValueError(f"a model with a {type(c).__name__} cannot be written yet: only the dense Qwen2 and Qwen3 can")
     sizes = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ("qkv_bias", "o_bias", "qk_norm")}
     return dict(sizes, architectures=[f"{family.title()}ForCausalLM"], model_type=family, attention_bias=False, attention_dropout=0.0, hidden_act="silu",
                 use_sliding_window=False, sliding_window=None, max_window_layers=c.num_hidden_layers, use_cache=True, initializer_range=0.02,

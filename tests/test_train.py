@@ -69,6 +69,14 @@ FAMILIES = dict(qwen3={}, qwen2=dict(qkv_bias=True, qk_norm=False), untied=dict(
                 yarn=dict(rope_scaling=dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=64)))
 
 
+def test_a_config_that_cannot_be_written_is_refused(tmp_path):
+    "Written as a dense Qwen3 it would come back as another model, without a word."
+    from qwen_nb.qwen2 import WindowConfig
+    config = small().config
+    windowed = Qwen(WindowConfig(**vars(config), windows=[4] * config.num_hidden_layers))
+    with pytest.raises(ValueError, match="WindowConfig cannot be written yet"): save_pretrained(windowed, tmp_path / "m")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
 def test_gradients_equal_the_references(tmp_path, shards, family, dtype, close):
