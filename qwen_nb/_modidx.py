@@ -401,6 +401,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'qwen_nb.moe.SparseMLP.__init__': ('moe.html#sparsemlp.__init__', 'qwen_nb/moe.py'),
                              'qwen_nb.moe.SparseMLP.forward': ('moe.html#sparsemlp.forward', 'qwen_nb/moe.py'),
                              'qwen_nb.moe.count_active': ('moe.html#count_active', 'qwen_nb/moe.py'),
+                             'qwen_nb.moe.dense_layers': ('moe.html#dense_layers', 'qwen_nb/moe.py'),
                              'qwen_nb.moe.expert_load': ('moe.html#expert_load', 'qwen_nb/moe.py'),
                              'qwen_nb.moe.expert_windows': ('moe.html#expert_windows', 'qwen_nb/moe.py'),
                              'qwen_nb.moe.load_balancing_loss': ('moe.html#load_balancing_loss', 'qwen_nb/moe.py'),

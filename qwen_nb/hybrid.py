@@ -6,7 +6,7 @@ __all__ = ['KINDS', 'CONFIGS', 'l2_norm', 'delta_rule', 'delta_rule_chunked', 'c
            'GatedAttention', 'MixedCache', 'HybridBlock', 'HybridParts', 'layer_kinds', 'check_hybrid', 'HybridConfig',
            'hybrid_arguments', 'text_only', 'cache_parts', 'NextDeltaNet', 'NextConfig']
 
-# %% ../nbs/15_hybrid.ipynb #b75c3a8e
+# %% ../nbs/15_hybrid.ipynb #e1bd0cd2
 import math
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .attention import Attention, attend, attend_blocks, causal_mask, repeat_kv
 from .model import QwenConfig, parse_config
-from .moe import MoEConfig, unfuse
+from .moe import MoEConfig, dense_layers, unfuse
 from .norm import RMSNorm
 from .rope import Rotary, apply_rope
 
@@ -390,7 +390,7 @@ class NextDeltaNet(GatedDeltaNet):
         q, k, v, z = sort(self.in_proj_qkvz(x), kinds)
         return torch.cat([q, k, v], -1), z, *sort(self.in_proj_ba(x), self.value_heads // self.key_heads)
 
-# %% ../nbs/15_hybrid.ipynb #597e8c61
+# %% ../nbs/15_hybrid.ipynb #6586a6f4
 @dataclass
 class NextConfig(HybridConfig, MoEConfig):
     "A `HybridConfig` with experts. Defaults: those of Qwen3-Next-80B-A3B."
@@ -409,8 +409,7 @@ class NextConfig(HybridConfig, MoEConfig):
 
     @classmethod
     def read(cls, raw):
-        only = raw.get("mlp_only_layers") or []
-        if not isinstance(only, list) or not all(type(i) is int for i in only): raise ValueError(f"config.json: mlp_only_layers is {only!r}; expected a list of layers")
+        raw = raw | dict(mlp_only_layers=dense_layers(raw))
         if raw.get("num_experts") == 0: raw = {k: v for k, v in raw.items() if "num_experts" not in k} | dict(mlp_only_layers=list(range(raw.get("num_hidden_layers", 0))))
         return super().read(raw)
 
