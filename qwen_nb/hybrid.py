@@ -4,11 +4,11 @@
 __all__ = ['KINDS', 'CONFIGS', 'l2_norm', 'delta_rule', 'delta_rule_chunked', 'causal_conv', 'log_decay', 'GatedRMSNorm',
            'without_padding', 'draw_decays', 'qkv_heads', 'GatedDeltaNet', 'ZeroCentredRMSNorm', 'apply_partial_rope',
            'GatedAttention', 'MixedCache', 'HybridBlock', 'HybridParts', 'layer_kinds', 'check_hybrid', 'HybridConfig',
-           'hybrid_arguments', 'text_only', 'cache_parts', 'NextDeltaNet', 'NextConfig']
+           'hybrid_arguments', 'text_only', 'hybrid_json', 'cache_parts', 'NextDeltaNet', 'NextConfig']
 
-# %% ../nbs/15_hybrid.ipynb #e1bd0cd2
+# %% ../nbs/15_hybrid.ipynb #373e1703
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -306,7 +306,7 @@ def check_hybrid(
     if c.partial_rotary_factor > 1 or c.turned() < 2 or c.turned() % 2:
         raise ValueError(f"config: partial_rotary_factor is {c.partial_rotary_factor}, so {c.turned()} of {c.head_dim} channels turn; expected an even number of them")
 
-# %% ../nbs/15_hybrid.ipynb #a7202f0b
+# %% ../nbs/15_hybrid.ipynb #a1745928
 @dataclass
 class HybridConfig(HybridParts, QwenConfig):
     "The numbers of a Qwen3.5 text model, under the names of `config.json`. Defaults: Qwen3.5-0.8B."
@@ -327,6 +327,7 @@ class HybridConfig(HybridParts, QwenConfig):
     linear_value_head_dim: int = 128
     linear_conv_kernel_dim: int = 4      # inputs that the convolution sees
     cache = MixedCache                   # what generation keeps
+    model_type = "qwen3_5_text"          # of config.json
     unsaid = dict(head_dim=256, num_key_value_heads=4, linear_num_value_heads=32)  # the reference's values where a config.json says nothing
 
     def __post_init__(self):
@@ -340,6 +341,7 @@ class HybridConfig(HybridParts, QwenConfig):
     @classmethod
     def read(cls, raw): return cls(**hybrid_arguments(raw, cls))
     def rename(self, stored): return text_only(stored)
+    def as_json(self): return hybrid_json(self)
 
 # %% ../nbs/15_hybrid.ipynb #bc10f880
 def hybrid_arguments(
@@ -367,6 +369,16 @@ def text_only(
     if len(text) < len(kept): raise ValueError("the checkpoint holds the text model twice, with and without model.language_model.")
     return text
 
+# %% ../nbs/15_hybrid.ipynb #488e9fe8
+def hybrid_json(
+    config:HybridConfig,
+) -> dict:
+    "The way back: what `config.json` says of such a model."
+    c, named = config, {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_next": "Qwen3NextForCausalLM"}[config.model_type]
+    rope = (c.rope_scaling or dict(rope_type="default")) | dict(rope_theta=c.rope_theta, partial_rotary_factor=c.partial_rotary_factor)
+    sizes = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ("qkv_bias", "o_bias", "qk_norm", "windows", "rope_theta", "rope_scaling", "partial_rotary_factor")}
+    return sizes | dict(model_type=c.model_type, architectures=[named], attention_bias=c.qkv_bias, attn_output_gate=True, hidden_act="silu", rope_parameters=rope)
+
 # %% ../nbs/15_hybrid.ipynb #2c2cc412
 def cache_parts(
     config,              # of any Qwen
@@ -390,7 +402,7 @@ class NextDeltaNet(GatedDeltaNet):
         q, k, v, z = sort(self.in_proj_qkvz(x), kinds)
         return torch.cat([q, k, v], -1), z, *sort(self.in_proj_ba(x), self.value_heads // self.key_heads)
 
-# %% ../nbs/15_hybrid.ipynb #6586a6f4
+# %% ../nbs/15_hybrid.ipynb #b813dbc9
 @dataclass
 class NextConfig(HybridConfig, MoEConfig):
     "A `HybridConfig` with experts. Defaults: those of Qwen3-Next-80B-A3B."
@@ -406,6 +418,7 @@ class NextConfig(HybridConfig, MoEConfig):
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
     unsaid = HybridConfig.unsaid | dict(num_key_value_heads=2)
+    model_type = "qwen3_next"
 
     @classmethod
     def read(cls, raw):

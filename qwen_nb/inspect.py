@@ -33,11 +33,13 @@ def set_style():
     plt.rcParams.update({"figure.figsize": (7, 3), "figure.dpi": 100, "savefig.dpi": 100, "font.size": 10, "figure.constrained_layout.use": True,
                          "axes.spines.top": False, "axes.spines.right": False, "image.cmap": "cividis", "svg.hashsalt": "qwen_nb"})
 
-# %% ../nbs/00_inspect.ipynb #7f8175ee
-def packaged_model() -> Path:
-    "The folder of the small pretrained model that ships inside the package."
+# %% ../nbs/00_inspect.ipynb #e995406b
+def packaged_model(
+    name="",  # "": the small model, a Qwen3; or a sibling of another generation: "qwen1", "qwen2", "qwen3_moe", "qwen3_5"
+) -> Path:
+    "The folder of a small pretrained model that ships inside the package."
     import qwen_nb
-    return Path(qwen_nb.__path__[0]) / "pretrained"
+    return Path(qwen_nb.__path__[0]) / "pretrained" / name
 
 # %% ../nbs/00_inspect.ipynb #2bdcc54a
 def find_folder(

@@ -4,8 +4,9 @@
 __all__ = ['FAMILIES', 'REQUIRED', 'LATER', 'DTYPES', 'Parts', 'QwenConfig', 'parse_config', 'family_config', 'Block', 'Decoder',
            'positions', 'Qwen', 'SkipInit', 'as_dtype', 'match_weights']
 
-# %% ../nbs/08_model.ipynb #d1500b5b
+# %% ../nbs/08_model.ipynb #38916240
 import importlib, os
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,7 +20,7 @@ from .norm import RMSNorm
 from .rope import Rotary
 from .weights import find_model, open_weights, read_json
 
-# %% ../nbs/08_model.ipynb #9b2dc94e
+# %% ../nbs/08_model.ipynb #8e4a541f
 class Parts:
     "What a decoder is made of, from the numbers of its config. A generation with another part overrides a method."
     def norm(self): return RMSNorm(self.hidden_size, self.rms_norm_eps)
@@ -29,7 +30,9 @@ class Parts:
     def block(self, layer_idx): return Block(self, layer_idx)
     def rotary(self): return Rotary(self.head_dim, self.rope_theta, self.rope_scaling, self.max_position_embeddings)
     def mask(self, q_len, k_len, is_real, device): return causal_mask(q_len, k_len, is_real, device)
-    def rename(self, stored): return stored  # a checkpoint's tensors, under our names
+    def rename(self, stored): return stored     # a checkpoint's tensors, under our names
+    def original(self, weights): return weights  # and the way back
+    def extra_loss(self, model): return nullcontext(lambda real: 0.)  # around a pass in training; then called for a loss to add
 
 # %% ../nbs/08_model.ipynb #49739d3b
 @dataclass

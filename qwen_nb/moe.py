@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['FUSED', 'NEEDED', 'CONFIGS', 'upcycle', 'route', 'mix_experts', 'SparseMLP', 'unfuse', 'MoEConfig', 'dense_layers',
            'parse_experts', 'expert_windows', 'moe_json', 'count_active', 'router_logits', 'expert_load',
-           'load_balancing_loss']
+           'load_balancing_loss', 'balanced']
 
 # %% ../nbs/14_moe.ipynb #92f3beb2
 import json, math, shutil
@@ -124,7 +124,7 @@ def unfuse(
         for e, of_expert in enumerate(t): found |= {f"{where}.{e}.{part}.weight": w for part, w in zip(parts, of_expert.chunk(len(parts)))}
     return found
 
-# %% ../nbs/14_moe.ipynb #66cae840
+# %% ../nbs/14_moe.ipynb #783cceca
 @dataclass
 class MoEConfig(WindowConfig):
     "A `WindowConfig` with experts, under the names of `config.json`. Defaults: those of Qwen3-30B-A3B."
@@ -150,6 +150,8 @@ class MoEConfig(WindowConfig):
         if not self.is_sparse(layer_idx): return super().mlp(layer_idx)
         return SparseMLP(self.hidden_size, self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size, self.norm_topk_prob, self.shared_expert_intermediate_size)
     def rename(self, stored): return unfuse(stored)
+    def as_json(self): return moe_json(self)
+    def extra_loss(self, model): return balanced(model, self.num_experts_per_tok, self.router_aux_loss_coef)
 
     @classmethod
     def read(cls, raw):
@@ -240,7 +242,7 @@ def expert_load(
     real = torch.ones(taken.shape[1], device=taken.device) if attention_mask is None else attention_mask.flatten().float()
     return (taken * real[:, None]).sum(1) / real.sum()
 
-# %% ../nbs/14_moe.ipynb #821c92b8
+# %% ../nbs/14_moe.ipynb #d7b0f8ca
 def load_balancing_loss(
     logits,               # from `router_logits`
     k:int,                # experts for each token
@@ -254,3 +256,12 @@ def load_balancing_loss(
     real = torch.ones(len(probs), device=probs.device) if attention_mask is None else attention_mask.flatten().float().repeat(len(logits))
     f, P = real @ taken / real.sum(), real @ probs.float() / real.sum()
     return probs.shape[-1] * (f * P).sum()
+
+@contextmanager
+def balanced(
+    model,     # a `Qwen` with experts
+    k:int,     # experts for each token
+    weight,    # `router_aux_loss_coef`
+):
+    "Around one forward pass in training; what it gives is called with the attention mask (or None), for the loss to add."
+    with router_logits(model) as seen: yield lambda real: weight * load_balancing_loss(seen, k, real) if seen else 0.

@@ -143,7 +143,7 @@ SAME = "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", 
 SWITCHES = "use_dynamic_ntk", "use_logn_attn", "tie_word_embeddings", "use_cache_quantization"
 LONGEST = 32_767  # entries of the original's table of log-n factors
 
-# %% ../nbs/11_qwen1.ipynb #d8c74c3f
+# %% ../nbs/11_qwen1.ipynb #6c31b758
 @dataclass
 class Qwen1Config(QwenConfig):
     "A Qwen1. Defaults: Qwen-1.8B."
@@ -171,6 +171,8 @@ class Qwen1Config(QwenConfig):
 
     def rotary(self): return NTKRotary(self.head_dim, self.rope_theta, self.seq_length, self.use_dynamic_ntk)
     def rename(self, stored): return our_names(stored)
+    def original(self, weights): return original_names(weights)
+    def as_json(self): return original_config(self)
 
     @property
     def cache(self): return Int8Cache if self.use_cache_quantization else NTKCache  # what writing text uses

@@ -2,15 +2,16 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OUT_SEED', 'MOMENTS', 'MAY_CHANGE', 'forward',
-           'next_token_loss', 'init_weights', 'parameter_groups', 'learning_rate', 'Objective', 'label_weight',
-           'use_checkpointing', 'TrainConfig', 'check_config', 'parse_value', 'read_settings', 'read_config',
-           'OneProcess', 'sync_folder', 'write_folder', 'read_folder', 'config_json', 'tokenizer_files', 'to_json',
-           'model_files', 'save_pretrained', 'checkpoints', 'prune', 'save_checkpoint', 'load_checkpoint',
+           'next_token_loss', 'init_weights', 'parameter_groups', 'learning_rate', 'Objective', 'real_tokens',
+           'label_weight', 'use_checkpointing', 'TrainConfig', 'check_config', 'parse_value', 'read_settings',
+           'read_config', 'OneProcess', 'sync_folder', 'write_folder', 'read_folder', 'config_json', 'tokenizer_files',
+           'to_json', 'model_files', 'save_pretrained', 'checkpoints', 'prune', 'save_checkpoint', 'load_checkpoint',
            'latest_checkpoint', 'read_log', 'cut_log', 'flops_per_token', 'measure_peak', 'Log', 'open_data',
-           'build_model', 'Run', 'optimizer_step', 'not_a_number', 'save_run', 'load_run', 'compare_configs', 'claim',
-           'write_sample', 'watch', 'loop', 'train', 'world_floor', 'plot_log', 'live_plot', 'attention_map']
+           'model_config', 'build_model', 'Run', 'optimizer_step', 'not_a_number', 'save_run', 'load_run',
+           'model_sizes', 'compare_configs', 'claim', 'write_sample', 'watch', 'loop', 'train', 'world_floor',
+           'plot_log', 'live_plot', 'attention_map']
 
-# %% ../nbs/21_train.ipynb #2613f168
+# %% ../nbs/21_train.ipynb #b916a38f
 import difflib, json, math, os, re, shutil, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -32,9 +33,9 @@ from .data import IGNORED, Packed, Shards, digest, document_mask, write_file
 from .generate import generate
 from .inspect import OURS, QUIET, packaged_model
 from .lessons import COURSE, STORIES, WorldRows
-from .model import Qwen, QwenConfig
+from .model import Qwen, QwenConfig, family_config
 from .tokenizer import Tokenizer, tokenizer_json
-from .weights import find_model
+from .weights import find_model, read_json
 from .world import PEOPLE, Chooser, story
 
 # %% ../nbs/21_train.ipynb #d86f7b6c
@@ -93,7 +94,7 @@ def learning_rate(
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
-# %% ../nbs/21_train.ipynb #2f4ee853
+# %% ../nbs/21_train.ipynb #2ab16d92
 class Objective(nn.Module):
     """A batch in, the **sum** of its losses out: `forward` and `next_token_loss` in one module, so that whatever wraps a module can wrap all of it.
 
@@ -104,9 +105,15 @@ class Objective(nn.Module):
 
     def forward(self, batch):
         device = batch["input_ids"].device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16"): logits = forward(self.model, batch)
+        with self.model.config.extra_loss(self.model) as extra, torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16"): logits = forward(self.model, batch)
         losses = F.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="none")
-        return (losses * batch["weights"].flatten()).sum() if "weights" in batch else losses.sum()
+        loss = (losses * batch["weights"].flatten()).sum() if "weights" in batch else losses.sum()
+        if torch.is_grad_enabled(): loss = loss + label_weight(batch) * extra(real_tokens(batch))
+        return loss
+
+def real_tokens(batch):
+    "1 up to the last label of a row, 0 for what fills the row up behind it: `(batch, seq)`."
+    return ((batch["labels"] != IGNORED).flip(-1).cumsum(-1).flip(-1) > 0).long()
 
 def label_weight(batch) -> float:
     "What the sum of a batch's losses is divided by for their mean: how many labels count, or the sum of their weights."
@@ -121,15 +128,16 @@ def use_checkpointing(
     for layer in model.model.layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
-# %% ../nbs/21_train.ipynb #ac8a42f5
+# %% ../nbs/21_train.ipynb #30c27918
 @dataclass
 class TrainConfig:
     "All that decides a run. Raises ValueError, in one sentence, for a value of the wrong type or size."
     out: str = "out"                    # folder of the log and the checkpoints
     data: str = "world"                 # a folder of shards, or "world": rows made up on the fly
     init_from: str = ""                 # a folder or a hub id to go on from; "": random weights
+    config_from: str = ""               # a config.json of any Qwen, or its folder: random weights of these sizes; "": a Qwen3 of the next nine
     vocab_size: int = 0                 # rows of the embedding; 0: as many as the tokenizer has ids, up to a multiple of 64
-    hidden_size: int = 128              # this and the next seven: as in `QwenConfig`; with init_from they come from there
+    hidden_size: int = 128              # this and the next seven: as in `QwenConfig`; with init_from or config_from they come from there
     intermediate_size: int = 384
     num_hidden_layers: int = 4
     num_attention_heads: int = 8
@@ -161,7 +169,7 @@ class TrainConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/21_train.ipynb #eb95533b
+# %% ../nbs/21_train.ipynb #cd61ff40
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 MODEL_KEYS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
               "max_position_embeddings", "rope_theta"]
@@ -169,7 +177,8 @@ SMALLEST = dict.fromkeys([*MODEL_KEYS[1:-1], "steps", "batch_size", "accumulate"
 
 def check_config(c):
     "Raise ValueError, in one sentence, for a setting of the wrong type or size."
-    c.init_from = c.init_from or ""
+    c.init_from, c.config_from = c.init_from or "", c.config_from or ""
+    if c.init_from and c.config_from: raise ValueError(f"config: init_from is {c.init_from!r} and config_from {c.config_from!r}; expected one of them")
     for f in fields(c):
         value = getattr(c, f.name)
         if f.type is float and type(value) is int: setattr(c, f.name, value := float(value))
@@ -178,7 +187,7 @@ def check_config(c):
     if c.dtype not in ("float32", "bfloat16"): raise ValueError(f"config: dtype is {c.dtype!r}; expected 'float32' or 'bfloat16'")
     if not 0 < c.lr: raise ValueError("config: lr is 0; expected a number above 0")
     if not max(c.beta1, c.beta2) < 1: raise ValueError(f"config: beta1 and beta2 are {c.beta1} and {c.beta2}; expected numbers from 0 to below 1")
-    if c.seq_len > c.max_position_embeddings and not c.init_from: raise ValueError(f"config: seq_len is {c.seq_len}, more than max_position_embeddings, {c.max_position_embeddings}")
+    if c.seq_len > c.max_position_embeddings and not (c.init_from or c.config_from): raise ValueError(f"config: seq_len is {c.seq_len}, more than max_position_embeddings, {c.max_position_embeddings}")
 
 # %% ../nbs/21_train.ipynb #ae5f191a
 def parse_value(key, text, kind):
@@ -280,7 +289,7 @@ def read_folder(folder) -> dict:
         if digest(files[name]) != want: raise ValueError(f"{folder} is damaged: the checksum of {name} is not the one in checksums.json")
     return files
 
-# %% ../nbs/21_train.ipynb #60ccc38b
+# %% ../nbs/21_train.ipynb #a9d8f94f
 def config_json(
     config:QwenConfig,
     special=None,     # ids of the added tokens by name, from a tokenizer
@@ -288,6 +297,7 @@ def config_json(
 ) -> dict:
     "What `config.json` says of a model, as Qwen's repositories have it. ValueError for a mixture of Qwen2 and Qwen3 that has no name there."
     c, ends = config, [(special or {}).get(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    if hasattr(c, "as_json"): return c.as_json() | dict(torch_dtype=dtype, bos_token_id=ends[1], eos_token_id=ends[0] if ends[0] is not None else ends[1])
     family = {(False, True): "qwen3", (True, False): "qwen2"}.get((c.qkv_bias, c.qk_norm))
     if family is None or c.o_bias: raise ValueError("no Qwen has this mixture of qkv_bias, o_bias and qk_norm, so no config.json can describe it")
     if type(c) is not QwenConfig: raise ValueError(f"a model with a {type(c).__name__} cannot be written yet: only the dense Qwen2 and Qwen3 can")
@@ -313,7 +323,7 @@ def tokenizer_files(
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "added_tokens.json", "special_tokens_map.json"]
 def to_json(value): return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
-# %% ../nbs/21_train.ipynb #bfa3abf5
+# %% ../nbs/21_train.ipynb #2ab71272
 def model_files(
     weights:dict,       # name → tensor
     config:QwenConfig,
@@ -325,7 +335,7 @@ def model_files(
     special = {} if tokenizer is None else (Tokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer).special
     stops = [special[name] for name in ("<|im_end|>", "<|endoftext|>") if name in special]
     generation = dict(do_sample=False, **(dict(bos_token_id=stops[-1], eos_token_id=stops, pad_token_id=stops[-1]) if stops else {}))
-    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in weights.items()}
+    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in config.original(weights).items()}
     return files | {"config.json": to_json(config_json(config, special, str(dtype).removeprefix("torch."))), "generation_config.json": to_json(generation),
                     "model.safetensors": save(tensors, metadata={"format": "pt"})}
 
@@ -481,22 +491,27 @@ def open_data(
     return (folder or train.folder / train.index["tokenizer"], Packed(train, config.seq_len), Packed(held_out, config.seq_len) if enough else None,
             digest((train.folder / "index.json").read_bytes()))
 
-# %% ../nbs/21_train.ipynb #18cab85e
+# %% ../nbs/21_train.ipynb #13cac576
+def model_config(
+    path,  # a config.json, or the folder that holds one
+) -> QwenConfig:
+    "The config of whichever Qwen the file describes. FileNotFoundError if there is none, ValueError for one that is not covered."
+    path = Path(path).expanduser()
+    return family_config(read_json(*(path, "config.json") if path.is_dir() else (path.parent, path.name)))
+
 def build_model(
     config:TrainConfig,
     n_ids:int,    # of the tokenizer
     folder=None,  # of the model to go on from
 ) -> Qwen:
     "The model that a run begins with, in float32. ValueError if it has fewer rows than the tokenizer ids, or if the config asks for other sizes than the folder has."
-    if folder:
-        model, default = Qwen.from_pretrained(folder, torch.float32), TrainConfig()
-        for key in MODEL_KEYS:
-            want, have = getattr(config, key), getattr(model.config, key)
-            if want not in (getattr(default, key), have): raise ValueError(f"config: {key} is {want}, but init_from, {config.init_from}, has {have}: leave it out")
-    else:
-        sizes = {key: getattr(config, key) for key in MODEL_KEYS}
-        sizes["vocab_size"] = sizes["vocab_size"] or -(-n_ids // 64) * 64
-        model = init_weights(Qwen(QwenConfig(**sizes)), config.seed)
+    sizes = {key: getattr(config, key) for key in MODEL_KEYS}
+    if folder: model = Qwen.from_pretrained(folder, torch.float32)
+    elif config.config_from: model = init_weights(Qwen(model_config(config.config_from)), config.seed)
+    else: model = init_weights(Qwen(QwenConfig(**sizes | dict(vocab_size=config.vocab_size or -(-n_ids // 64) * 64))), config.seed)
+    for key, want in sizes.items() if folder or config.config_from else ():
+        have, where = getattr(model.config, key), "init_from" if folder else "config_from"
+        if want not in (getattr(TrainConfig, key), have): raise ValueError(f"config: {key} is {want}, but {where}, {getattr(config, where)}, has {have}: leave it out")
     if model.config.vocab_size < n_ids: raise ValueError(f"the tokenizer has {n_ids} ids, the model only {model.config.vocab_size} rows: set vocab_size to at least {n_ids}")
     if model.config.max_position_embeddings < config.seq_len: raise ValueError(f"config: seq_len is {config.seq_len}, but the model knows {model.config.max_position_embeddings} positions")
     return model.train()
@@ -563,7 +578,7 @@ def not_a_number(run, found) -> str:
     return (f"step {run.step + 1}: {found}, so the run stops; {saved}: "
             f"try a lower lr (it is {run.config.lr:g}) or a longer warmup, in another out" + (f", from the start or with init_from={safe}" if safe else ""))
 
-# %% ../nbs/21_train.ipynb #ba812556
+# %% ../nbs/21_train.ipynb #ccfacadb
 MOMENTS = ["exp_avg", "exp_avg_sq"]
 
 def save_run(run):
@@ -571,13 +586,13 @@ def save_run(run):
     full, weights = run.engine.full, {name: run.engine.full(p) for name, p in run.model.named_parameters()}
     states = {name: run.optimizer.state.get(p, {}) for name, p in run.model.named_parameters()}
     moments = {f"{m}.{name}": full(state[m]) for name, state in states.items() for m in MOMENTS if state}
-    about = dict(config=asdict(run.config), data=run.data, torch=torch.__version__)
+    about = dict(config=asdict(run.config), model=model_sizes(run), data=run.data, torch=torch.__version__)
     def write():
         if not all(t.isfinite().all() for t in [*weights.values(), *moments.values()]): raise FloatingPointError(not_a_number(run, "a weight is not a number any more"))
         return save_checkpoint(run.config.out, run.step, weights, moments, run.model.config, run.tokenizer_folder, about, run.config.keep)
     return run.engine.first(write)
 
-# %% ../nbs/21_train.ipynb #0f214ec3
+# %% ../nbs/21_train.ipynb #5f04e5e6
 def load_run(
     run,
     folder,  # a checkpoint
@@ -585,22 +600,25 @@ def load_run(
     "Take up a run where a checkpoint left it. ValueError if the checkpoint is damaged or belongs to another config."
     saved, part = load_checkpoint(folder), run.engine.part
     compare_configs(saved, run, folder)
-    run.step = saved["step"]
+    run.step, weights = saved["step"], run.model.config.rename(saved["weights"])
     with torch.no_grad():
         for name, p in run.model.named_parameters():
-            p.copy_(part(saved["weights"][name], p))
+            p.copy_(part(weights[name], p))
             if not run.step: continue
             moments = {m: part(saved["moments"][f"{m}.{name}"], p) for m in MOMENTS}
             run.optimizer.state[p] = dict(step=torch.tensor(float(run.step), device=p.device), **moments)
     torch.set_rng_state(saved["rng"])
 
-# %% ../nbs/21_train.ipynb #29f75917
+# %% ../nbs/21_train.ipynb #b28fa7a3
 MAY_CHANGE = ["out", "data", "accumulate", "checkpointing", "save_every", "keep", "log_every", "eval_every", "eval_batches", "sample", "peak_tflops"]
+
+def model_sizes(run): return json.loads(to_json(asdict(run.model.config)))  # as a file has them
 
 def compare_configs(saved, run, folder):
     "ValueError, naming them, if settings differ that would make it another run."
-    config = asdict(run.config)
+    config, sizes = asdict(run.config), model_sizes(run)
     changed = [f"{k} was {v!r} and is now {config[k]!r}" for k, v in saved["config"].items() if k in config and k not in MAY_CHANGE and v != config[k]]
+    changed += [f"{k} of the model was {v!r} and is now {sizes.get(k)!r}" for k, v in saved.get("model", {}).items() if not changed and v != sizes.get(k)]
     if saved["data"] != run.data: changed.append(f"the data in {config['data']} are others than those it was trained on")
     if changed: raise ValueError(f"{folder.parent} holds a run with other settings: {'; '.join(changed)}: set it back to resume, or begin another run with another out (and init_from={folder} to go on from its weights)")
 

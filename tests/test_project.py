@@ -142,11 +142,12 @@ def test_transformers_is_never_imported_at_the_top():
 
 def test_wheel(wheel, settings):
     names = zipfile.ZipFile(wheel).namelist()
-    pretrained = {p.name for p in (ROOT / "qwen_nb/pretrained").iterdir()}
-    assert {n.split("/")[-1] for n in names if n.startswith("qwen_nb/pretrained/")} == pretrained >= {"config.json", "model.safetensors", "tokenizer.json"}
+    pretrained = {p.relative_to(ROOT).as_posix() for p in (ROOT / "qwen_nb/pretrained").rglob("*") if p.is_file()}
+    assert {n for n in names if n.startswith("qwen_nb/pretrained/")} == pretrained
+    for sibling in ("", "qwen1/", "qwen2/", "qwen3_moe/", "qwen3_5/"): assert {f"qwen_nb/pretrained/{sibling}{name}" for name in ("config.json", "model.safetensors", "tokenizer_config.json")} <= pretrained
     assert {n.split("/")[0] for n in names} == {"qwen_nb", f"qwen_nb-{settings['version']}.dist-info"}
     assert {n for n in names if n.endswith(".py")} == {p.relative_to(ROOT).as_posix() for p in (ROOT / "qwen_nb").rglob("*.py")}
-    assert wheel.stat().st_size < 4_500_000
+    assert wheel.stat().st_size < 13_000_000
     meta = message_from_string(zipfile.ZipFile(wheel).read(f"qwen_nb-{settings['version']}.dist-info/METADATA").decode())
     assert meta["Name"] == settings["lib_name"] and meta["Version"] == settings["version"] and meta["License-Expression"] == "Apache-2.0"
     assert meta["Requires-Python"] == f">={settings['min_python']}"

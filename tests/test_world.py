@@ -24,7 +24,9 @@ TOKENIZER = Tokenizer.from_file(str(packaged_model() / "tokenizer.json"))
 
 
 def test_package_is_small_enough():
-    assert sum(p.stat().st_size for p in packaged_model().iterdir()) <= 4_000_000
+    files = [p for p in packaged_model().rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files if p.parent == packaged_model()) <= 4_000_000
+    assert sum(p.stat().st_size for p in files if p.parent != packaged_model()) <= 10_000_000  # the siblings
 
 
 def test_a_sharper_floor_is_impossible():

@@ -7,8 +7,14 @@
 
 The last copies the finished run into the package, with a log of how its checkpoints score. `python tools/make_model.py score` counts how often
 the model is right, on stories and conversations that it never saw.
+
+Its siblings of other generations are made alike, on the same tokenizer; their `config.json` lies in the package already:
+
+    qwen-nb train configs/qwen3_5.toml
+    python tools/make_model.py install runs/qwen3_5 --sibling qwen3_5
 """
 import argparse
+import base64
 import json
 import random
 import shutil
@@ -48,14 +54,25 @@ def write_tokenizer(args):
     (args.out / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
 
 
+def copy_tokenizer(out, tiktoken):
+    "The small model's tokenizer, in the files of the sibling's generation. The ids are the same."
+    shutil.copy(packaged_model() / "tokenizer_config.json", out)
+    if not tiktoken: return shutil.copy(packaged_model() / "tokenizer.json", out)
+    tokenizer = ChatTokenizer.from_pretrained(packaged_model())
+    ranks = [tokenizer.token_bytes(i) for i in range(min(tokenizer.special.values()))]
+    (out / "qwen.tiktoken").write_bytes(b"".join(base64.b64encode(raw) + b" %d\n" % rank for rank, raw in enumerate(ranks)))
+    (out / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="QWenTokenizer", model_max_length=512)) + "\n")
+
+
 def install(args):
     "Copy a finished run's model into the package, with a log: the settings, and what each checkpoint scores on 100 stories."
     for name in ("config.json", "generation_config.json", "model.safetensors"): shutil.copy(args.run / "final" / name, args.out)
+    if args.sibling: copy_tokenizer(args.out, tiktoken=args.sibling == "qwen1")
     lines = read_log(args.run)
     steps = [0] + [line["step"] for line in lines]
     about = dict(asdict(read_config(args.config)), course=COURSE, first_loss=lines[0]["loss"],
                  tokens=sum(line["tokens"] * (step - before) for line, before, step in zip(lines, steps, steps[1:])))  # between two lines: as in the second
-    log, tokenizer = [about], Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    log, tokenizer = [about], Tokenizer.from_file(str(packaged_model() / "tokenizer.json"))
     for folder in tqdm([*checkpoints(args.run)[1:-1], args.out], unit="checkpoint"):
         scores = measure(Qwen.from_pretrained(folder, dtype=torch.float32), tokenizer, range(HELD_OUT, HELD_OUT + 100))
         log.append(dict(step=about["steps"] if folder == args.out else int(folder.name[5:]), **{k: round(v, 4) for k, v in scores.items()}))
@@ -64,8 +81,8 @@ def install(args):
 
 def score(args):
     "Count right answers: in stories, and in conversations after a thought and without one."
-    model, tokenizer = Qwen.from_pretrained(args.out, dtype=torch.float32), ChatTokenizer.from_pretrained(args.out)
-    told = measure(model, Tokenizer.from_file(str(args.out / "tokenizer.json")), range(HELD_OUT + 1000, HELD_OUT + 1000 + args.n))
+    model, tokenizer = Qwen.from_pretrained(args.out, dtype=torch.float32), ChatTokenizer.from_pretrained(packaged_model())
+    told = measure(model, Tokenizer.from_file(str(packaged_model() / "tokenizer.json")), range(HELD_OUT + 1000, HELD_OUT + 1000 + args.n))
     print("stories          ", "  ".join(f"{k} {v:.4f}" for k, v in told.items()))
     talks = [conversation(Chooser(random.Random(seed))) for seed in range(3 * HELD_OUT, 3 * HELD_OUT + args.n)]
     for thinks in (True, False):
@@ -80,10 +97,14 @@ if __name__ == "__main__":
                              ("score", score, "count right answers on what the model never saw")):
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(run_command=run)
-        command.add_argument("--out", type=Path, default=packaged_model(), help="folder of the model (default: the one in the package)")
+        if name != "tokenizer": command.add_argument("--sibling", default="", choices=["qwen1", "qwen2", "qwen3_moe", "qwen3_5"], help="the sibling of that generation, in place of the small model")
+        command.add_argument("--out", type=Path, help="folder of the model (default: the one in the package)")
         if name == "install":
             command.add_argument("run", type=Path, help="the run's folder, such as runs/packaged")
-            command.add_argument("--config", type=Path, default=Path("configs/packaged.toml"), help="the run's config (default: %(default)s)")
+            command.add_argument("--config", type=Path, help="the run's config (default: configs/packaged.toml, or the sibling's)")
         if name == "score": command.add_argument("-n", type=int, default=1000, help="stories, and conversations (default: %(default)s)")
     args = parser.parse_args()
+    sibling = getattr(args, "sibling", "")
+    args.out = args.out or packaged_model(sibling)
+    if "config" in args: args.config = args.config or Path(f"configs/{sibling or 'packaged'}.toml")
     args.run_command(args)
