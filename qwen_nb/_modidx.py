@@ -337,6 +337,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qwen_nb.lessons.asked': ('lessons.html#asked', 'qwen_nb/lessons.py'),
                                  'qwen_nb.lessons.asked_lesson': ('lessons.html#asked_lesson', 'qwen_nb/lessons.py'),
                                  'qwen_nb.lessons.chat_row': ('lessons.html#chat_row', 'qwen_nb/lessons.py'),
+                                 'qwen_nb.lessons.cut_course': ('lessons.html#cut_course', 'qwen_nb/lessons.py'),
                                  'qwen_nb.lessons.dense_lesson': ('lessons.html#dense_lesson', 'qwen_nb/lessons.py'),
                                  'qwen_nb.lessons.facts_lesson': ('lessons.html#facts_lesson', 'qwen_nb/lessons.py'),
                                  'qwen_nb.lessons.list_lesson': ('lessons.html#list_lesson', 'qwen_nb/lessons.py'),

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['LESSONS', 'ANSWER', 'CHATS', 'COURSE', 'STORIES', 'small_world', 'pairs', 'told_pairs', 'list_lesson', 'asked',
            'parts', 'asked_lesson', 'facts_lesson', 'dense_lesson', 'story_lesson', 'text_row', 'chat_row', 'talk_row',
-           'WorldRows']
+           'cut_course', 'WorldRows']
 
 # %% ../nbs/20a_lessons.ipynb #5d502d16
 from functools import lru_cache
@@ -119,6 +119,13 @@ COURSE = [  # (up to this row, the share of each lesson)
     (64_000, dict(list=1, asked=2, facts=7)),
     (None, dict(dense=2, story=12, talk=7, chat=4))]
 STORIES = [(None, dict(story=1))]
+
+# %% ../nbs/20a_lessons.ipynb #77bb8056
+def cut_course(
+    rows:int,  # how many rows of lessons, before the stories
+) -> list:
+    "`COURSE` with everything before the last part cut to this many rows."
+    return [(end and min(end, rows), mix) for end, mix in COURSE]
 
 # %% ../nbs/20a_lessons.ipynb #810272e8
 class WorldRows:

@@ -11,7 +11,7 @@ __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OU
            'model_sizes', 'compare_configs', 'claim', 'write_sample', 'watch', 'loop', 'train', 'world_floor',
            'plot_log', 'live_plot', 'attention_map']
 
-# %% ../nbs/21_train.ipynb #b916a38f
+# %% ../nbs/21_train.ipynb #fcae63f0
 import difflib, json, math, os, re, shutil, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -32,7 +32,7 @@ from .chat import SMALL_TEMPLATE
 from .data import IGNORED, Packed, Shards, digest, document_mask, write_file
 from .generate import generate
 from .inspect import OURS, QUIET, packaged_model
-from .lessons import COURSE, STORIES, WorldRows
+from .lessons import STORIES, WorldRows, cut_course
 from .model import Qwen, QwenConfig, family_config
 from .tokenizer import Tokenizer, tokenizer_json
 from .weights import find_model, read_json
@@ -128,12 +128,13 @@ def use_checkpointing(
     for layer in model.model.layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
-# %% ../nbs/21_train.ipynb #30c27918
+# %% ../nbs/21_train.ipynb #804ba95c
 @dataclass
 class TrainConfig:
     "All that decides a run. Raises ValueError, in one sentence, for a value of the wrong type or size."
     out: str = "out"                    # folder of the log and the checkpoints
     data: str = "world"                 # a folder of shards, or "world": rows made up on the fly
+    lesson_rows: int = 32_000           # about the world: rows of lessons before the stories; 64000 made the packaged model
     init_from: str = ""                 # a folder or a hub id to go on from; "": random weights
     config_from: str = ""               # a config.json of any Qwen, or its folder: random weights of these sizes; "": a Qwen3 of the next nine
     vocab_size: int = 0                 # rows of the embedding; 0: as many as the tokenizer has ids, up to a multiple of 64
@@ -145,7 +146,7 @@ class TrainConfig:
     head_dim: int = 32
     max_position_embeddings: int = 512
     rope_theta: float = 10_000.0
-    steps: int = 2800                   # rows about the world become stories after 2000 (of 32 rows); the packaged model took 10000
+    steps: int = 2000                   # of the whole run; the packaged model took 11000
     batch_size: int = 32                # rows in a step, over all processes
     accumulate: int = 1                 # parts in which each process computes its rows, one after the other
     seq_len: int = 256                  # positions in a row
@@ -475,7 +476,7 @@ class Log:
         self.file.close()
         if self.board: self.board.close()
 
-# %% ../nbs/21_train.ipynb #8530d37f
+# %% ../nbs/21_train.ipynb #4a4a59a5
 def open_data(
     config:TrainConfig,
     folder=None,  # of the model to go on from
@@ -484,7 +485,8 @@ def open_data(
     if config.data == "world":
         source = folder or packaged_model()
         tokenizer = Tokenizer.from_pretrained(source)
-        return source, WorldRows(tokenizer, config.seq_len), WorldRows(tokenizer, config.seq_len, STORIES, answer=1.0), f"world {COURSE}"
+        course = cut_course(config.lesson_rows)
+        return source, WorldRows(tokenizer, config.seq_len, course), WorldRows(tokenizer, config.seq_len, STORIES, answer=1.0), f"world {course}"
     tokenizer = Tokenizer.from_pretrained(folder) if folder else None
     train, held_out = (Shards(config.data, part, tokenizer, config.vocab_size or None) for part in ("train", "held_out"))
     enough = len(held_out) > config.seq_len

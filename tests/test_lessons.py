@@ -7,8 +7,9 @@ import pytest
 
 from qwen_nb.data import IGNORED
 from qwen_nb.inspect import packaged_model
-from qwen_nb.lessons import ANSWER, CHATS, COURSE, LESSONS, STORIES, WorldRows, asked_lesson, facts_lesson, list_lesson, talk_row
+from qwen_nb.lessons import ANSWER, CHATS, COURSE, LESSONS, STORIES, WorldRows, asked_lesson, cut_course, facts_lesson, list_lesson, talk_row
 from qwen_nb.tokenizer import Tokenizer
+from qwen_nb.train import TrainConfig, open_data
 from qwen_nb.world import PEOPLE, PLACES, THINGS, Chooser, conversation
 
 TOKENIZER = Tokenizer.from_pretrained(packaged_model())
@@ -83,6 +84,15 @@ def test_the_course():
         assert {kind_of(*WorldRows(TOKENIZER, 512).row(0, begin + k)) for k in range(100)} == set(mix)
         seen, begin = seen | set(mix), end
     assert seen == {*LESSONS, *CHATS}
+
+
+def test_a_shorter_course():
+    "The same order, cut; and a run's setting decides."
+    for rows, wants in ((64_000, COURSE), (18_000, [(16_000, COURSE[0][1]), (18_000, COURSE[1][1]), COURSE[3]]), (0, [COURSE[3]])):
+        parts = cut_course(rows)
+        for k in (0, 15_999, 16_000, 17_999, 18_000, 63_999, 64_000): assert next(mix for end, mix in parts if end is None or k < end) == next(mix for end, mix in wants if end is None or k < end)
+        assert open_data(TrainConfig(lesson_rows=rows))[1].course == parts
+    with pytest.raises(ValueError, match="lesson_rows is -1"): TrainConfig(lesson_rows=-1)
 
 
 def test_what_counts_in_a_talk():

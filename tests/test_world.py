@@ -15,11 +15,12 @@ from tokenizers import Tokenizer
 
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
+from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
 from qwen_nb.train import OneProcess, Run, TrainConfig, optimizer_step, read_config, train
 from qwen_nb.world import PEOPLE, Chooser, conversation, encode_story, measure, story
 
 ROOT = Path(__file__).parent.parent
-TOLD = ["data", "steps", "batch_size", "seq_len", "lr", "warmup", "final_lr", "weight_decay", "clip", "beta1", "beta2", "seed", "dtype"]
+TOLD = ["data", "lesson_rows", "steps", "batch_size", "seq_len", "lr", "warmup", "final_lr", "weight_decay", "clip", "beta1", "beta2", "seed", "dtype"]
 TOKENIZER = Tokenizer.from_file(str(packaged_model() / "tokenizer.json"))
 
 
@@ -84,6 +85,29 @@ def test_the_model_can_be_made_again(tmp_path):
     first = json.loads((packaged_model() / "training_log.jsonl").read_text().splitlines()[0])
     assert optimizer_step(run)["loss"] == pytest.approx(first["first_loss"], rel=2e-3)
     assert {k: v for k, v in asdict(config).items() if k in TOLD} == {k: first[k] for k in TOLD}
+
+
+@pytest.mark.parametrize("name", ["qwen1", "qwen2", "qwen3_moe", "qwen3_5"])
+def test_a_sibling_can_be_made_again(tmp_path, name):
+    "As above; and its log ends with what its weights score."
+    config = read_config(ROOT / "configs" / f"{name}.toml", [f"out={tmp_path / 'run'}", f"config_from={packaged_model(name) / 'config.json'}", "peak_tflops=1"])
+    first, *log = map(json.loads, (packaged_model(name) / "training_log.jsonl").read_text().splitlines())
+    assert optimizer_step(Run(config, OneProcess("cpu")))["loss"] == pytest.approx(first["first_loss"], rel=2e-3)
+    assert {k: v for k, v in asdict(config).items() if k in TOLD} == {k: first[k] for k in TOLD}
+    scores = measure(Qwen.from_pretrained(packaged_model(name), dtype="float32"), TOKENIZER, range(1_000_000_000, 1_000_000_100))
+    assert log[-1]["step"] == config.steps and {k: v for k, v in log[-1].items() if k != "step"} == pytest.approx(scores, abs=2e-2)
+
+
+def test_a_sibling_is_installed_with_its_own_files(tmp_path):
+    "Qwen1's tokenizer is a list of ranks, and gives the same ids."
+    small = dict(out=str(tmp_path / "run"), config_from=str(packaged_model("qwen1")), steps=1, batch_size=1, eval_every=0, peak_tflops=1.)
+    (tmp_path / "small.json").write_text(json.dumps(small))
+    train(TrainConfig(**small))
+    (out := tmp_path / "model").mkdir()
+    subprocess.run([sys.executable, str(ROOT / "tools/make_model.py"), "install", small["out"], "--sibling", "qwen1", "--out", str(out), "--config", str(tmp_path / "small.json")], check=True, capture_output=True)
+    assert {p.name for p in out.iterdir()} == {p.name for p in packaged_model("qwen1").iterdir()} >= {"qwen.tiktoken", "config.json"}
+    text = "Max has the ball.\nWho has the ball? Max.\n<|endoftext|>"
+    assert ChatTokenizer.from_pretrained(out).encode(text) == TOKENIZER.encode(text).ids
 
 
 def test_a_run_can_be_installed(tmp_path):

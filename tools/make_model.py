@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from qwen_nb.chat import SMALL_TEMPLATE, quiz
 from qwen_nb.inspect import packaged_model
-from qwen_nb.lessons import COURSE
+from qwen_nb.lessons import cut_course
 from qwen_nb.model import Qwen
 from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
 from qwen_nb.train import checkpoints, read_config, read_log
@@ -70,7 +70,8 @@ def install(args):
     if args.sibling: copy_tokenizer(args.out, tiktoken=args.sibling == "qwen1")
     lines = read_log(args.run)
     steps = [0] + [line["step"] for line in lines]
-    about = dict(asdict(read_config(args.config)), course=COURSE, first_loss=lines[0]["loss"],
+    config = read_config(args.config)
+    about = dict(asdict(config), course=cut_course(config.lesson_rows), first_loss=lines[0]["loss"],
                  tokens=sum(line["tokens"] * (step - before) for line, before, step in zip(lines, steps, steps[1:])))  # between two lines: as in the second
     log, tokenizer = [about], Tokenizer.from_file(str(packaged_model() / "tokenizer.json"))
     for folder in tqdm([*checkpoints(args.run)[1:-1], args.out], unit="checkpoint"):
