@@ -100,7 +100,7 @@ def traits(
             "head is the embedding": c.tie_word_embeddings,
             "experts": f"{c.num_experts_per_tok} of {c.num_experts}" + " and a shared one" * bool(c.shared_expert_intermediate_size) if mixture else "none"}
 
-# %% ../nbs/16_family.ipynb #3d52a39a
+# %% ../nbs/16_family.ipynb #4f0fd41b
 def find_config(
     model,  # a name in FAMILY, or a config
 ):
@@ -108,6 +108,7 @@ def find_config(
     if isinstance(model, str) and model not in FAMILY: raise ValueError(f"{model!r} is not in FAMILY; expected a config, or one of {', '.join(FAMILY)}")
     return FAMILY[model].config if isinstance(model, str) else model
 
+# %% ../nbs/16_family.ipynb #504479c7
 def changes(
     before, after,  # names in FAMILY, or configs
 ) -> dict:
@@ -134,13 +135,14 @@ def cost_parts(
         else: net = block.linear_attn; states += n * (7 * net.value_heads * net.dims[1] * net.dims[2] + 2 * net.conv1d.weight.numel())
     return look, matrices, states
 
-# %% ../nbs/16_family.ipynb #88b3105f
+# %% ../nbs/16_family.ipynb #69ded1c0
 def relative(
     config,  # of any Qwen
 ) -> str:
     "The release that it differs least from, in kind; the oldest of several."
     return min(FAMILY, key=lambda name: len(changes(name, config)))
 
+# %% ../nbs/16_family.ipynb #a1bfadff
 def family_table(
     models=FAMILY,  # names, of releases; or name → config
 ) -> str:
@@ -159,7 +161,7 @@ GENERATIONS = dict(zip(REPORTS, plt.cm.viridis(np.linspace(0, .8, len(REPORTS)))
 
 def colour(name): return GENERATIONS[FAMILY[name].generation] if name in FAMILY else "black"
 
-# %% ../nbs/16_family.ipynb #c0281223
+# %% ../nbs/16_family.ipynb #b499be00
 def label_ends(
     ax,      # its limits and scales are set
     ends:dict,  # name → y at the right edge
@@ -171,22 +173,23 @@ def label_ends(
     wanted = [low := max(at[name], low + gap) for name in names]
     shift = max(np.mean(wanted) - np.mean([at[name] for name in names]), wanted[-1] - 1)
     for name, y in zip(names, wanted):
-        ax.plot([1, 1.03], [at[name], y - shift], color=colour(name), lw=.8, transform=ax.transAxes, clip_on=False)
-        ax.text(1.035, y - shift, name, color=colour(name), fontsize=8, va="center", transform=ax.transAxes)
+        ax.plot([1, 1.05], [at[name], y - shift], color=colour(name), lw=.8, transform=ax.transAxes, clip_on=False)
+        ax.text(1.055, y - shift, name, color=colour(name), fontsize=8, va="center", transform=ax.transAxes)
 
-# %% ../nbs/16_family.ipynb #968d4649
+# %% ../nbs/16_family.ipynb #21839d4c
 def plot_growth(
     ax,
     lines:dict,  # name → (for each token, once)
     unit:float,  # divides both
     longest:int,
+    styles:dict,  # name → line style, where it is not solid
     ylabel, title,
 ):
-    "A line for each model, both axes logarithmic."
-    n = np.geomspace(128, longest, 100)
-    for name, (each, once) in lines.items(): ax.plot(n, (each * n + once) / unit, color=colour(name), lw=1.6, ls="-" if name in FAMILY else "--")
-    ax.set_xscale("log", base=2); ax.set_yscale("log"); ax.set_xlim(128, longest); ax.set_xlabel("context (tokens)"); ax.set_ylabel(ylabel); ax.set_title(title, loc="left", fontsize=10.5)
-    ticks = [t for t in (128, 1024, 8192, 65_536, 262_144) if t <= longest]
+    "A line for each model, both axes logarithmic, the names at the right."
+    n = np.geomspace(256, longest, 100)
+    for name, (each, once) in lines.items(): ax.plot(n, (each * n + once) / unit, color=colour(name), lw=1.6, ls=styles.get(name, "-"))
+    ax.set_xscale("log", base=2); ax.set_yscale("log"); ax.set_xlim(256, longest); ax.set_xlabel("context (tokens)"); ax.set_ylabel(ylabel); ax.set_title(title, loc="left", fontsize=10.5)
+    ticks = [t for t in (256, 1024, 4096, 16_384, 65_536, 262_144) if t <= longest]
     ax.set_xticks(ticks, [f"{t:,}" for t in ticks]); ax.yaxis.set_major_formatter("{x:g}"); ax.grid(alpha=.25)
     label_ends(ax, {name: (each * longest + once) / unit for name, (each, once) in lines.items()})
 
@@ -203,16 +206,17 @@ def plot_sizes(
     ax.set_yticks(range(len(configs)), configs, fontsize=8); ax.invert_yaxis(); ax.set_xscale("log"); ax.set_xlim(right=2000); ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("billions of parameters (square: in memory, circle: used by a token)"); ax.set_title("Experts: much in memory, little at work", loc="left", fontsize=10.5)
 
-# %% ../nbs/16_family.ipynb #e4a4525d
+# %% ../nbs/16_family.ipynb #2433bcab
 def plot_family(
     models=FAMILY,  # names, of releases; or name → config
     longest:int=262_144,  # tokens
 ):
-    "Three panels: parameters, cache and cost of the next token against context."
+    "Three panels: parameters, cache and cost of the next token against context. Mixtures are dashed."
     configs = {name: FAMILY[name].config if name in FAMILY else models[name] for name in models}
     fig, (top, middle, low) = plt.subplots(3, 1, figsize=(7, 9.4), height_ratios=(1, 1.15, 1.15))
     plot_sizes(top, configs)
+    dashed = {name: "--" for name, c in configs.items() if traits(c)["experts"] != "none"}
     cost = {name: (look, matrices + states) for name, (look, matrices, states) in zip(configs, map(cost_parts, configs.values()))}
-    plot_growth(middle, {name: cache_parts(c) for name, c in configs.items()}, 2**30, longest, "cache of one text (GiB)", "Cache: first fewer heads keep something, then fewer layers")
-    plot_growth(low, cost, 1e9, longest, "operations (billions)", "The next token: flat at first, then looking back takes over")
+    plot_growth(middle, {name: cache_parts(c) for name, c in configs.items()}, 2**30, longest, dashed, "cache of one text (GiB)", "Cache: first fewer heads keep something, then fewer layers")
+    plot_growth(low, cost, 1e9, longest, dashed, "operations (billions)", "The next token: flat at first, then looking back takes over")
     plt.show()
