@@ -77,12 +77,13 @@ def count(
     total = outside + sum(n * size(block) for block, n in layers)
     return total, total - sum(n * resting(block) for block, n in layers)
 
-# %% ../nbs/16_family.ipynb #82d84393
+# %% ../nbs/16_family.ipynb #b8ea0147
 def traits(
     config,  # of any Qwen
 ) -> dict:
     "What kind of model this is, whatever its size."
-    c, pairs = config, (config.rope_scaling or {})
+    c, scaling = config, config.rope_scaling or {}
+    stretch = [name for name, on in {"dynamic NTK": "use_dynamic_ntk", "log-n": "use_logn_attn"}.items() if getattr(c, on, False)] or [scaling.get("rope_type", scaling.get("type", "nothing"))]
     with torch.device("meta"): attn = c.attention(0)
     wide, kinds = attn.o_proj.in_features, getattr(c, "layer_types", None) or ["full_attention"]
     turned = c.rotary()(torch.zeros(1, 1, dtype=torch.long))[0].shape[-1]
@@ -95,7 +96,7 @@ def traits(
             "share of layers with attention": kinds.count("full_attention") / len(kinds),
             "RoPE base": c.rope_theta,
             "share of a head that RoPE turns": turned / c.head_dim,
-            "past the training length": "dynamic NTK, log-n" if getattr(c, "use_dynamic_ntk", False) else pairs.get("rope_type", pairs.get("type", "nothing")),
+            "past the training length": ", ".join(stretch),
             "a norm's neutral weight": int(c.norm().weight[0]),
             "head is the embedding": c.tie_word_embeddings,
             "experts": f"{c.num_experts_per_tok} of {c.num_experts}" + " and a shared one" * bool(c.shared_expert_intermediate_size) if mixture else "none"}
