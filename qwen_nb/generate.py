@@ -30,12 +30,12 @@ def count_rows(
     try: yield rows
     finally: [h.remove() for h in hooks]
 
-# %% ../nbs/09_generate.ipynb #d748df61
+# %% ../nbs/09_generate.ipynb #66ea4372
 def cache_bytes(
     config,              # anything with num_hidden_layers, num_key_value_heads and head_dim
     bytes_per_number=2,  # 2: bfloat16, 4: float32
 ):
-    "Bytes that one token takes in the KV cache: a key and a value for every key/value head of every layer."
+    "Bytes that one token takes in the KV cache: a key and a value for every key/value head of every layer. (For the hybrids of 15_hybrid see `cache_parts` there.)"
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_number
 
 # %% ../nbs/09_generate.ipynb #e29b3110

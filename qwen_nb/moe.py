@@ -124,10 +124,10 @@ def unfuse(
         for e, of_expert in enumerate(t): found |= {f"{where}.{e}.{part}.weight": w for part, w in zip(parts, of_expert.chunk(len(parts)))}
     return found
 
-# %% ../nbs/14_moe.ipynb #783cceca
+# %% ../nbs/14_moe.ipynb #2e2315f6
 @dataclass
 class MoEConfig(WindowConfig):
-    "A `WindowConfig` with experts, under the names of `config.json`. Defaults: those of Qwen3-30B-A3B."
+    "A `WindowConfig` with experts, under the names of `config.json`. Defaults: experts as in Qwen3-30B-A3B, the rest as in `QwenConfig`."
     num_experts: int = 128
     num_experts_per_tok: int = 8               # how many of them a token uses
     moe_intermediate_size: int = 768           # units of one expert
@@ -209,9 +209,9 @@ def moe_json(
     return sizes | dict(model_type=family, architectures=[f"{'Qwen2' if shared else 'Qwen3'}MoeForCausalLM"], mlp_only_layers=list(c.mlp_only_layers), hidden_act="silu",
                         use_sliding_window=False, **({"qkv_bias": c.qkv_bias} if shared else {"attention_bias": c.qkv_bias}))
 
-# %% ../nbs/14_moe.ipynb #ce7641d7
+# %% ../nbs/14_moe.ipynb #5410c14e
 def count_active(
-    config,  # a `MoEConfig`
+    config,  # a `MoEConfig` with attention in every layer; `count` in 16_family takes any
 ) -> tuple:
     "All parameters, and those that one token uses: everything but the experts that rest."
     kinds = {config.is_sparse(i): i for i in range(config.num_hidden_layers)}  # a layer of each kind

@@ -11,7 +11,7 @@ __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OU
            'model_sizes', 'compare_configs', 'claim', 'write_sample', 'watch', 'loop', 'train', 'world_floor',
            'plot_log', 'live_plot', 'attention_map']
 
-# %% ../nbs/21_train.ipynb #fcae63f0
+# %% ../nbs/21_train.ipynb #44d1e6be
 import difflib, json, math, os, re, shutil, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from .attention import attend_explicit, causal_mask
 from .chat import SMALL_TEMPLATE
 from .data import IGNORED, Packed, Shards, digest, document_mask, write_file
+from .family import cost_parts
 from .generate import generate
 from .inspect import OURS, QUIET, packaged_model
 from .lessons import STORIES, WorldRows, cut_course
@@ -419,20 +420,17 @@ def cut_log(out, step):
     lines = [json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step]
     write_file(Path(out) / LOG, "".join(lines).encode())
 
-# %% ../nbs/21_train.ipynb #d7a3b256
+# %% ../nbs/21_train.ipynb #e5bb2f80
 def flops_per_token(
     config:QwenConfig,
     seq_len:int,
 ) -> int:
     """Floating-point operations of one training step, for each token: forward, and twice that backward.
 
-    A matrix takes 2 for each of its numbers. Scores and mix take 2 for each channel of each head and each key, of which a causal
-    query sees half on average. What activation checkpointing computes twice is counted once. Source: arXiv:2204.02311, appendix B."""
-    c = config
-    heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    matrices = c.num_hidden_layers * c.hidden_size * (2 * heads + 2 * kv + 3 * c.intermediate_size) + c.vocab_size * c.hidden_size
-    attention = c.num_hidden_layers * 2 * heads * seq_len // 2
-    return 3 * 2 * (matrices + attention)
+    Forward they are those of `cost_parts`, with a causal query that sees half of the keys on average. What activation checkpointing
+    computes twice is counted once. Source: arXiv:2204.02311, appendix B."""
+    look, matrices, states = cost_parts(config)
+    return 3 * (matrices + states + look * seq_len // 2)
 
 # %% ../nbs/21_train.ipynb #528032d0
 def measure_peak(
