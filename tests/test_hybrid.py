@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from qwen_nb import hybrid as h
 from qwen_nb.attention import causal_mask
 from qwen_nb.generate import generate, pad_left
+from qwen_nb.inspect import load_reference, packaged_model
 from qwen_nb.model import Qwen, family_config
+from qwen_nb.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs  # noqa: E402
@@ -247,3 +249,15 @@ def test_config_that_says_little():
 
 def test_released_size():
     with torch.device("meta"): assert sum(p.numel() for p in Qwen(h.HybridConfig()).parameters()) == 752_393_024
+
+
+def test_the_packaged_sibling():
+    "Opens, gives the reference's logits and, through the mixed cache, writes the reference's ids."
+    folder = packaged_model("qwen3_5")
+    if not (folder / "model.safetensors").is_file(): pytest.skip(f"the small Qwen3.5 has no weights yet: {folder} has no model.safetensors")
+    ours, reference = Qwen.from_pretrained(folder, dtype="float32"), load_reference(folder)[0]
+    story = torch.tensor([Tokenizer.from_pretrained(folder).encode("Max is in the attic.\nAnna is in the attic.\nMax has the ball.\nMax gave the ball to Anna.\nWho has the ball?")])
+    with torch.no_grad(): close(ours(story), reference(story).logits)
+    reference.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
+    expected = reference.generate(story, attention_mask=torch.ones_like(story), max_new_tokens=40)
+    assert ours.config.cache is h.MixedCache and torch.equal(write(ours, story, new=40), expected)
