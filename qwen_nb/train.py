@@ -129,7 +129,7 @@ def use_checkpointing(
     for layer in model.model.layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
-# %% ../nbs/21_train.ipynb #804ba95c
+# %% ../nbs/21_train.ipynb #6e3f17a3
 @dataclass
 class TrainConfig:
     "All that decides a run. Raises ValueError, in one sentence, for a value of the wrong type or size."
@@ -147,7 +147,7 @@ class TrainConfig:
     head_dim: int = 32
     max_position_embeddings: int = 512
     rope_theta: float = 10_000.0
-    steps: int = 2000                   # of the whole run; the packaged model took 11000
+    steps: int = 2000                   # of the whole run; the packaged model took 10000
     batch_size: int = 32                # rows in a step, over all processes
     accumulate: int = 1                 # parts in which each process computes its rows, one after the other
     seq_len: int = 256                  # positions in a row
