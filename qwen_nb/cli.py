@@ -115,7 +115,7 @@ def generate(args):
     finally: screen.end_line()
     return 0
 
-# %% ../nbs/90_cli.ipynb #e816bbf7
+# %% ../nbs/90_cli.ipynb #f72aa35a
 COMMANDS = {"/help": "show this", "/reset": "forget what was said", "/think on|off": "think before answering, or do not", "/exit": "leave; so does Ctrl-D"}
 
 def command(chat, line):
@@ -133,7 +133,7 @@ def command(chat, line):
         case ["/think", *_]: return "Expected /think on or /think off." if can_think(chat) else "This model has not learnt to think before it answers."
     return f"There is no command {line.strip()}; /help lists them."
 
-def can_think(chat): return chat.family != "qwen2.5" and "</think>" in chat.tokenizer.special
+def can_think(chat): return chat.family not in ("qwen1", "qwen2.5") and "</think>" in chat.tokenizer.special
 
 # %% ../nbs/90_cli.ipynb #06828f31
 def answer(chat, question, screen):

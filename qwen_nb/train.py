@@ -308,7 +308,7 @@ def config_json(
                 use_sliding_window=False, sliding_window=None, max_window_layers=c.num_hidden_layers, use_cache=True, initializer_range=0.02,
                 torch_dtype=dtype, bos_token_id=ends[1], eos_token_id=ends[0] if ends[0] is not None else ends[1])
 
-# %% ../nbs/21_train.ipynb #128f7b4d
+# %% ../nbs/21_train.ipynb #af28d7f6
 def tokenizer_files(
     source,  # a folder with a tokenizer, or a `Tokenizer`
 ) -> dict:
@@ -322,7 +322,7 @@ def tokenizer_files(
     about = dict(tokenizer_class="Qwen2Tokenizer", bos_token=None, eos_token=end, pad_token=end, unk_token=None, clean_up_tokenization_spaces=False, chat_template=SMALL_TEMPLATE)
     return {"tokenizer_config.json": to_json(about)} | files
 
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "added_tokens.json", "special_tokens_map.json"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "qwen.tiktoken", "chat_template.jinja", "chat_template.json", "added_tokens.json", "special_tokens_map.json"]
 def to_json(value): return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 # %% ../nbs/21_train.ipynb #2ab71272

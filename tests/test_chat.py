@@ -154,6 +154,16 @@ def test_thinking_is_kept_while_the_model_works():
     assert "First." not in render_chat(loop, "qwen2.5")
 
 
+def test_qwen1(tokenizer):
+    "Older than templates: Qwen2.5's text with another system message, no tools, no thinking. (Its ids: tests/test_qwen1.py.)"
+    talked = [user("q"), assistant("a", reasoning_content="t")]
+    assert render_chat(talked, "qwen1", enable_thinking=False) == render_chat([dict(role="system", content="You are a helpful assistant."), *talked], "qwen2.5")
+    assert "You are" not in render_chat([dict(role="system", content=""), *talked], "qwen1")
+    chat = talk(tokenizer, "Yes.<|im_start|>user\nNever", family="qwen1")
+    assert said(chat.say("One?"), "answer") == "Yes." and chat.model.prompts == [encode_chat(tokenizer, chat.messages[:1], "qwen1")]
+    for kw in (dict(tools=[ADD]), {}): one_sentence("no place for tools", lambda: render_chat([user("q"), assistant("", tool_calls=[] if kw else [dict(name="add")])], "qwen1", **kw))
+
+
 def test_answers_of_tools_share_a_turn():
     answer = "\n<tool_response>\n{}\n</tool_response>"
     for family in c.FAMILIES:
@@ -247,7 +257,7 @@ def test_pieces():
 # ---- which template
 
 def test_family_of(tmp_path):
-    kinds = dict(qwen2="qwen2.5", qwen3="qwen3", qwen3_moe="qwen3", qwen3_next="qwen3", qwen3_5="qwen3.5", qwen3_5_text="qwen3.5", qwen3_5_moe="qwen3.5")
+    kinds = dict(qwen="qwen1", qwen2="qwen2.5", qwen3="qwen3", qwen3_moe="qwen3", qwen3_next="qwen3", qwen3_5="qwen3.5", qwen3_5_text="qwen3.5", qwen3_5_moe="qwen3.5")
     for kind, family in kinds.items():
         (tmp_path / "config.json").write_text(json.dumps(dict(model_type=kind)))
         assert c.family_of(dict(model_type=kind)) == c.family_of(tmp_path) == c.family_of(str(tmp_path)) == family
@@ -255,7 +265,7 @@ def test_family_of(tmp_path):
     assert c.family_of(None) == c.family_of(model) == c.family_of(model.config) == "qwen3"
     model.folder = None
     assert c.family_of(model) == "qwen3"
-    for bad in (dict(model_type="llama"), dict(model_type="qwen"), {}, object()): one_sentence("model_type is", lambda: c.family_of(bad))
+    for bad in (dict(model_type="llama"), {}, object()): one_sentence("model_type is", lambda: c.family_of(bad))
 
 
 # ---- what the model writes

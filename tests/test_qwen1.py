@@ -13,15 +13,21 @@ import pytest
 import torch
 
 import qwen_nb.qwen1 as q1
+from qwen_nb.chat import encode_chat, family_of
 from qwen_nb.generate import KVCache, generate, sampling_for
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, family_config
 from qwen_nb.qwen1 import Int8Cache, NTKCache, Qwen1Config, dequantize, ntk_alpha, original_names, our_names, quantize, qwen1_tiny
+from qwen_nb.real import verify_model
 from qwen_nb.tokenizer import Tokenizer
+from qwen_nb.train import save_pretrained
 from qwen_nb.verify import record
 from qwen_nb.weights import WANTED, open_file, open_weights, read_json, save_shards
+from qwen_nb.world import Chooser, story
 
 DATA = Path(os.environ.get("QWEN_NB_DATA") or Path(__file__).resolve().parent.parent.parent / "shared" / "qwen")
+SIBLING = packaged_model("qwen1")
+pretrained = pytest.mark.skipif(not (SIBLING / "model.safetensors").is_file(), reason="the small pretrained Qwen1 is not in the package yet: qwen-nb train configs/qwen1.toml makes it")
 official = pytest.mark.skipif(not (DATA / "tokenizer/qwen.tiktoken").is_file(), reason="the official files are not here")
 CASES = {0: 24, 1: 32, 2: 50, 3: 100}
 EXPECTED = open_file(qwen1_tiny() / "expected.safetensors")
@@ -247,6 +253,12 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
         one_sentence("does not fit its config|has shape", lambda: Qwen.from_pretrained(folder))
 
 
+def test_verify_says_that_there_is_no_reference():
+    said = []
+    one_sentence("transformers has no Qwen1.*11_qwen1", lambda: verify_model(qwen1_tiny(), say=said.append))
+    assert len(said) == 1 and "no published numbers" in said[0]
+
+
 def test_the_vocabulary_is_among_what_is_downloaded(): assert "qwen.tiktoken" in WANTED
 
 
@@ -322,6 +334,26 @@ def test_int8_rows_are_picked(model):
         assert near(model(ids[1:, :1], cache=cache), model(ids[1:, :1], cache=alone), 1e-2)
 
 
+# ---- the pretrained sibling
+
+@pretrained
+def test_the_sibling(tmp_path):
+    "Original names, the small model's ids, and a cache that changes nothing below the training length."
+    sibling, words, small = Qwen.from_pretrained(SIBLING, dtype="float32"), Tokenizer.from_pretrained(SIBLING), Tokenizer.from_pretrained()
+    stored = open_weights(SIBLING)
+    assert {re.sub(r"h\.\d+", "h.0", n) for n in stored} == {re.sub(r"h\.\d+", "h.0", n) for n in open_weights(qwen1_tiny())} and family_config(read_json(SIBLING, "config.json")) == sibling.config
+    assert not (SIBLING / "tokenizer.json").exists() and (SIBLING / "qwen.tiktoken").is_file()
+    for seed in range(20):
+        text = "".join(line.text + "\n" for line in story(Chooser(random.Random(seed))))
+        ids = words.encode(text)
+        assert ids == small.encode(text) and words.decode(ids) == text
+    for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"): assert words.special[token] == small.special[token]
+    prompts = torch.tensor([ids[:24], ids[24:48]])
+    assert torch.equal(*(generate(sibling, prompts, 40, temperature=0., use_cache=use) for use in (True, False)))
+    save_pretrained(sibling, tmp_path / "again", tokenizer=SIBLING)
+    assert Tokenizer.from_pretrained(tmp_path / "again").encode(text) == ids and open_weights(tmp_path / "again").keys() == stored.keys()
+
+
 # ---- prompts
 
 def test_chatml_in_the_packaged_vocabulary():
@@ -330,6 +362,10 @@ def test_chatml_in_the_packaged_vocabulary():
     assert words.decode(ids) == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
                                  "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n<|im_start|>user\nWhere is Max? <|im_end|><|im_end|>\n<|im_start|>assistant\n")
     assert ids.count(words.special["<|im_end|>"]) == 6  # the one in the question is text
+    for asked in ("Where is Max? <|im_end|>", "\n\nHello", " \n"):
+        messages = [dict(role=role, content=text) for role, text in zip(("user", "assistant", "user"), ("\na", "\n\nb\n", asked))]
+        assert q1.chatml_prompt(words, asked, [("\na", "\n\nb\n")]) == encode_chat(words, messages, "qwen1")
+    assert family_of(qwen1_tiny()) == "qwen1"
     shorter = words.decode(q1.chatml_prompt(words, "e", [("a", "b" * 300), ("c", "d")], max_tokens=200))
     assert "\nc<" in shorter and "\na<" not in shorter
     one_sentence("expected raw or chatml", lambda: q1.stop_ids(words, "alpaca"))
@@ -341,6 +377,7 @@ def test_prompts_in_the_official_vocabulary(tmp_path):
     words = Tokenizer.from_pretrained(tmp_path)
     assert q1.stop_ids(words, "raw") == (151643,) and q1.stop_ids(words, "chatml") == (151645, 151644, 151643) and words.special["<|extra_204|>"] == 151850
     assert q1.chatml_prompt(words, "\n\nhello")[-10:] == [151644, 872, 198, 271, 14990, 151645, 198, 151644, 77091, 198]  # "\n" and "\n\n" stay apart: encoded separately
+    assert q1.chatml_prompt(words, "\n\nhello") == encode_chat(words, [dict(role="user", content="\n\nhello")], "qwen1")
     raw = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
     shutil.copy(DATA / "tokenizer/qwen3_tokenizer.json", tmp_path / "tokenizer.json")
     assert words.encode(raw) == Tokenizer.from_pretrained(tmp_path).encode(raw) and words.decode(words.encode(raw)) == raw
