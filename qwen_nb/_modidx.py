@@ -56,6 +56,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qwen_nb.chat.fit': ('chat.html#fit', 'qwen_nb/chat.py'),
                               'qwen_nb.chat.fitting': ('chat.html#fitting', 'qwen_nb/chat.py'),
                               'qwen_nb.chat.folder_template': ('chat.html#folder_template', 'qwen_nb/chat.py'),
+                              'qwen_nb.chat.has_small_template': ('chat.html#has_small_template', 'qwen_nb/chat.py'),
                               'qwen_nb.chat.last_query': ('chat.html#last_query', 'qwen_nb/chat.py'),
                               'qwen_nb.chat.parse_call': ('chat.html#parse_call', 'qwen_nb/chat.py'),
                               'qwen_nb.chat.parse_tool_calls': ('chat.html#parse_tool_calls', 'qwen_nb/chat.py'),

@@ -5,11 +5,11 @@ __all__ = ['CONTROLS', 'ROLES', 'FAMILIES', 'THINKS', 'DEFAULT_SYSTEM', 'SYSTEMS
            'SMALL_TEMPLATE', 'FAMILY_OF', 'WRITERS', 'JSON_TYPES', 'KIND_AFTER', 'NAMES', 'Control', 'Said', 'written',
            'Message', 'check_family', 'read_content', 'read_call', 'read_thinking', 'read_message', 'read_messages',
            'last_query', 'to_json', 'tool_list', 'system_pieces', 'call_pieces', 'assistant_pieces', 'check_tools',
-           'chat_pieces', 'render_chat', 'folder_template', 'sandbox', 'special_names', 'render_folder', 'family_of',
-           'runs', 'encode_pieces', 'encode_chat', 'token_writers', 'draw_writers', 'split_thinking', 'type_schema',
-           'describe', 'parse_call', 'parse_tool_calls', 'fitting', 'check_arguments', 'Tools', 'Parts', 'as_message',
-           'stop_ids', 'fit', 'write_message', 'Chat', 'Scripted', 'Transcript', 'draw_transcript', 'chat_widget',
-           'answers', 'quiz']
+           'chat_pieces', 'render_chat', 'folder_template', 'sandbox', 'special_names', 'render_folder',
+           'has_small_template', 'family_of', 'runs', 'encode_pieces', 'encode_chat', 'token_writers', 'draw_writers',
+           'split_thinking', 'type_schema', 'describe', 'parse_call', 'parse_tool_calls', 'fitting', 'check_arguments',
+           'Tools', 'Parts', 'as_message', 'stop_ids', 'fit', 'write_message', 'Chat', 'Scripted', 'Transcript',
+           'draw_transcript', 'chat_widget', 'answers', 'quiz']
 
 # %% ../nbs/10_chat.ipynb #dfb531fd
 import html, inspect, json, re, types
@@ -325,20 +325,24 @@ SMALL_TEMPLATE = r"""{#- For the small model: ChatML as Qwen3 writes it, without
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
 {%- endif %}"""
 
-# %% ../nbs/10_chat.ipynb #879d946b
+# %% ../nbs/10_chat.ipynb #79225453
 FAMILY_OF = dict(qwen="qwen1", qwen2="qwen2.5", qwen2_moe="qwen2.5", qwen3="qwen3", qwen3_moe="qwen3", qwen3_next="qwen3",
                  qwen3_5="qwen3.5", qwen3_5_text="qwen3.5", qwen3_5_moe="qwen3.5", qwen3_5_moe_text="qwen3.5")
+
+def has_small_template(folder):
+    "Whether the folder has `SMALL_TEMPLATE`, as all of the small models do: their conversations are Qwen3's, of whatever generation they are."
+    try: return folder_template(folder) == SMALL_TEMPLATE
+    except ValueError: return False
 
 def family_of(
     model,  # ours, or one of transformers; a config as a dict; a folder or hub id; None: the model inside the package
 ) -> str:
-    "Which template a model has learnt, by its model_type. ValueError for a model that is none of these."
-    if isinstance(model, dict): kind = model.get("model_type")
-    elif model is None or isinstance(model, (str, Path)): kind = read_json(find_model(model), "config.json").get("model_type")
-    elif getattr(model, "folder", None): kind = read_json(model.folder, "config.json").get("model_type")
-    else:
-        config = getattr(model, "config", model)
-        kind = getattr(config, "model_type", None) or {True: "qwen3", False: "qwen2"}.get(getattr(config, "qk_norm", None))
+    "Which template a model has learnt: qwen3 if its folder brings the small model's template, else by its model_type. ValueError for a model that is none of these."
+    folder = find_model(model) if model is None or isinstance(model, (str, Path)) else getattr(model, "folder", None)
+    if folder and has_small_template(folder): return "qwen3"
+    config = read_json(folder, "config.json") if folder else getattr(model, "config", model)
+    if isinstance(config, dict): kind = config.get("model_type")
+    else: kind = getattr(config, "model_type", None) or {True: "qwen3", False: "qwen2"}.get(getattr(config, "qk_norm", None))
     if kind not in FAMILY_OF: raise ValueError(f"model_type is {kind!r}, whose chat template is not known here; expected one of {', '.join(FAMILY_OF)}, or say family=…")
     return FAMILY_OF[kind]
 

@@ -262,6 +262,7 @@ def test_family_of(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(dict(model_type=kind)))
         assert c.family_of(dict(model_type=kind)) == c.family_of(tmp_path) == c.family_of(str(tmp_path)) == family
     model = Qwen.from_pretrained()
+    for name in ("qwen1", "qwen2", "qwen3_moe", "qwen3_5"): assert c.family_of(packaged_model(name)) == "qwen3"  # what they were trained on
     assert c.family_of(None) == c.family_of(model) == c.family_of(model.config) == "qwen3"
     model.folder = None
     assert c.family_of(model) == "qwen3"

@@ -62,7 +62,7 @@ def copy_tokenizer(out, tiktoken):
     ranks = [tokenizer.token_bytes(i) for i in range(min(tokenizer.special.values()))]
     (out / "qwen.tiktoken").write_bytes(b"".join(base64.b64encode(raw) + b" %d\n" % rank for rank, raw in enumerate(ranks)))
     added = {str(i): dict(content=name, special=i in tokenizer.control) for name, i in tokenizer.special.items()}  # else there would be Qwen1's 205 spare ones, more than the model has rows
-    (out / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="QWenTokenizer", model_max_length=512, added_tokens_decoder=added)) + "\n")
+    (out / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="QWenTokenizer", model_max_length=512, added_tokens_decoder=added, chat_template=SMALL_TEMPLATE)) + "\n")
 
 
 def install(args):
