@@ -107,7 +107,7 @@ def test_a_sibling_is_installed_with_its_own_files(tmp_path):
     subprocess.run([sys.executable, str(ROOT / "tools/make_model.py"), "install", small["out"], "--sibling", "qwen1", "--out", str(out), "--config", str(tmp_path / "small.json")], check=True, capture_output=True)
     assert {p.name for p in out.iterdir()} == {p.name for p in packaged_model("qwen1").iterdir()} >= {"qwen.tiktoken", "config.json"}
     text = "Max has the ball.\nWho has the ball? Max.\n<|endoftext|>"
-    assert ChatTokenizer.from_pretrained(out).encode(text) == TOKENIZER.encode(text).ids
+    assert ChatTokenizer.from_pretrained(out).encode(text, allow_special=True) == TOKENIZER.encode(text).ids
 
 
 def test_a_run_can_be_installed(tmp_path):
