@@ -20,7 +20,7 @@ from .norm import RMSNorm
 from .rope import Rotary
 from .weights import find_model, open_weights, read_json
 
-# %% ../nbs/08_model.ipynb #8e4a541f
+# %% ../nbs/08_model.ipynb #b123f3f7
 class Parts:
     "What a decoder is made of, from the numbers of its config. A generation with another part overrides a method."
     def norm(self): return RMSNorm(self.hidden_size, self.rms_norm_eps)
@@ -32,7 +32,7 @@ class Parts:
     def mask(self, q_len, k_len, is_real, device): return causal_mask(q_len, k_len, is_real, device)
     def rename(self, stored): return stored     # a checkpoint's tensors, under our names
     def original(self, weights): return weights  # and the way back
-    def extra_loss(self, model): return nullcontext(lambda real: 0.)  # around a pass in training; then called for a loss to add
+    def extra_loss(self, model): return nullcontext()  # around a pass in training: nothing, or a function that gives a loss to add
 
 # %% ../nbs/08_model.ipynb #49739d3b
 @dataclass

@@ -6,7 +6,7 @@ __all__ = ['PARTS', 'OUTSIDE', 'COMPUTED', 'MUST_BE', 'RENAMED', 'SAME', 'SWITCH
            'Qwen1Config', 'parse_qwen1', 'original_config', 'NTKCache', 'quantize', 'dequantize', 'Int8Cache',
            'NearestCache', 'chatml_prompt', 'stop_ids']
 
-# %% ../nbs/11_qwen1.ipynb #38ff3f31
+# %% ../nbs/11_qwen1.ipynb #35d2e759
 import math, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .attention import Attention, attend
+from .chat import SYSTEMS
 from .generate import KVCache
 from .model import QwenConfig
 from .rope import cos_sin, inverse_frequencies
@@ -259,8 +260,8 @@ class NearestCache(Int8Cache):
     "The same, rounded to the nearest code."
     nearest = True
 
-# %% ../nbs/11_qwen1.ipynb #7006f25b
-SYSTEM = "You are a helpful assistant."
+# %% ../nbs/11_qwen1.ipynb #eb4efdd6
+SYSTEM = SYSTEMS["qwen1"]  # "You are a helpful assistant."
 
 def chatml_prompt(
     tokenizer,

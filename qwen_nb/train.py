@@ -11,10 +11,10 @@ __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OU
            'model_sizes', 'compare_configs', 'claim', 'write_sample', 'watch', 'loop', 'train', 'world_floor',
            'plot_log', 'live_plot', 'attention_map']
 
-# %% ../nbs/21_train.ipynb #44d1e6be
+# %% ../nbs/21_train.ipynb #c1fc46a7
 import difflib, json, math, os, re, shutil, time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -95,7 +95,7 @@ def learning_rate(
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
-# %% ../nbs/21_train.ipynb #2ab16d92
+# %% ../nbs/21_train.ipynb #cda02fee
 class Objective(nn.Module):
     """A batch in, the **sum** of its losses out: `forward` and `next_token_loss` in one module, so that whatever wraps a module can wrap all of it.
 
@@ -109,7 +109,7 @@ class Objective(nn.Module):
         with self.model.config.extra_loss(self.model) as extra, torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16"): logits = forward(self.model, batch)
         losses = F.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="none")
         loss = (losses * batch["weights"].flatten()).sum() if "weights" in batch else losses.sum()
-        if torch.is_grad_enabled(): loss = loss + label_weight(batch) * extra(real_tokens(batch))
+        if extra and torch.is_grad_enabled(): loss = loss + label_weight(batch) * extra(real_tokens(batch))
         return loss
 
 def real_tokens(batch):
@@ -129,7 +129,7 @@ def use_checkpointing(
     for layer in model.model.layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
-# %% ../nbs/21_train.ipynb #6e3f17a3
+# %% ../nbs/21_train.ipynb #4e2fa00c
 @dataclass
 class TrainConfig:
     "All that decides a run. Raises ValueError, in one sentence, for a value of the wrong type or size."
@@ -138,7 +138,7 @@ class TrainConfig:
     lesson_rows: int = 32_000           # about the world: rows of lessons before the stories; 64000 made the packaged model
     init_from: str = ""                 # a folder or a hub id to go on from; "": random weights
     config_from: str = ""               # a config.json of any Qwen, or its folder: random weights of these sizes; "": a Qwen3 of the next nine
-    vocab_size: int = 0                 # rows of the embedding; 0: as many as the tokenizer has ids, up to a multiple of 64
+    vocab_size: int = 0                 # rows of the embedding; 0: as config_from says, or as many as the tokenizer has ids, up to a multiple of 64
     hidden_size: int = 128              # this and the next seven: as in `QwenConfig`; with init_from or config_from they come from there
     intermediate_size: int = 384
     num_hidden_layers: int = 4
@@ -291,22 +291,22 @@ def read_folder(folder) -> dict:
         if digest(files[name]) != want: raise ValueError(f"{folder} is damaged: the checksum of {name} is not the one in checksums.json")
     return files
 
-# %% ../nbs/21_train.ipynb #a9d8f94f
+# %% ../nbs/21_train.ipynb #065e2fab
 def config_json(
     config:QwenConfig,
     special=None,     # ids of the added tokens by name, from a tokenizer
     dtype="bfloat16",
 ) -> dict:
     "What `config.json` says of a model, as Qwen's repositories have it. ValueError for a mixture of Qwen2 and Qwen3 that has no name there."
-    c, ends = config, [(special or {}).get(name) for name in ("<|im_end|>", "<|endoftext|>")]
-    if hasattr(c, "as_json"): return c.as_json() | dict(torch_dtype=dtype, bos_token_id=ends[1], eos_token_id=ends[0] if ends[0] is not None else ends[1])
+    c, (turn, end) = config, [(special or {}).get(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    rest = dict(torch_dtype=dtype, bos_token_id=end, eos_token_id=end if turn is None else turn)
+    if hasattr(c, "as_json"): return c.as_json() | rest
     family = {(False, True): "qwen3", (True, False): "qwen2"}.get((c.qkv_bias, c.qk_norm))
     if family is None or c.o_bias: raise ValueError("no Qwen has this mixture of qkv_bias, o_bias and qk_norm, so no config.json can describe it")
     if type(c) is not QwenConfig: raise ValueError(f"a model with a {type(c).__name__} cannot be written yet: only the dense Qwen2 and Qwen3 can")
     sizes = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ("qkv_bias", "o_bias", "qk_norm")}
     return dict(sizes, architectures=[f"{family.title()}ForCausalLM"], model_type=family, attention_bias=False, attention_dropout=0.0, hidden_act="silu",
-                use_sliding_window=False, sliding_window=None, max_window_layers=c.num_hidden_layers, use_cache=True, initializer_range=0.02,
-                torch_dtype=dtype, bos_token_id=ends[1], eos_token_id=ends[0] if ends[0] is not None else ends[1])
+                use_sliding_window=False, sliding_window=None, max_window_layers=c.num_hidden_layers, use_cache=True, initializer_range=0.02, **rest)
 
 # %% ../nbs/21_train.ipynb #af28d7f6
 def tokenizer_files(
@@ -491,7 +491,7 @@ def open_data(
     return (folder or train.folder / train.index["tokenizer"], Packed(train, config.seq_len), Packed(held_out, config.seq_len) if enough else None,
             digest((train.folder / "index.json").read_bytes()))
 
-# %% ../nbs/21_train.ipynb #13cac576
+# %% ../nbs/21_train.ipynb #dd650bef
 def model_config(
     path,  # a config.json, or the folder that holds one
 ) -> QwenConfig:
@@ -507,8 +507,10 @@ def build_model(
     "The model that a run begins with, in float32. ValueError if it has fewer rows than the tokenizer ids, or if the config asks for other sizes than the folder has."
     sizes = {key: getattr(config, key) for key in MODEL_KEYS}
     if folder: model = Qwen.from_pretrained(folder, torch.float32)
-    elif config.config_from: model = init_weights(Qwen(model_config(config.config_from)), config.seed)
-    else: model = init_weights(Qwen(QwenConfig(**sizes | dict(vocab_size=config.vocab_size or -(-n_ids // 64) * 64))), config.seed)
+    else:
+        if config.config_from: new = model_config(config.config_from)
+        else: new = QwenConfig(**sizes | dict(vocab_size=-(-n_ids // 64) * 64))
+        model = init_weights(Qwen(replace(new, vocab_size=config.vocab_size or new.vocab_size)), config.seed)
     for key, want in sizes.items() if folder or config.config_from else ():
         have, where = getattr(model.config, key), "init_from" if folder else "config_from"
         if want not in (getattr(TrainConfig, key), have): raise ValueError(f"config: {key} is {want}, but {where}, {getattr(config, where)}, has {have}: leave it out")

@@ -102,6 +102,13 @@ def test_what_does_not_fit(tmp_path):
     one_sentence("hidden_size is 64, but config_from, .*c.json, has 32", lambda: train(TrainConfig(out=str(tmp_path / "o2"), config_from=str(tmp_path / "c.json"), hidden_size=64)))
 
 
+def test_more_rows_than_the_file_says(tmp_path):
+    "The sentence about the 97 rows says to set vocab_size: so that has to help."
+    (tmp_path / "c.json").write_text(json.dumps(config_json(replace(GENERATIONS["qwen3_5"], max_position_embeddings=256))))
+    final = train(TrainConfig(out=str(tmp_path / "o"), config_from=str(tmp_path / "c.json"), vocab_size=512, steps=1, batch_size=1, seq_len=128, eval_every=0))
+    assert Qwen.from_pretrained(final).config == replace(GENERATIONS["qwen3_5"], max_position_embeddings=256, vocab_size=512)
+
+
 def test_a_changed_model_config_is_another_run(tmp_path):
     c = replace(GENERATIONS["qwen2"], vocab_size=512, max_position_embeddings=256)
     def write(c): (tmp_path / "c.json").write_text(json.dumps(config_json(c)))

@@ -254,7 +254,6 @@ def test_released_size():
 def test_the_packaged_sibling():
     "Opens, gives the reference's logits and, through the mixed cache, writes the reference's ids."
     folder = packaged_model("qwen3_5")
-    if not (folder / "model.safetensors").is_file(): pytest.skip(f"the small Qwen3.5 has no weights yet: {folder} has no model.safetensors")
     ours, reference = Qwen.from_pretrained(folder, dtype="float32"), load_reference(folder)[0]
     story = torch.tensor([Tokenizer.from_pretrained(folder).encode("Max is in the attic.\nAnna is in the attic.\nMax has the ball.\nMax gave the ball to Anna.\nWho has the ball?")])
     with torch.no_grad(): close(ours(story), reference(story).logits)
