@@ -147,7 +147,7 @@ def test_wheel(wheel, settings):
     for sibling in ("", "qwen1/", "qwen2/", "qwen3_moe/", "qwen3_5/"): assert {f"qwen_nb/pretrained/{sibling}{name}" for name in ("config.json", "model.safetensors", "tokenizer_config.json")} <= pretrained
     assert {n.split("/")[0] for n in names} == {"qwen_nb", f"qwen_nb-{settings['version']}.dist-info"}
     assert {n for n in names if n.endswith(".py")} == {p.relative_to(ROOT).as_posix() for p in (ROOT / "qwen_nb").rglob("*.py")}
-    assert wheel.stat().st_size < 13_000_000
+    assert wheel.stat().st_size < 10_000_000
     meta = message_from_string(zipfile.ZipFile(wheel).read(f"qwen_nb-{settings['version']}.dist-info/METADATA").decode())
     assert meta["Name"] == settings["lib_name"] and meta["Version"] == settings["version"] and meta["License-Expression"] == "Apache-2.0"
     assert meta["Requires-Python"] == f">={settings['min_python']}"
