@@ -117,7 +117,7 @@ COURSE = [  # (up to this row, the share of each lesson)
     (16_000, dict(list=1)),
     (20_000, dict(list=1, asked=4)),
     (64_000, dict(list=1, asked=2, facts=7)),
-    (None, dict(dense=2, story=12, talk=7, chat=4))]
+    (None, dict(dense=2, story=20, talk=7, chat=4))]
 STORIES = [(None, dict(story=1))]
 
 # %% ../nbs/20a_lessons.ipynb #77bb8056
