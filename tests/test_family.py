@@ -1,5 +1,4 @@
 """Every family against transformers on random configs: a small random checkpoint saved by transformers, opened by us."""
-import copy
 import random
 
 import pytest
@@ -105,9 +104,11 @@ def checkpoint(folder, family, seed):
     config = FAMILIES[family](rng)
     config.initializer_range = rng.choice([1, 1.5]) / config.hidden_size**.5  # with the usual 0.02 a tiny model hardly looks at its input
     reference = getattr(transformers, family)(config).float().eval()
-    with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake
-        for p in reference.parameters():
+    with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake;
+        # and the usual decays forget within a token: the gated norm then sees the sign of q·k, not the state, and where q·k is about 0, rounding
+        for name, p in reference.named_parameters():
             if p.dim() == 1: p.add_(.3 * torch.randn_like(p))
+            if name.endswith("A_log"): p.uniform_(-5, 0)
     reference.save_pretrained(folder)
     reference.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
     return reference, rng, config
@@ -118,16 +119,8 @@ def can_cache(config):
     return getattr(config, "sliding_window", None) != 1
 
 
-def nudged(reference, ids, mask):
-    "How far the reference's own logits move when every weight moves by about one rounding step: a random hybrid's gated norm can magnify that beyond 1e-5."
-    other = copy.deepcopy(reference)
-    with torch.no_grad():
-        for p in other.parameters(): p.mul_(1 + torch.finfo(p.dtype).eps * torch.randn_like(p))
-        return (other(ids, attention_mask=mask).logits - reference(ids, attention_mask=mask).logits)[mask.bool()].abs().max().item()
-
-
 def compare(folder, family, seed, length=40, new=12):
-    "Logits to 1e-5 of their scale (Qwen3-Next: or to what rounding does to the reference itself), cached greedy ids the same, with and without padding on the left. The message names the config."
+    "Logits to 1e-5 of their scale, cached greedy ids the same, with and without padding on the left. The message names the config."
     reference, rng, config = checkpoint(folder, family, seed)
     ids, mask = torch.randint(0, config.vocab_size, (2, length)), torch.ones(2, length, dtype=torch.long)
     mask[1, :rng.choice([0, 1, length // 2])] = 0
@@ -136,8 +129,7 @@ def compare(folder, family, seed, length=40, new=12):
         places = (mask.cumsum(-1) - 1).clamp_min(0)  # as the reference's generate counts them; by itself it counts the padding too, which is the same but for rounding
         with torch.no_grad(): a, b = ours(ids, mask), reference(ids, attention_mask=mask, position_ids=places).logits
         error, scale = (a - b)[mask.bool()].abs().max().item(), b[mask.bool()].abs().max().item()
-        rounding = family == "Qwen3NextForCausalLM" and error <= min(3 * nudged(reference, ids, mask), 1e-4 * scale)
-        assert error <= 1e-5 * scale or rounding, f"logits differ by {error:.2g} at a scale of {scale:.2g}"
+        assert error <= 1e-5 * scale, f"logits differ by {error:.2g} at a scale of {scale:.2g}"
         for prompt, m in ((ids[:1, :5], mask[:1, :5]), (ids, mask)):
             a = generate(ours, prompt, new, m, temperature=0., stop_ids=())
             b = reference.generate(prompt, attention_mask=m, max_new_tokens=new, use_cache=can_cache(config))
