@@ -151,9 +151,10 @@ def shares(side, batch):
 
 
 def compare(name, config, rows, packed, bfloat16, args):
-    from qwen_nb.train import flops_per_token, forward, measure_peak
+    from qwen_nb.train import cast_once, flops_per_token, forward, measure_peak
     dtype, batch = "bfloat16" if bfloat16 else "float32", make_batch(config, rows, args.seq, packed, args.device)
     ours, theirs = make_models(config, args.device)
+    if bfloat16: cast_once(ours)  # as a run does
     exact = Side(copy.deepcopy(theirs), theirs_forward, False, False)
     sides = dict(ours=Side(ours, forward, bfloat16, args.compile), transformers=Side(theirs, theirs_forward, bfloat16, args.compile))
     print(f"\n{name}, {dtype}{' autocast' * bfloat16}, {rows} rows of {args.seq}, {'packed' if packed else 'plain'}")

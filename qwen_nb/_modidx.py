@@ -640,6 +640,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qwen_nb.train.TrainConfig.__post_init__': ('train.html#trainconfig.__post_init__', 'qwen_nb/train.py'),
                                'qwen_nb.train.attention_map': ('train.html#attention_map', 'qwen_nb/train.py'),
                                'qwen_nb.train.build_model': ('train.html#build_model', 'qwen_nb/train.py'),
+                               'qwen_nb.train.cast_once': ('train.html#cast_once', 'qwen_nb/train.py'),
                                'qwen_nb.train.check_config': ('train.html#check_config', 'qwen_nb/train.py'),
                                'qwen_nb.train.checkpoints': ('train.html#checkpoints', 'qwen_nb/train.py'),
                                'qwen_nb.train.claim': ('train.html#claim', 'qwen_nb/train.py'),

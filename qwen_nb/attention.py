@@ -108,8 +108,8 @@ def attend_blocks(
     if other or (mask is not None and (torch.compiler.is_compiling() or mask.triu(1).any())): return attend(q, k, v, mask)
     if mask is None: mask = causal_mask(end, end)
     bias = torch.zeros(mask.shape, dtype=v.dtype).masked_fill(~mask, -math.inf)[:, :, None]
-    q = (q * d**-0.5).to(v.dtype).unflatten(1, (kv_heads, -1))                # (batch, kv heads, n that share one, seq, head_dim)
-    k, v = k.to(v.dtype).transpose(-1, -2).contiguous(), v.contiguous()
+    q = q.to(v.dtype).unflatten(1, (kv_heads, -1))                            # (batch, kv heads, n that share one, seq, head_dim)
+    k, v = (k * d**-0.5).to(v.dtype).transpose(-1, -2).contiguous(), v.contiguous()  # fewer heads than queries have: scaled here
     for block in reversed(q.split(size, dim=-2)):
         start, k, v = end - block.shape[-2], k[..., :end], v[..., :end, :]
         scores = (block.flatten(2, 3) @ k).unflatten(2, block.shape[2:4])     # (batch, kv heads, n, block, end): nothing is repeated

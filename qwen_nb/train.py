@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OUT_SEED', 'MOMENTS', 'MAY_CHANGE', 'forward',
            'next_token_loss', 'init_weights', 'parameter_groups', 'learning_rate', 'Objective', 'real_tokens',
-           'label_weight', 'use_checkpointing', 'TrainConfig', 'check_config', 'parse_value', 'read_settings',
-           'read_config', 'OneProcess', 'sync_folder', 'write_folder', 'read_folder', 'config_json', 'tokenizer_files',
-           'to_json', 'model_files', 'save_pretrained', 'checkpoints', 'prune', 'save_checkpoint', 'load_checkpoint',
-           'latest_checkpoint', 'read_log', 'cut_log', 'flops_per_token', 'measure_peak', 'Log', 'open_data',
-           'model_config', 'build_model', 'Run', 'optimizer_step', 'not_a_number', 'save_run', 'load_run',
+           'label_weight', 'use_checkpointing', 'cast_once', 'TrainConfig', 'check_config', 'parse_value',
+           'read_settings', 'read_config', 'OneProcess', 'sync_folder', 'write_folder', 'read_folder', 'config_json',
+           'tokenizer_files', 'to_json', 'model_files', 'save_pretrained', 'checkpoints', 'prune', 'save_checkpoint',
+           'load_checkpoint', 'latest_checkpoint', 'read_log', 'cut_log', 'flops_per_token', 'measure_peak', 'Log',
+           'open_data', 'model_config', 'build_model', 'Run', 'optimizer_step', 'not_a_number', 'save_run', 'load_run',
            'model_sizes', 'compare_configs', 'claim', 'write_sample', 'watch', 'loop', 'train', 'world_floor',
            'plot_log', 'live_plot', 'attention_map']
 
@@ -127,6 +127,17 @@ def use_checkpointing(
 ):
     "Keep only what goes into each block, and compute the inside of the block again when its gradient is wanted. Changes the model and returns it."
     for layer in model.model.layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return model
+
+# %% ../nbs/21_train.ipynb #e5c45433
+def cast_once(
+    model,  # a `Qwen`
+):
+    "Under autocast, cast what a block's norms give once, and not for every product that reads it. Changes the model and returns it."
+    def cast(norm, given, out):
+        device = out.device.type
+        return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
+    for layer in model.model.layers: layer.input_layernorm.register_forward_hook(cast); layer.post_attention_layernorm.register_forward_hook(cast)
     return model
 
 # %% ../nbs/21_train.ipynb #4e2fa00c
@@ -530,6 +541,7 @@ class Run:
         self.tokenizer = Tokenizer.from_pretrained(self.tokenizer_folder)
         self.model = build_model(config, len(self.tokenizer), folder).to(engine.device)
         if config.checkpointing: use_checkpointing(self.model)
+        if config.dtype == "bfloat16": cast_once(self.model)
         self.objective = engine.wrap(Objective(self.model, config.dtype))
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 

@@ -21,7 +21,7 @@ from qwen_nb.lessons import ANSWER, STORIES, WorldRows
 from qwen_nb.inspect import load_reference
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.train import (Objective, OneProcess, Run, TrainConfig, checkpoints, forward, init_weights, label_weight, latest_checkpoint, learning_rate, load_checkpoint,
+from qwen_nb.train import (Objective, OneProcess, Run, TrainConfig, cast_once, checkpoints, forward, init_weights, label_weight, latest_checkpoint, learning_rate, load_checkpoint,
                            next_token_loss, parameter_groups, read_config, read_folder, read_log, save_pretrained, train, use_checkpointing)
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128)
@@ -235,6 +235,19 @@ def test_bfloat16(tmp_path, config):
     train(config); train(replace(config, out=str(tmp_path / "b"), dtype="bfloat16"))
     assert losses(config.out) != losses(tmp_path / "b") and losses(config.out) == pytest.approx(losses(tmp_path / "b"), rel=0.02)
     assert {t.dtype for t in final_weights(tmp_path / "b").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_casts_a_norms_output_once(config, dtype):
+    run = Run(replace(config, dtype=dtype), OneProcess("cpu"))
+    norm, x = run.model.model.layers[0].input_layernorm, torch.randn(1, 3, run.model.config.hidden_size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"): assert norm(x).dtype == getattr(torch, dtype)
+    assert norm(x).dtype == torch.float32 and run.model.model.norm(x).dtype == torch.float32
+
+
+def test_casting_once_changes_no_loss(config):
+    batch = Run(config, OneProcess("cpu")).rows.batch(0, 4, 0)
+    with torch.no_grad(): assert Objective(small(), "bfloat16")(batch) == Objective(cast_once(small()), "bfloat16")(batch) != Objective(small())(batch)
 
 
 # ---- the config
