@@ -13,7 +13,7 @@ over the steps, the ratio's range is that of the pairs.
 
 Before the clock runs, both must give the same loss and the same gradient of every weight. In float32 they are compared with
 each other. In bfloat16 each rounds in its own places, so both are compared with float32, and ours may be at most 15 % further
-from it than theirs. After the last step in float32 the losses must still agree, so that nobody was faster by training less.
+from it than theirs (the worst weight's at most 30 %). After the last step in float32 the losses must still agree, so that nobody was faster by training less.
 
 "of peak" is the floating-point operations that a step needs (the causal half of attention counted, twice as much back as
 forward) over what a large square product of the same dtype reaches on this machine, measured just before: while both models wait
@@ -116,27 +116,28 @@ class Side:
 
 
 def off(ours, theirs):
-    "How far the gradients are from those of the other: length of the difference over the length, the worst of all weights."
-    named = dict(theirs)
-    return max(((g - named[n]).norm() / named[n].norm()).item() for n, g in ours)
+    "How far the gradients are from those of the other, length of the difference over the length: all together, and the worst of all weights."
+    pairs = [((g - t).norm(), t.norm()) for (_, g), (_, t) in zip(ours, theirs, strict=True)]
+    lengths = torch.tensor(pairs).square().sum(0).sqrt()
+    return (lengths[0] / lengths[1]).item(), max((d / n).item() for d, n in pairs)
 
 
 def gradients(side, batch):
     loss = side.backward(batch).item()
-    return loss, [(n, p.grad.clone()) for n, p in side.model.named_parameters()]
+    return loss, sorted((n, p.grad.clone()) for n, p in side.model.named_parameters())
 
 
 def check_same(sides, exact, batch):
     "Raise AssertionError unless both models give the same loss and the same gradients."
     (a, ga), (b, gb) = (gradients(side, batch) for side in sides.values())
     if not sides["ours"].bfloat16:
-        assert abs(a - b) <= 1e-6 * b and off(ga, gb) <= 1e-4, f"loss {a} and {b}, gradients {off(ga, gb):.1e} apart"
-        return f"loss {a:.4f} and {b:.4f}, gradients at most {off(ga, gb):.0e} apart"
+        assert abs(a - b) <= 1e-6 * b and off(ga, gb)[1] <= 1e-4, f"loss {a} and {b}, gradients {off(ga, gb)[1]:.1e} apart"
+        return f"loss {a:.4f} and {b:.4f}, gradients at most {off(ga, gb)[1]:.0e} apart"
     c, gc = gradients(exact, batch)
     ours, theirs = off(ga, gc), off(gb, gc)
     assert abs(a - c) <= 2e-3 * c and abs(b - c) <= 2e-3 * c, f"loss {a} and {b}, in float32 {c}"
-    assert ours <= 1.15 * theirs <= 0.115, f"gradients {ours:.2e} from float32's, theirs {theirs:.2e}"
-    return f"loss {a:.4f} and {b:.4f} ({c:.4f} in float32), gradients at most {ours:.1%} and {theirs:.1%} from float32's"
+    assert ours[0] <= 1.15 * theirs[0] <= 0.115 and ours[1] <= 1.3 * theirs[1] <= 0.13, f"gradients {ours} from float32's, theirs {theirs}"
+    return f"loss {a:.4f} and {b:.4f} ({c:.4f} in float32), gradients {ours[0]:.1%} and {theirs[0]:.1%} from float32's (the worst weight's {ours[1]:.1%} and {theirs[1]:.1%})"
 
 
 def shares(side, batch):
@@ -196,7 +197,7 @@ def main():
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
     import transformers
     print(f"{device}{', processor time' * args.busy}, torch {torch.__version__}, transformers {transformers.__version__}; {args.runs} pairs of steps{', compiled' * args.compile}")
-    sizes = [("packaged size", packaged_config(), 16)] * (not args.wide) + [("12 layers of width 512", wide_config(), 4)] * (not args.small)
+    sizes = [("packaged size", packaged_config(), 16)] * (not args.wide) + [("12 layers of width 512", wide_config(), 16)] * (not args.small)
     for name, config, rows in sizes:
         for dtype in [args.dtype] if args.dtype else ["float32", "bfloat16"]:
             for kind in [args.rows] if args.rows else ["plain", "packed"]:
