@@ -158,7 +158,7 @@ class TrainConfig:
     head_dim: int = 32
     max_position_embeddings: int = 512
     rope_theta: float = 10_000.0
-    steps: int = 2000                   # of the whole run; the packaged model took 10000
+    steps: int = 2000                   # of the whole run; the packaged model took 12500
     batch_size: int = 32                # rows in a step, over all processes
     accumulate: int = 1                 # parts in which each process computes its rows, one after the other
     seq_len: int = 256                  # positions in a row
