@@ -106,17 +106,20 @@ def attend_blocks(
     (kv_heads, end, d), mix = k.shape[1:], []
     other = q.device.type != "cpu" or not q.shape[2] == end <= longest or (mask is not None and mask.shape[1] > 1)
     if other or (mask is not None and (torch.compiler.is_compiling() or mask.triu(1).any())): return attend(q, k, v, mask)
-    if mask is None: mask = causal_mask(end, end)
+    causal = mask is None
+    if causal: mask = causal_mask(end, end)
     bias = torch.zeros(mask.shape, dtype=v.dtype).masked_fill(~mask, -math.inf)[:, :, None]
     q = q.to(v.dtype).unflatten(1, (kv_heads, -1))                            # (batch, kv heads, n that share one, seq, head_dim)
     k, v = (k * d**-0.5).to(v.dtype).transpose(-1, -2).contiguous(), v.contiguous()  # fewer heads than queries have: scaled here
     for block in reversed(q.split(size, dim=-2)):
         start, k, v = end - block.shape[-2], k[..., :end], v[..., :end, :]
         scores = (block.flatten(2, 3) @ k).unflatten(2, block.shape[2:4])     # (batch, kv heads, n, block, end): nothing is repeated
-        weights = scores.add_(bias[..., start:end, :end]).softmax(-1)
-        mix.append((weights.flatten(2, 3) @ v).unflatten(2, block.shape[2:4]))
+        first = start if causal else 0                                        # the keys before a block are open to all of it
+        with torch.no_grad(): scores[..., first:].add_(bias[..., start:end, first:end])  # a constant: its gradient is 1
+        weights = scores.softmax(-1)
+        mix.append((weights.flatten(2, 3) @ v).unflatten(2, block.shape[2:4]).permute(0, 3, 1, 2, 4))
         end = start
-    return torch.cat(mix[::-1], dim=-2).flatten(1, 2)
+    return torch.cat(mix[::-1], dim=1).flatten(2, 3).transpose(1, 2)
 
 # %% ../nbs/06_attention.ipynb #2ace5569
 class Attention(nn.Module):
