@@ -2,13 +2,17 @@
 import os
 import signal
 import sys
+import threading
 import time
+
+from tqdm.auto import tqdm
 
 
 def killed(work, folder, at=None, after=None):
     "Run `work` in a child that is killed with -9 before its file operation number `at` in the folder, or `after` seconds. Whether it was."
     child = os.fork()
     if not child:
+        tqdm.set_lock(threading.RLock())  # its usual one is shared with the parent, and who is killed while he holds it takes it with him
         seen = [0]
         def hook(event, args):
             if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") and str(folder) in str(args[0]):

@@ -1,14 +1,18 @@
 """From documents to rows: what comes out of a PDF, a split without overlap, shards that survive kill -9, and what is refused."""
+import io
 import json
 import os
 import random
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from kill import killed
 from pypdf import PdfReader, PdfWriter
+from tqdm.auto import tqdm
 
 from qwen_nb import data
 from qwen_nb.chat import encode_chat
@@ -238,6 +242,16 @@ def test_whoever_reads_the_old_file_keeps_it(tmp_path):
     with open(tmp_path / "a", "rb") as old:
         data.write_file(tmp_path / "a", b"new!")
         assert old.read() == b"old" and (tmp_path / "a").read_bytes() == b"new!"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_whoever_is_killed_takes_no_lock_with_him(tmp_path):
+    "Of the progress bars: their usual lock is shared with every child of a fork, and whoever came after would wait for ever."
+    tqdm.get_lock()  # from now on there is one to share
+    assert killed(lambda: (tqdm.get_lock().acquire(), time.sleep(60)), tmp_path, after=0.5)
+    after = threading.Thread(target=lambda: list(tqdm(range(2), disable=False, file=io.StringIO())), daemon=True)
+    after.start(); after.join(20)
+    assert not after.is_alive()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
