@@ -13,7 +13,7 @@ over the steps, the ratio's range is that of the pairs.
 
 Before the clock runs, both must give the same loss and the same gradient of every weight. In float32 they are compared with
 each other. In bfloat16 each rounds in its own places, so both are compared with float32, and ours may be at most 15 % further
-from it than theirs (the worst weight's at most 30 %). After the last step in float32 the losses must still agree, so that nobody was faster by training less.
+from it than theirs, all weights together and the worst of them. After the last step in float32 the losses must still agree, so that nobody was faster by training less.
 
 "of peak" is the floating-point operations that a step needs (the causal half of attention counted, twice as much back as
 forward) over what a large square product of the same dtype reaches on this machine, measured just before: while both models wait
@@ -136,7 +136,7 @@ def check_same(sides, exact, batch):
     c, gc = gradients(exact, batch)
     ours, theirs = off(ga, gc), off(gb, gc)
     assert abs(a - c) <= 2e-3 * c and abs(b - c) <= 2e-3 * c, f"loss {a} and {b}, in float32 {c}"
-    assert ours[0] <= 1.15 * theirs[0] <= 0.115 and ours[1] <= 1.3 * theirs[1] <= 0.13, f"gradients {ours} from float32's, theirs {theirs}"
+    assert all(a <= 1.15 * b <= 0.115 for a, b in zip(ours, theirs)), f"gradients {ours} from float32's, theirs {theirs}"
     return f"loss {a:.4f} and {b:.4f} ({c:.4f} in float32), gradients {ours[0]:.1%} and {theirs[0]:.1%} from float32's (the worst weight's {ours[1]:.1%} and {theirs[1]:.1%})"
 
 
@@ -197,7 +197,7 @@ def main():
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
     import transformers
     print(f"{device}{', processor time' * args.busy}, torch {torch.__version__}, transformers {transformers.__version__}; {args.runs} pairs of steps{', compiled' * args.compile}")
-    sizes = [("packaged size", packaged_config(), 16)] * (not args.wide) + [("12 layers of width 512", wide_config(), 16)] * (not args.small)
+    sizes = [("packaged size", packaged_config(), 16)] * (not args.wide) + [("12 layers of width 512", wide_config(), 4)] * (not args.small)
     for name, config, rows in sizes:
         for dtype in [args.dtype] if args.dtype else ["float32", "bfloat16"]:
             for kind in [args.rows] if args.rows else ["plain", "packed"]:

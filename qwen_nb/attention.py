@@ -115,7 +115,7 @@ def attend_blocks(
         start, k, v = end - block.shape[-2], k[..., :end], v[..., :end, :]
         scores = (block.flatten(2, 3) @ k).unflatten(2, block.shape[2:4])     # (batch, kv heads, n, block, end): nothing is repeated
         first = start if causal else 0                                        # the keys before a block are open to all of it
-        with torch.no_grad(): scores[..., first:].add_(bias[..., start:end, first:end])  # a constant: its gradient is 1
+        with torch.no_grad(): scores[..., first:].add_(bias[..., start:end, first:end])  # adding a constant changes no gradient
         weights = scores.softmax(-1)
         mix.append((weights.flatten(2, 3) @ v).unflatten(2, block.shape[2:4]).permute(0, 3, 1, 2, 4))
         end = start

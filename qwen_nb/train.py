@@ -133,11 +133,13 @@ def use_checkpointing(
 def cast_once(
     model,  # a `Qwen`
 ):
-    "Under autocast, cast what a block's norms give once, and not for every product that reads it. Changes the model and returns it."
+    "Under autocast, cast what the norms before attention and MLP give once, and not for every product that reads it. Changes the model and returns it."
     def cast(norm, given, out):
         device = out.device.type
         return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
-    for layer in model.model.layers: layer.input_layernorm.register_forward_hook(cast); layer.post_attention_layernorm.register_forward_hook(cast)
+    for layer in model.model.layers:
+        if hasattr(layer, "self_attn"): layer.input_layernorm.register_forward_hook(cast)
+        layer.post_attention_layernorm.register_forward_hook(cast)
     return model
 
 # %% ../nbs/21_train.ipynb #4e2fa00c

@@ -18,7 +18,7 @@ from qwen_nb import data
 from qwen_nb import train as training
 from qwen_nb.data import IGNORED, Packed, Shards, write_shards
 from qwen_nb.lessons import ANSWER, STORIES, WorldRows
-from qwen_nb.inspect import load_reference
+from qwen_nb.inspect import load_reference, packaged_model
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.train import (Objective, OneProcess, Run, TrainConfig, cast_once, checkpoints, forward, init_weights, label_weight, latest_checkpoint, learning_rate, load_checkpoint,
@@ -245,9 +245,11 @@ def test_a_run_casts_a_norms_output_once(config, dtype):
     assert norm(x).dtype == torch.float32 and run.model.model.norm(x).dtype == torch.float32
 
 
-def test_casting_once_changes_no_loss(config):
-    batch = Run(config, OneProcess("cpu")).rows.batch(0, 4, 0)
-    with torch.no_grad(): assert Objective(small(), "bfloat16")(batch) == Objective(cast_once(small()), "bfloat16")(batch) != Objective(small())(batch)
+@pytest.mark.parametrize("sibling", ["", "qwen1", "qwen2", "qwen3_moe", "qwen3_5"])
+def test_casting_once_changes_no_loss(sibling):
+    def loss(dtype, change=lambda model: model): return Objective(change(Qwen.from_pretrained(packaged_model(sibling), dtype="float32").train()), dtype)(batch)
+    batch = WorldRows(Tokenizer.from_pretrained(), 256).batch(3000, 4)
+    with torch.no_grad(): assert loss("bfloat16") == loss("bfloat16", cast_once) != loss("float32")
 
 
 # ---- the config
