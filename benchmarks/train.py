@@ -4,6 +4,7 @@
     python benchmarks/train.py                  # the packaged size, then 12 layers of width 512
     python benchmarks/train.py --small          # the packaged size alone
     python benchmarks/train.py --small --busy   # on a machine that has other work
+    python benchmarks/train.py --seq 256        # shorter rows than the 512 of configs/packaged.toml
     python benchmarks/train.py --profile        # and where the time of a step goes
 
 Both begin with the same weights and get the same batch, loss (float32), clipping and fused AdamW; only the model differs. Each
@@ -182,7 +183,7 @@ def main():
     parser.add_argument("--wide", action="store_true", help="12 layers of width 512 alone")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one of them alone (bfloat16: autocast)")
     parser.add_argument("--rows", choices=["plain", "packed"], help="one kind of rows alone")
-    parser.add_argument("--seq", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--seq", type=int, default=512, help="tokens of a row (default: %(default)s, as configs/packaged.toml)")
     parser.add_argument("--runs", type=int, default=10, help="pairs of steps that count (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="both through torch.compile")
     parser.add_argument("--profile", action="store_true", help="print where the time of a step goes")
