@@ -250,6 +250,7 @@ def report_data(folder, index, args):
           f"{sum(p['tokens'] for p in parts.values()):,} tokens, a vocabulary of {index['vocab_size']:,} ids")
     for name, p in parts.items():
         print(f"  {name:9}{p['documents'] - talks[name]:>8,} documents{f'{talks[name]:>8,} conversations' * any(talks.values())}{p['tokens']:>12,} tokens{len(p['shards']):>5} shard{'s' * (len(p['shards']) != 1)}")
+    if args.questions is None and not any(talks.values()): print("No conversations could be made: it has no whole sentence of three words with a word of four letters to ask about. A model of it will write on, not answer.")
     shards = Shards(folder, verify=False)
     begins = shards.tokenizer().decode(shards.document(0).tolist(), skip_special=True)
     begins = begins[:300].rsplit(None, 1)[0] + " …" if len(begins) > 300 else begins.rstrip()
@@ -338,7 +339,7 @@ def engine_for(kind, config):
 def report_training(config, final):
     "The last losses, and the command that shows what came of it."
     from qwen_nb.train import read_log
-    log = read_log(config.out)
+    if not (log := read_log(config.out)): return print(f"The model is {final}. (Its log is gone.)")
     held = [(line["held_out"], line["step"]) for line in log if "held_out" in line]
     print(f"Step {log[-1]['step']}: loss {log[-1]['loss']:.3f}" + (f", held-out {held[-1][0]:.3f}" if held else "") + f". The model is {final}, the log {Path(config.out) / 'log.jsonl'}.")
     question = config.data != "world" and example_question(config.data)

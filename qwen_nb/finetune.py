@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['IN_A_SENTENCE', 'sentence_talk', 'talks', 'share_right', 'answer_example', 'turns', 'pack', 'len_of', 'lay',
-           'make_step', 'tune', 'lesson']
+           'make_step', 'beside', 'tune', 'lesson']
 
 # %% ../nbs/22_finetune.ipynb #a46895b8
 import random
@@ -77,13 +77,13 @@ def pack(
     """Whole conversations laid into rows: input_ids, labels, document_ids and position_ids, `(rows, seq_len)` each. Padding is a document of its own, without labels.
 
     ValueError for a conversation that is longer than a row, or if there is none."""
-    rows = []
-    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"])):
-        n = len(examples[i]["input_ids"])
+    rows, room = [], []  # the examples of each row, and how many positions it has left
+    for i in sorted(range(len(examples)), key=lambda i: -len_of(examples[i])):
+        n = len_of(examples[i])
         if n > seq_len: raise ValueError(f"conversation {i} has {n} tokens; a row has room for {seq_len}: make the rows longer, or leave it out")
-        row = next((row for row in rows if sum(map(len_of, row)) + n <= seq_len), None)
-        if row is None: rows.append(row := [])
-        row.append(examples[i])
+        at = next((k for k, left in enumerate(room) if left >= n), len(rows))
+        if at == len(rows): rows.append([]); room.append(seq_len)
+        rows[at].append(examples[i]); room[at] -= n
     if not rows: raise ValueError("there are no conversations to pack")
     laid = [lay(row, seq_len) for row in rows]
     return {name: torch.tensor([row[name] for row in laid]) for name in laid[0]}
@@ -102,12 +102,15 @@ def make_step(
     loss,
     step:int,  # counted from 1, for the error
 ):
-    "One step of the optimizer, the gradient clipped to length 1. ValueError if the loss is not a number; then nothing changes."
-    if not loss.isfinite(): raise ValueError(f"the loss of step {step} is {loss.item()}: the weights stay as they were; lower the learning rate")
+    "One step of the optimizer, the gradient clipped to length 1. ValueError if the loss or the gradient is not a number, or nothing trains; then no weight changes."
+    if not loss.requires_grad: raise ValueError("nothing that the loss depends on is to be trained: requires_grad is False everywhere, or the adapters are merged")
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.)
+    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.)
+    if not (loss + norm).isfinite(): raise ValueError(f"the loss of step {step} is {loss.item()}, its gradient's length {norm.item()}: the weights stay as they were; lower the learning rate")
     optimizer.step()
+
+def beside(model, batch): return {name: t.to(next(model.parameters()).device) for name, t in batch.items()}
 
 # %% ../nbs/22_finetune.ipynb #b62c2c42
 def tune(
@@ -126,6 +129,7 @@ def tune(
     for step, batch in enumerate(batches):
         if (batch["labels"] == IGNORED).all(): raise ValueError(f"batch {step} has no label: nothing in it is graded")
         for g in groups: g["lr"] = learning_rate(step, len(batches), lr, warmup, 0.)
+        batch = beside(model, batch)
         loss = next_token_loss(forward(model, batch), batch["labels"])
         make_step(optimizer, loss, step + 1)
         yield step + 1, loss.item()

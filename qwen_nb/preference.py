@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .chat import encode_chat, stop_ids
 from .data import IGNORED
-from .finetune import answer_example, make_step
+from .finetune import answer_example, beside, make_step
 from .generate import generate, pad_left
 from .train import forward, parameter_groups
 from .world import PEOPLE, PLACES
@@ -45,6 +45,7 @@ def sample_answers(
     "Answers drawn from the model as it is (temperature 1, nothing filtered): for each an example as `answer_example` makes it, and its text. A prompt's answers stand together."
     ends, rows = set(stop_ids(model, tokenizer)), [p for p in prompts for _ in range(group)]
     ids, mask = pad_left(rows)
+    ids, mask = (x.to(next(model.parameters()).device) for x in (ids, mask))
     off = dict(top_k=0, top_p=1., min_p=0., repetition_penalty=1., presence_penalty=0.)
     written = generate(model, ids, max_new_tokens, mask, temperature=1., seed=seed, stop_ids=tuple(ends), **off)[:, ids.shape[1]:].tolist()
     examples, texts = [], []
@@ -61,7 +62,8 @@ def right_or_wrong(
     talks,  # one for each group; the last message is right
 ):
     "The reward: 1 where an answer is right to the letter, else 0. `(talks, group)`."
-    group = len(texts) // len(talks)
+    group, left = divmod(len(texts), len(talks))
+    if left or not group: raise ValueError(f"there are {len(texts)} answers to {len(talks)} questions; expected the same number to each")
     return torch.tensor([float(text == talks[i // group][-1]["content"]) for i, text in enumerate(texts)]).view(-1, group)
 
 # %% ../nbs/22b_preference.ipynb #1c5cbdc9
@@ -95,7 +97,7 @@ def own_pairs(
     family="qwen3", seed=0,
 ) -> list:
     "For each talk, the right answer and a wrong one: the model's own, or if that is right a made-up one."
-    _, texts = sample_answers(model, tokenizer, prompts_of(tokenizer, talks, family), 1, seed)
+    texts = [text.strip() for text in sample_answers(model, tokenizer, prompts_of(tokenizer, talks, family), 1, seed)[1]]  # as the template does
     pairs = [preference_pair(talk, choose) for talk in talks]
     return [(w, [*w[:-1], w[-1] | dict(content=text)] if text != w[-1]["content"] else l) for (w, l), text in zip(pairs, texts)]
 
@@ -126,6 +128,7 @@ def dpo(
     not_itself(model, reference)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.), lr=lr, betas=(0.9, 0.95))
     for step, batch in enumerate(batches):
+        batch = beside(model, batch)
         with torch.no_grad(): ref_chosen, ref_rejected = answer_sums(reference, batch)
         chosen, rejected = answer_sums(model, batch)
         loss, margin = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
@@ -170,14 +173,18 @@ def grpo(
     reward=right_or_wrong,  # from texts and talks to (talks, group)
     group:int=8, updates:int=2, lr:float=3e-4, warmup:int=5, clip:float=0.2, beta:float=0.02, seed:int=0,
 ):
-    "Sample, mark, and raise what was better than its group, in place. Yields a dict for each step: reward, KL to the reference and share of tokens beyond the clip."
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.), lr=lr, betas=(0.9, 0.95))
+    """Sample, mark, and raise what was better than its group, in place. Yields a dict for each step: reward, KL to the reference and share of tokens beyond the clip.
+
+    ValueError for rewards of another shape, or that are no numbers."""
     not_itself(model, reference)
+    if updates < 1: raise ValueError(f"updates is {updates!r}; expected a whole number above 0")
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.), lr=lr, betas=(0.9, 0.95))
     for step, asked in enumerate(lessons):
-        for g in optimizer.param_groups: g["lr"] = lr * min(1, (step + 1) / warmup)
+        for g in optimizer.param_groups: g["lr"] = lr * min(1, (step + 1) / max(1, warmup))
         examples, texts = sample_answers(model, tokenizer, prompts_of(tokenizer, asked, family), group, seed + step)
-        rewards, batch = reward(texts, asked), pad(examples)
-        A, graded, log_old = advantages(rewards).flatten(), batch["labels"] != IGNORED, None
+        rewards, batch = torch.as_tensor(reward(texts, asked)).float(), beside(model, pad(examples))
+        if tuple(rewards.shape) != (len(asked), group) or not rewards.isfinite().all(): raise ValueError(f"the reward gave {rewards.tolist()!s:.60}; expected numbers of shape {(len(asked), group)}, a row for each question")
+        A, graded, log_old = advantages(rewards).flatten().to(batch["labels"].device), batch["labels"] != IGNORED, None
         with torch.no_grad(): log_ref = answer_log_probs(reference, batch)
         for _ in range(updates):
             log_p = answer_log_probs(model, batch)

@@ -4,16 +4,17 @@
 __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OUT_SEED', 'MOMENTS', 'MAY_CHANGE', 'forward',
            'next_token_loss', 'init_weights', 'parameter_groups', 'learning_rate', 'Objective', 'real_tokens',
            'label_weight', 'use_checkpointing', 'cast_once', 'TrainConfig', 'check_config', 'parse_value',
-           'read_settings', 'read_config', 'OneProcess', 'sync_folder', 'write_folder', 'read_folder', 'config_json',
-           'tokenizer_files', 'to_json', 'model_files', 'save_pretrained', 'checkpoints', 'prune', 'save_checkpoint',
-           'load_checkpoint', 'latest_checkpoint', 'read_log', 'cut_log', 'flops_per_token', 'measure_peak', 'Log',
-           'open_data', 'model_config', 'build_model', 'Run', 'optimizer_step', 'not_a_number', 'save_run', 'load_run',
-           'model_sizes', 'compare_configs', 'claim', 'write_sample', 'watch', 'loop', 'train', 'world_floor',
-           'plot_log', 'live_plot', 'attention_map']
+           'read_settings', 'read_config', 'OneProcess', 'sync_folder', 'write_folder', 'not_ours', 'what_to_do',
+           'read_folder', 'config_json', 'tokenizer_files', 'to_json', 'model_files', 'save_pretrained', 'checkpoints',
+           'prune', 'save_checkpoint', 'load_checkpoint', 'latest_checkpoint', 'read_log', 'cut_log', 'is_whole',
+           'flops_per_token', 'measure_peak', 'Log', 'open_data', 'model_config', 'build_model', 'Run',
+           'optimizer_step', 'not_a_number', 'save_run', 'load_run', 'model_sizes', 'compare_configs', 'claim',
+           'write_sample', 'watch', 'stop_politely', 'loop', 'go', 'train', 'world_floor', 'plot_log', 'live_plot',
+           'attention_map']
 
 # %% ../nbs/21_train.ipynb #c1fc46a7
-import difflib, json, math, os, re, shutil, time
-from contextlib import nullcontext
+import difflib, errno, json, math, os, re, shutil, signal, threading, time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -272,9 +273,13 @@ def write_folder(
     folder,
     files:dict,  # name → bytes
 ) -> Path:
-    "Write a folder at once or not at all, with a checksum of every file in `checksums.json`. A failure (a full disk) leaves what was there, and raises OSError with a sentence."
+    """Write a folder at once or not at all, with a checksum of every file in `checksums.json`. A failure (a full disk) leaves what was there, and raises OSError with a sentence.
+
+    ValueError, and nothing is touched, if there is a file of that name, or a folder that holds something else than such files."""
     folder = Path(folder)
     new, old = (folder.with_name(f"{folder.name}.{word}.tmp") for word in ("new", "old"))
+    if old.exists() and not folder.exists(): os.rename(old, folder)  # stopped between the two renamings
+    if strange := not_ours(folder, files): raise ValueError(f"{folder} {strange}: name another folder, or move that away")
     files = files | {"checksums.json": to_json({name: digest(data) for name, data in files.items()})}
     try:
         for leftover in (new, old): shutil.rmtree(leftover, ignore_errors=True)
@@ -287,16 +292,29 @@ def write_folder(
         sync_folder(folder.parent)
     except OSError as e:
         shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists(): os.rename(old, folder)
         size = sum(map(len, files.values()))
-        raise OSError(e.errno, f"cannot write {size:,} bytes ({e.strerror}); what was saved before is untouched: free some space and start it again", str(folder)) from e
+        raise OSError(e.errno, f"cannot write {size:,} bytes ({e.strerror}); what was saved before is untouched: {what_to_do(e)}", str(folder)) from e
     shutil.rmtree(old, ignore_errors=True)
     return folder
+
+def not_ours(folder, files) -> str:
+    "What a folder holds that `write_folder` may not replace; an empty string if it may."
+    if folder.exists() and not folder.is_dir(): return "is a file, not a folder"
+    found = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    try: listed = set(json.loads((folder / "checksums.json").read_bytes()))
+    except (OSError, ValueError, TypeError): listed = set()
+    return f"holds {min(other)}, which would be lost" if (other := found - listed - {*files, "checksums.json"}) else ""
+
+def what_to_do(e): return "free some space and start it again" if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "see that the folder can be written to, and start it again"
 
 # %% ../nbs/21_train.ipynb #4e0ba1d3
 def read_folder(folder) -> dict:
     "The files of a folder that `write_folder` wrote, from name to bytes. ValueError if one is missing or damaged."
     folder, files = Path(folder), {}
-    try: sums = json.loads((folder / "checksums.json").read_bytes())
+    try:
+        sums = json.loads((folder / "checksums.json").read_bytes())
+        if not sums or not isinstance(sums, dict): raise ValueError
     except (OSError, ValueError): raise ValueError(f"{folder} is damaged: it has no readable checksums.json") from None
     for name, want in sums.items():
         try: files[name] = (folder / name).read_bytes()
@@ -361,6 +379,7 @@ def save_pretrained(
     dtype=torch.bfloat16,  # of the weights in the file
 ) -> Path:
     "Write a model as a folder that `Qwen.from_pretrained`, `transformers` and vLLM open. The folder appears whole or not at all; an older one is replaced."
+    if any("lora_" in name for name, _ in model.named_parameters()): raise ValueError("the model has LoRA adapters: bake_lora(model) makes it a plain model again, save_lora saves the adapters alone")
     return write_folder(folder, model_files(dict(model.named_parameters()), model.config, tokenizer, dtype))
 
 # %% ../nbs/21_train.ipynb #0a4b2731
@@ -369,9 +388,9 @@ def checkpoints(out) -> list:
     found = [p for p in Path(out).glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
-def prune(out, keep):
-    "Remove all but the last `keep` checkpoints (0: none). First each gets another name, so that nothing half removed looks like a checkpoint."
-    for folder in checkpoints(out)[:-keep] if keep else []:
+def prune(out, keep, step):
+    "Of the checkpoints up to this step, which is known to be whole, remove all but the last `keep` (0: none). First each gets another name, so that nothing half removed looks like a checkpoint."
+    for folder in [p for p in checkpoints(out) if int(p.name[5:]) <= step][:-keep] if keep else []:
         gone = folder.with_name(f"{folder.name}.old.tmp")
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(folder, gone)
@@ -391,7 +410,7 @@ def save_checkpoint(
     "Write `out/step-000123`, a model's folder with the optimizer's state beside the weights, then remove the oldest ones. OSError, in a sentence, if the disk is full."
     rest = {"optimizer.safetensors": save(moments | {"rng": torch.get_rng_state()}), "training.json": to_json(dict(format="qwen_nb checkpoint 1", step=step, **about))}
     folder = write_folder(Path(out) / f"step-{step:06d}", model_files(weights, config, tokenizer, torch.float32) | rest)
-    prune(out, keep)
+    prune(out, keep, step)
     return folder
 
 # %% ../nbs/21_train.ipynb #c3a0248f
@@ -421,17 +440,23 @@ def latest_checkpoint(
 LOG = "log.jsonl"
 
 def read_log(out) -> list:
-    "The lines of a run's log, one dict each. A line that was cut off is left out."
+    "The lines of a run's log, one dict each. A line that was cut off, or is damaged, is left out."
     lines = []
-    for line in (Path(out) / LOG).read_text(encoding="utf-8").splitlines() if (Path(out) / LOG).is_file() else []:
-        try: lines.append(json.loads(line))
-        except ValueError: break
+    for line in (Path(out) / LOG).read_bytes().decode(errors="replace").splitlines() if (Path(out) / LOG).is_file() else []:
+        try: found = json.loads(line)
+        except ValueError: continue
+        if isinstance(found, dict) and type(found.get("step")) is int and "loss" in found: lines.append(found)
     return lines
 
 def cut_log(out, step):
     "Forget what the log says of steps after this one: they will come again."
     lines = [json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step]
     write_file(Path(out) / LOG, "".join(lines).encode())
+
+def is_whole(folder) -> bool:
+    "Whether `write_folder` wrote the folder, and its files are as they were."
+    try: return bool(read_folder(folder))
+    except ValueError: return False
 
 # %% ../nbs/21_train.ipynb #e5bb2f80
 def flops_per_token(
@@ -477,7 +502,8 @@ class Log:
 
     def write(self, line):
         self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n"); self.file.flush()
+        try: self.file.write(json.dumps(line) + "\n"); self.file.flush()
+        except OSError as e: raise OSError(e.errno, f"cannot write the log ({e.strerror}); the checkpoints are safe: {what_to_do(e)}", self.file.name) from e
         for name, value in line.items() if self.board else ():
             self.board.add_text(name, value, line["step"]) if isinstance(value, str) else self.board.add_scalar(name, value, line["step"])
         if self.on_log: self.on_log(self.lines)
@@ -496,8 +522,8 @@ def open_data(
     if config.data == "world":
         source = folder or packaged_model()
         tokenizer = Tokenizer.from_pretrained(source)
-        course = cut_course(config.lesson_rows)
-        return source, WorldRows(tokenizer, config.seq_len, course), WorldRows(tokenizer, config.seq_len, STORIES, answer=1.0), f"world {course}"
+        course, tested = cut_course(config.lesson_rows), max(1, config.eval_batches * config.batch_size)  # all of the pool: stories of every length
+        return source, WorldRows(tokenizer, config.seq_len, course), WorldRows(tokenizer, config.seq_len, STORIES, answer=1.0, pool=tested), f"world {course}"
     tokenizer = Tokenizer.from_pretrained(folder) if folder else None
     train, held_out = (Shards(config.data, part, tokenizer, config.vocab_size or None) for part in ("train", "held_out"))
     enough = len(held_out) > config.seq_len
@@ -684,8 +710,25 @@ def watch(run, line, seconds, tokens, rows, peak):
     return line
 
 # %% ../nbs/21_train.ipynb #5795607e
+@contextmanager
+def stop_politely(alone):
+    "Gives a list that stays empty until Ctrl-C or SIGTERM; a second one stops at once. Only for a process that is alone: others would wait for it."
+    asked, old = [], {}
+    def ask(number, frame):
+        asked.append(number)
+        for n in old: signal.signal(n, old[n])
+    if alone and threading.current_thread() is threading.main_thread():
+        old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (None, signal.SIG_IGN)}
+        for n in old: signal.signal(n, ask)
+    try: yield asked
+    finally:
+        for n in old: signal.signal(n, old[n])
+
 def loop(run, on_log=None):
-    "The steps that are left, with log and checkpoints."
+    "The steps that are left, with log and checkpoints. Asked to stop, it ends the step, saves and raises KeyboardInterrupt."
+    with stop_politely(run.engine.world_size == 1) as asked: go(run, on_log, asked)
+
+def go(run, on_log, asked):
     c, engine, first = run.config, run.engine, run.engine.rank == 0
     if run.step >= c.steps: return
     log = Log(c.out, on_log) if first else None
@@ -703,9 +746,10 @@ def loop(run, on_log=None):
                 line = watch(run, line, seconds, tokens, steps * c.batch_size, peak)
                 if first: log.write(line)
                 seconds = steps = tokens = 0
-            if run.step % c.save_every == 0 or end:
+            if run.step % c.save_every == 0 or end or asked:
                 if first: log.sync()
                 save_run(run)
+            if asked and not end: raise KeyboardInterrupt
     finally:
         bar.close()
         if first: log.close()
@@ -731,9 +775,10 @@ def train(
             if on_resume: on_resume(last)
         engine.first(lambda: cut_log(config.out, run.step))
         if not last: save_run(run)
-        engine.first(lambda: prune(config.out, config.keep))
-        loop(run, on_log)
+        engine.first(lambda: prune(config.out, config.keep, run.step))
         final = Path(config.out) / "final"
+        if run.step >= config.steps and engine.first(lambda: is_whole(final)): return final  # it had ended before
+        loop(run, on_log)
         weights = {name: engine.full(p) for name, p in run.model.named_parameters()}
         engine.first(lambda: write_folder(final, model_files(weights, run.model.config, run.tokenizer_folder)) and None)
         return final

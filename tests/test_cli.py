@@ -258,6 +258,7 @@ def test_ctrl_c_and_on(capsys, monkeypatch, book, tmp_path):
     assert p.returncode == 130 and not out and b"Traceback" not in err
     safe = re.fullmatch(r"qwen-nb: stopped; the checkpoint (.*) is safe: the same command goes on from there", last)[1]
     assert safe.startswith(str(tmp_path / "a/step-0000")) and safe < str(tmp_path / "a/step-000040")
+    assert int(safe[-6:]) == read_log(tmp_path / "a")[-1]["step"]  # the step at which it was stopped is saved
     status, out, err = run(*words, f"out={tmp_path / 'a'}")
     assert status == 0 and f"going on from {safe}" in err and "Step 40" in out
     status, again, err = call(capsys, monkeypatch, *words, f"out={tmp_path / 'a'}")

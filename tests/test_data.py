@@ -1,4 +1,5 @@
 """From documents to rows: what comes out of a PDF, a split without overlap, shards that survive kill -9, and what is refused."""
+import errno
 import io
 import json
 import os
@@ -12,11 +13,12 @@ import pytest
 import torch
 from kill import killed
 from pypdf import PdfReader, PdfWriter
+from pypdf.errors import DependencyError
 from tqdm.auto import tqdm
 
 from qwen_nb import data
 from qwen_nb.chat import encode_chat
-from qwen_nb.data import Packed, Shards, cut, document_mask, drop_headers, join_lines, prepare, read_document, read_documents, split_documents, write_pdf, write_shards
+from qwen_nb.data import Packed, Shards, cut, divide, document_mask, drop_headers, join_lines, prepare, read_document, read_documents, split_documents, write_pdf, write_shards
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer
 
@@ -49,6 +51,12 @@ def test_a_book_comes_back_as_it_was(tmp_path, n, seed):
     assert path.read_bytes() == data.world_pdf(tmp_path / "b.pdf", n, seed).read_bytes()
 
 
+@pytest.mark.parametrize("seed", [34, 51])
+def test_a_mark_is_no_header(tmp_path, seed):
+    "With these seeds it stands at the edge of four pages in nine."
+    assert cut(read_document(data.world_pdf(tmp_path / "a.pdf", 300, seed))) == data.world_stories(300, seed)
+
+
 def test_the_pdf_is_correct(tmp_path):
     lines = ["a (b) c", "back\\slash", "(", ")", "caf\xe9"]
     reader = PdfReader(write_pdf(tmp_path / "a.pdf", [lines, [], lines]), strict=True)  # strict: the xref table must be right
@@ -76,12 +84,19 @@ def test_hyphens_and_lines():
     assert join_lines(["self-made and self-", "made"]) == "self-made and self-made"
     assert join_lines(["selfmade and self-", "made"]) == "selfmade and selfmade"
     assert join_lines(["Baden-", "Baden"]) == "Baden-Baden"  # a capital: a name, not a divided word
+    assert join_lines(["\u00c4rzte-", "\u00dcbung"]) == "\u00c4rzte-\u00dcbung"
+    for word in ("and", "or", "und", "oder"): assert join_lines(["pre-", f"{word} postwar"]) == f"pre- {word} postwar"
+    assert join_lines(["pre-", "order"]) == "preorder" and join_lines(["fav-", "or, a favor"]) == "favor, a favor"
     assert join_lines(["soft\u00ad", "ware"]) == "software" and join_lines(["o\ufb03ce"]) == "office"
     assert join_lines(["a long line which goes on", "and ends.", "Then a new one."]) == "a long line which goes on and ends.\nThen a new one."
     assert join_lines(["A Heading", *["which is a much longer line, and then it", "goes on to its end, which is here and now."] * 5]).startswith("A Heading\n")
 
 
-def test_refused_documents(tmp_path):
+def test_blanks_of_a_line(tmp_path):
+    assert read_document(write_pdf(tmp_path / "a.pdf", [["Max  has \xa0 the\tball. ", "* *  *"]])) == "Max has the ball.\n* * *"
+
+
+def test_refused_documents(tmp_path, monkeypatch):
     pdf = write_pdf(tmp_path / "good.pdf", [["Max has the ball."]])
     for algorithm, password, opens in [("RC4-128", "secret", False), ("RC4-40", "", True)]:
         writer = PdfWriter(clone_from=pdf)
@@ -89,6 +104,11 @@ def test_refused_documents(tmp_path):
         writer.write(tmp_path / "locked.pdf")
         if opens: assert read_document(tmp_path / "locked.pdf") == "Max has the ball."
         else: one_sentence("is encrypted: remove the password", lambda: read_document(tmp_path / "locked.pdf"))
+    for cause, match in [("cryptography>=3.1 is required for AES algorithm", "encrypted with AES; install cryptography"), ("brotli is required", "cannot be read: brotli")]:
+        def missing(path): raise DependencyError(cause)
+        with monkeypatch.context() as m:
+            m.setattr(data, "PdfReader", missing)
+            one_sentence(match, lambda: read_document(pdf))
     blank = PdfWriter()
     blank.write(tmp_path / "nothing.pdf")
     one_sentence("has no pages", lambda: read_document(tmp_path / "nothing.pdf"))
@@ -123,11 +143,32 @@ def test_folders(tmp_path):
     assert read_documents(tmp_path) == [("a.md", "one"), ("sub/b.TXT", "zw\u00f6lf\n")]
 
 
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.md").write_text("one")
+    real = os.scandir
+    def scandir(path):
+        if os.fspath(path).endswith("locked"): raise PermissionError(13, "Permission denied", os.fspath(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    one_sentence("cannot read a folder.*locked", lambda: read_documents(tmp_path), OSError)
+
+
 def test_cut():
     assert cut("a\n* * *\n\n b\n  * * *  \n* * *\nc * * * d") == ["a\n", "b\n", "c * * * d\n"]
     text = "".join(f"line {i}\n" for i in range(500))
     pieces = cut(text, at_most=100)
     assert "".join(pieces) == text and max(map(len, pieces)) <= 100 and len(pieces) > 40
+
+
+@pytest.mark.parametrize("text, end", [("a b c. " * 2000, "."), ("word " * 3000, "d"), ("x" * 20_000, "x"), ("\u6c34\u662f\u6e7f\u7684\u3002" * 3000, "\u3002"), ("a \u0939\u0948\u0964 " * 3000, "\u0964")])
+def test_a_long_line_is_cut(text, end):
+    "At the ends of sentences, or else at blanks, or else anywhere; nothing is lost."
+    for at_most in (2, 37, 400, 4000):
+        pieces = cut(text, at_most=at_most)
+        assert max(map(len, pieces)) <= at_most and "".join("".join(pieces).split()) == "".join(text.split())
+        if at_most > 30: assert all(piece[-2] == end for piece in pieces) and np.mean([*map(len, pieces)]) > 0.7 * at_most
+    assert cut("One.  Two three.", at_most=8) == ["One.\n", "Two\n", "three.\n"]
 
 
 # ---- the split
@@ -143,9 +184,38 @@ def test_split(texts):
     for n in range(2, 12):
         for share in (0.01, 0.99): assert all(split_documents(texts[:n], share).values())
     assert split_documents(texts[:1], 0) == dict(train=texts[:1], held_out=[])
-    one_sentence("one document", lambda: split_documents([texts[0], " " + texts[0]]))
+    one_sentence("one document.*--at-most N.*--held-out 0", lambda: split_documents([texts[0], " " + texts[0]]))
     one_sentence("no documents", lambda: split_documents([]))
     for bad in (1, -0.1, 7): one_sentence("held_out is", lambda: split_documents(texts, bad))
+
+
+def test_no_file_is_on_both_sides():
+    files = ["".join(f"File {n}, line {i}.\n" for i in range(400)) for n in range(12)]
+    def of(side): return {int(piece.split()[1][:-1]) for piece in side}
+    parts = divide(files, 0.2)
+    assert not of(parts["train"]) & of(parts["held_out"]) and of(parts["train"]) | of(parts["held_out"]) == {*range(12)}
+    assert "".join(sorted(parts["train"] + parts["held_out"])) == "".join(sorted(p for f in files for p in cut(f))) and len(parts["held_out"]) > 2
+    shared = "".join(f"Licence, line {i}.\n" for i in range(200))
+    parts = divide([shared + "* * *\n" + f for f in files], 0.2, mark="", at_most=len(shared))  # pieces that are the same stay on one side, once
+    assert not set(parts["train"]) & set(parts["held_out"]) and (parts["train"] + parts["held_out"]).count(shared) == 1
+    for few in (files[:9], files[:1] * 12, [files[0] * 3] + files, [shared + f for f in files[:3]]):  # few, copies, a very long one: cut first
+        parts = divide(few, 0.2)
+        assert parts["train"] and parts["held_out"] and not set(parts["train"]) & set(parts["held_out"])
+    assert sum(map(len, divide([files[0] * 3] + files, 0.2)["train"])) > 0.6 * sum(map(len, files))
+    assert divide(files[:1], 0) == dict(train=cut(files[0]), held_out=[])
+
+
+def test_a_page_will_do(tmp_path):
+    "A PDF of one page: its text is one short document, or one line."
+    lines = [f"On day {i} the ship sailed {i * 7} miles and" if i % 2 else f"rested {i} hours. It was fine." for i in range(40)]
+    index = prepare(write_pdf(tmp_path / "a.pdf", [lines]), tmp_path / "d", 300)
+    assert all(part["documents"] - part["conversations"] > 0 for part in index["parts"].values()) and index["parts"]["train"]["documents"] > 5
+    one = " ".join(lines)
+    for text, at_most in [(one, 4000), (one, 150), (one[:450], 4000)]: assert all(divide([text], 0.1, at_most=at_most).values())
+    one_sentence("--at-most N.*--held-out 0", lambda: divide(["One page. Few words."]))
+    assert all(divide(["One page. Few words."], at_most=12).values()) and divide(["One page."], 0)["train"] == ["One page.\n"]
+    for at_most in (0, -5): one_sentence("at_most is", lambda: divide([one], at_most=at_most))
+    one_sentence("held_out is", lambda: divide([one], 1.5))
 
 
 # ---- shards
@@ -204,11 +274,28 @@ def test_damage_is_refused(folder, tokenizer):
         Shards(folder, part)
     one_sentence("no part 'test'", lambda: Shards(folder, "test"))
     index = (folder / "index.json").read_bytes()
-    for bad in (b"", index[:100], b"[]", b"{}", b"3", index.replace(b"<u2", b"<u3"), index.replace(b'"count"', b'"size"'), b"\xff"):
+    for bad in (b"", index[:100], b"[]", b"{}", b"3", index.replace(b"<u2", b"<u3"), index.replace(b'"count"', b'"size"'), b"\xff",
+                index.replace(b'"documents"', b'"texts"'), *(re.sub(rb'("%s": )("[^"]*"|\d+)' % name, lambda m, value=value: m[1] + value, index, count=1) for name, value in
+                [(b"tokenizer", b"null"), (b"tokenizer_sha256", b"7"), (b"vocab_size", b'"x"'), (b"documents", b"[]"), (b"count", b'"x"'), (b"count", b"-1"), (b"tokens", b"null"), (b"file", b"7"), (b"sha256", b"{}")])):
+        assert bad != index
         (folder / "index.json").write_bytes(bad)
         one_sentence("no index of shards, or damaged", lambda: Shards(folder))
     (folder / "index.json").unlink()
     one_sentence("no prepared data", lambda: Shards(folder), FileNotFoundError)
+
+
+def test_a_damaged_tokenizer_is_refused(folder, texts):
+    path = next(folder.glob("tokenizer-*")) / "tokenizer.json"
+    good, whole = path.read_bytes(), Shards(folder)
+    Tokenizer.train(texts[::-1] + ["other words"], 400).save(path.parent)  # as many ids, with other meanings
+    for bad in (path.read_bytes(), good[:-9], b"{}", None):
+        if bad is None: path.unlink()
+        else: path.write_bytes(bad)
+        one_sentence("not the tokenizer that the ids", whole.tokenizer)
+        one_sentence("not the tokenizer that the ids", lambda: Shards(folder))
+    path.parent.rmdir()
+    one_sentence("not the tokenizer that the ids", whole.tokenizer)
+    Shards(folder, verify=False)
 
 
 def test_what_does_not_fit(folder, texts, tokenizer):
@@ -233,6 +320,16 @@ def test_a_full_disk_loses_nothing(folder, texts, tokenizer, monkeypatch):
         assert Shards(folder)[:].tolist() == before and not list(folder.glob("*.tmp"))
     index = write_shards(folder, texts, tokenizer)
     assert len(list(folder.glob("*.bin"))) == sum(len(p["shards"]) + 1 for p in index["parts"].values())  # what the failures left is gone
+
+
+def test_an_older_pdf_survives(tmp_path, monkeypatch):
+    before = write_pdf(tmp_path / "a.pdf", [["old"]]).read_bytes()
+    for code, match in [(28, "free some space"), (errno.EFBIG, "free some space"), (errno.EACCES, "check the rights of that folder"), (errno.EROFS, "check the rights of that folder")]:
+        def fsync(fd): raise OSError(code, os.strerror(code))
+        monkeypatch.setattr(os, "fsync", fsync)
+        one_sentence(match, lambda: data.world_pdf(tmp_path / "a.pdf"), OSError)
+        assert (tmp_path / "a.pdf").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pdf"]
+    one_sentence("check the rights", lambda: write_pdf(tmp_path / "a.pdf/b.pdf", []), OSError)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be replaced there")
@@ -333,6 +430,10 @@ def test_sentences():
     assert whole[:4] == ["Water is wet.", "Dr. Wren drank the water at 7 p.m. sharp!", 'He said: "It is bitter."', "Then he slept."]
     assert whole[4:6] == ["Why did A. Quill ask him?", "Bees live in hives."] and all(s in PROSE for s in whole)
     assert data.sentences("") == data.sentences("No end") == data.sentences("Too short.") == []
+    text = "It is in vol. 2, Vol. 3 and Fig. 4, cf. Prof. Hill vs. Mr. Lee, No. 5, ca. 1900, e.g. A and i.e. B, Nr. 6, etc. Then it rained. Is it I? Yes it is."
+    assert data.sentences(text) == [text[:text.index(" Is")].partition("Then")[0] + "Then it rained.", "Is it I?", "Yes it is."]
+    assert data.sentences("\u6c34\u662f\u6e7f\u7684\u3002\u201c\u4ed6\u559d\u6c34\u3002\u201d\u4ed6\u7761\u4e86\uff01") == ["\u6c34\u662f\u6e7f\u7684\u3002", "\u201c\u4ed6\u559d\u6c34\u3002\u201d", "\u4ed6\u7761\u4e86\uff01"]
+    assert data.sentences("\u092a\u093e\u0928\u0940 \u0917\u0940\u0932\u093e \u0928\u093e\u092e\u0964 \u0648 \u0647\u0644 \u0647\u0648\u061f") == ["\u092a\u093e\u0928\u0940 \u0917\u0940\u0932\u093e \u0928\u093e\u092e\u0964", "\u0648 \u0647\u0644 \u0647\u0648\u061f"]
 
 
 def test_a_document_answers_its_own_questions():
@@ -358,13 +459,25 @@ def test_a_document_answers_its_own_questions():
     assert not data.answers_to(["A " + "very " * 60 + "long one. "])
 
 
+def test_held_out_asks_what_train_does_not_answer(tmp_path):
+    train = ["Water is very wet. The sea has salt.\n"]
+    talks = data.conversations(["The water was cold there. Salt, and Granite too, was sold there.\n"], times=1, taken=data.answers_to(train))
+    words = [re.search(r"(\w+)\W$", question)[1].lower() for question, _ in asked(talks)]
+    assert {"cold", "granite", "sold"} <= {*words} and not {"water", "salt", "very"} & {*words}
+    assert all(words.count(word) == len(data.QUESTIONS) for word in ("cold", "granite", "sold"))
+    (tmp_path / "a.txt").write_text("\n* * *\n".join(data.world_stories(80)))
+    parts = prepare(tmp_path / "a.txt", tmp_path / "d", 300)["parts"]
+    learnt, kept = (data.answers_to(side) for side in split_documents(data.world_stories(80)).values())
+    assert kept.keys() <= learnt.keys() and parts["train"]["conversations"] > 50 and not parts["held_out"]["conversations"]
+
+
 def test_conversations_in_shards(tmp_path):
     "They follow the documents of their part, are made from these alone, and are the ids that `encode_chat` gives."
     (tmp_path / "a.txt").write_text(PROSE)
     index = prepare(tmp_path / "a.txt", tmp_path / "d", 300, held_out=0.4)
     parts, whole = split_documents(cut(PROSE), 0.4), {}
     for name, texts in parts.items():
-        shards, talks = Shards(tmp_path / "d", name), data.conversations(texts)
+        shards, talks = Shards(tmp_path / "d", name), data.conversations(texts, **({} if name == "train" else dict(times=1, taken=data.answers_to(parts["train"]))))
         tokenizer = shards.tokenizer()
         assert {"<think>", "</think>"} <= tokenizer.special.keys() and len(talks) > 5 and index["parts"][name]["conversations"] == len(talks)
         want = [tokenizer.encode(t) for t in texts] + [encode_chat(tokenizer, t, "qwen3", add_generation_prompt=False) for t in talks]
@@ -385,6 +498,15 @@ def test_conversations_in_shards(tmp_path):
     assert [p["conversations"] for p in prepare(tmp_path / "b.txt", tmp_path / "h", 300)["parts"].values()] == [0, 0]  # nothing to ask about
 
 
+@pytest.mark.parametrize("text, words, said", [("one\n* * *\ntwo\n", [], True), ("one\n* * *\ntwo\n", ["--no-questions"], False), (PROSE, [], False)])
+def test_no_conversations_is_said(tmp_path, capsys, monkeypatch, text, words, said):
+    from qwen_nb import cli
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with pytest.raises(SystemExit) as e: cli.main(["data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "d"), *words])
+    assert not e.value.code and ("No conversations could be made" in capsys.readouterr().out) == said
+
+
 # ---- rows
 
 @pytest.mark.parametrize("seq_len", [1, 5, 64, 700])
@@ -402,6 +524,7 @@ def test_rows(folder, seq_len):
             assert row["labels"][t] == (-100 if k + 1 in ends else ids[k + 1])
             position += 1
     one_sentence("use a shorter seq_len", lambda: Packed(shards, len(ids)))
+    for bad in (0, -3): one_sentence("seq_len is", lambda: Packed(shards, bad))
     assert len(Packed(shards, len(ids) - 1)) == 1
 
 

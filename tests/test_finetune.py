@@ -161,3 +161,11 @@ def test_refused(tokenizer):
     before = model.model.layers[0].mlp.up_proj.weight.clone()
     one_sentence("loss of step 1 is nan", lambda: next(ft.tune(model, [batch])))
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_a_gradient_that_is_no_number_changes_nothing():
+    x = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.AdamW([x], lr=.1)
+    one_sentence("gradient's length nan", lambda: ft.make_step(optimizer, (x.abs().sqrt() * x.sign()).sum(), 1))  # 0, with a gradient of inf · 0
+    assert torch.equal(x, torch.zeros(2)) and not optimizer.state
+    one_sentence("nothing that the loss depends on", lambda: ft.make_step(optimizer, torch.tensor(1.), 1))

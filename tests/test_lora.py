@@ -1,5 +1,6 @@
 """LoRA: its formula, merging, what trains, and PEFT's files both ways."""
 import json
+import os
 import random
 
 import pytest
@@ -50,7 +51,6 @@ def test_fresh_adapters_change_nothing_and_alone_train(made):
     folder, ids = made
     plain, model = open_model(folder), lo.add_lora(open_model(folder), rank=2)
     assert torch.equal(logits(model, ids), logits(plain, ids))
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=.1)
     model(ids).logsumexp(-1).sum().backward()
     for name, p in model.named_parameters():
         assert ("lora_" in name) == p.requires_grad and ("lora_B" not in name or p.grad.abs().max() > 0)
@@ -122,7 +122,7 @@ def test_we_open_pefts(made, tmp_path, settings):
     close(logits(lo.load_lora(open_model(folder), tmp_path / "b"), ids), logits(theirs, ids))
 
 
-@pytest.mark.parametrize("variant", [dict(use_dora=True), dict(use_rslora=True), dict(lora_bias=True), dict(bias="all"), dict(alpha_pattern={"q_proj": 3}), dict(modules_to_save=["lm_head"])])
+@pytest.mark.parametrize("variant", [dict(use_dora=True), dict(use_rslora=True), dict(lora_bias=True), dict(bias="all"), dict(alpha_pattern={"q_proj": 3}), dict(modules_to_save=["lm_head"]), dict(init_lora_weights="pissa"), dict(init_lora_weights="olora")])
 def test_variants_of_pefts_are_refused(tmp_path, variant):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     random_checkpoint(tmp_path / "base", 1)
@@ -151,11 +151,46 @@ def test_refused(made, tmp_path):
         save_file(bad, path)
         one_sentence(match, lambda: lo.load_lora(plain, tmp_path / "a"))
         assert not lo.lora_layers(plain) and all(p.requires_grad for p in plain.parameters())  # as before
-    path.write_bytes(path.read_bytes()[:-1] + b"")
+    for bad, match in (({n: t[0].clone() for n, t in good.items()}, "expected two matrices"), (good | {first: good[first] * float("nan")}, "expected two matrices"), ({n: t.long() for n, t in good.items()}, "expected two matrices"),
+                       ({n: (t[:1] if "lora_A" in n else t[:, :1]).clone() for n, t in good.items()}, "do not belong together")):
+        save_file(bad, path)
+        one_sentence(match, lambda: lo.load_lora(plain, tmp_path / "a"))
+    save_file(good, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    one_sentence("adapter_model.safetensors", lambda: lo.load_lora(plain, tmp_path / "a"))
     path.unlink()
     one_sentence("is missing", lambda: lo.load_lora(plain, tmp_path / "a"), FileNotFoundError)
     path.write_bytes(b"\xff" * random.randrange(1, 99))
-    with pytest.raises(ValueError): lo.load_lora(plain, tmp_path / "a")
+    one_sentence("adapter_model.safetensors", lambda: lo.load_lora(plain, tmp_path / "a"))
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | dict(r=0)))
     one_sentence("r is 0", lambda: lo.load_lora(plain, tmp_path / "a"))
+    for alpha in (0, -3, float("nan"), True, "4"):
+        (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | dict(lora_alpha=alpha)))
+        one_sentence("expected two numbers above 0", lambda: lo.load_lora(plain, tmp_path / "a"))
+    for alpha in ("4", float("inf"), float("nan")): one_sentence("alpha is", lambda: lo.add_lora(open_model(folder), alpha=alpha))
+
+
+def test_an_older_adapter_stays_or_is_replaced_whole(made, tmp_path, monkeypatch):
+    folder, ids = made
+    old, new = shake(lo.add_lora(open_model(folder), rank=2)), shake(lo.add_lora(open_model(folder), rank=2, alpha=64), seed=1)
+    lo.save_lora(old, tmp_path / "a")
+    count, fsync = [], os.fsync
+    def full(f):
+        count.append(f)
+        if len(count) == 2: raise OSError(28, "No space left on device")
+        fsync(f)
+    monkeypatch.setattr(os, "fsync", full)
+    one_sentence("free some space", lambda: lo.save_lora(new, tmp_path / "a"), OSError)
+    monkeypatch.undo()
+    assert torch.equal(logits(lo.load_lora(open_model(folder), tmp_path / "a"), ids), logits(old, ids))
+    lo.save_lora(new, tmp_path / "a")
+    assert torch.equal(logits(lo.load_lora(open_model(folder), tmp_path / "a"), ids), logits(new, ids))
+    one_sentence("which would be lost", lambda: lo.save_lora(new, folder))  # the base model's own folder
+
+
+def test_a_merged_model_keeps_its_names(made):
+    folder, ids = made
+    model = lo.add_lora(open_model(folder), rank=2)
+    names = [n for n, _ in model.named_parameters()]
+    assert [n for n, _ in lo.merge_lora(model).named_parameters()] == names == [n for n, _ in lo.unmerge_lora(model).named_parameters()]

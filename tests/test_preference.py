@@ -156,6 +156,49 @@ def test_equal_rewards_move_nothing(tokenizer, model):
     assert all(torch.equal(p, kept[n]) for n, p in reference.named_parameters())
 
 
+def test_samples_are_as_often_as_they_are_likely(tokenizer, model):
+    "Temperature 1 and no filter."
+    with torch.no_grad(): model.model.norm.weight *= .3  # many words are likely
+    prompt, n = pr.prompts_of(tokenizer, talks(1, 5, system=False), "qwen3")[0], 2000
+    with torch.no_grad(): p = model(torch.tensor([prompt]))[0, -1].softmax(-1)
+    first = torch.tensor([e["labels"][len(prompt) - 1] for e in pr.sample_answers(model, tokenizer, [prompt], n, seed=0, max_new_tokens=1)[0]])
+    share = first.bincount(minlength=len(p)) / n
+    assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1 / n).all() and p.max() < .5
+
+
+def short(texts, talks): return torch.tensor([-float(len(t)) for t in texts]).view(len(talks), -1)
+
+
+def test_the_reward_rises(tokenizer, model):
+    "A plain one, for short answers to requests that the model was never taught: a flipped sign makes them longer."
+    with torch.no_grad(): model.model.norm.weight *= .3  # so that there is something to choose from
+    reference, lesson = pr.frozen(model), talks(6, 0)
+    log = list(pr.grpo(model, reference, tokenizer, [lesson] * 8, reward=short, group=8, lr=1e-3, warmup=1, beta=0.))
+    rewards = [row["reward"] for row in log]
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 2, rewards
+    assert max(row["clipped"] for row in log) > 0  # the second update of a batch knows which model sampled it
+
+
+def test_the_old_model_is_the_one_that_sampled(tokenizer, model, monkeypatch):
+    "Over all updates of a batch `log_old` stays, and the first ratio is 1."
+    with torch.no_grad(): model.model.norm.weight *= .3  # answers that differ
+    seen, objective = [], pr.grpo_objective
+    def spy(log_p, log_old, *rest): seen.append((log_p.detach().clone(), log_old.clone())); return objective(log_p, log_old, *rest)
+    monkeypatch.setattr(pr, "grpo_objective", spy)
+    list(pr.grpo(model, pr.frozen(model), tokenizer, [talks(4, 0)], reward=lambda texts, talks: torch.tensor([[0., 1, 0, 1]] * 4), group=4, updates=3, lr=1e-3, warmup=1))
+    assert len(seen) == 3 and torch.equal(*seen[0]) and all(torch.equal(old, seen[0][1]) for _, old in seen) and not torch.equal(*seen[2])
+
+
+def test_grpo_refuses_other_rewards(tokenizer, model):
+    reference, kept = pr.frozen(model), copy.deepcopy(model.state_dict())
+    for bad in (torch.ones(4, 2), torch.ones(2), [[0., float("nan"), 1, 1]] * 2): one_sentence("the reward gave", lambda: next(pr.grpo(model, reference, tokenizer, [talks(2, 0)], reward=lambda *a: bad, group=4)))
+    one_sentence("updates is 0", lambda: next(pr.grpo(model, reference, tokenizer, [talks(2, 0)], group=4, updates=0)))
+    one_sentence("5 answers to 2 questions", lambda: pr.right_or_wrong(["a"] * 5, talks(2, 0)))
+    one_sentence("nothing .* is to be trained", lambda: next(pr.grpo(pr.frozen(model), reference, tokenizer, [talks(2, 0)], group=4)))
+    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters())
+    assert next(pr.grpo(model, reference, tokenizer, [talks(2, 0)], reward=lambda *a: [[0, 1]] * 2, group=2, warmup=0))["reward"] == .5
+
+
 def test_refused(tokenizer, model):
     z = torch.zeros(2)
     for beta in (0, -1.): one_sentence("beta is", lambda: pr.dpo_loss(z, z, z, z, beta))

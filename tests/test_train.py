@@ -22,7 +22,7 @@ from qwen_nb.inspect import load_reference, packaged_model
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.train import (Objective, OneProcess, Run, TrainConfig, cast_once, checkpoints, forward, init_weights, label_weight, latest_checkpoint, learning_rate, load_checkpoint,
-                           next_token_loss, parameter_groups, read_config, read_folder, read_log, save_pretrained, train, use_checkpointing)
+                           next_token_loss, parameter_groups, read_config, read_folder, read_log, save_pretrained, train, use_checkpointing, write_folder)
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128)
 QUICK = dict(SMALL, steps=6, batch_size=4, seq_len=32, lr=3e-3, warmup=2, save_every=2, keep=0, log_every=1, eval_every=0, sample=0, peak_tflops=1.0)
@@ -355,8 +355,93 @@ def test_damaged_checkpoints_are_skipped(tmp_path, config):
     (last / "optimizer.safetensors").write_bytes(b"")
     train(config)
     assert same(final_weights(config.out), whole)
+    for bad in (b"[]", b"5", b'["model.safetensors"]'):
+        (checkpoints(config.out)[-1] / "checksums.json").write_bytes(bad)
+        one_sentence("is damaged", lambda: load_checkpoint(checkpoints(config.out)[-1]))
     for p in checkpoints(config.out): (p / "training.json").unlink()
     one_sentence("every checkpoint in .* is damaged", lambda: train(config))
+
+
+def test_a_resume_keeps_the_checkpoint_it_goes_on_from(config):
+    "Damaged ones after it do not count as kept."
+    train(config)
+    *_, before, last = checkpoints(config.out)
+    (last / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(KeyboardInterrupt): train(replace(config, keep=1), on_log=stop)
+    assert latest_checkpoint(config.out, lambda note: None) == before
+    train(replace(config, keep=1))
+    assert [p.name for p in checkpoints(config.out)] == [last.name] and load_checkpoint(last)
+
+
+def stop(*args): raise KeyboardInterrupt
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path, monkeypatch):
+    folder, files = tmp_path / "a", {"one": b"1", "two": b"2"}
+    folder.mkdir(); (folder / "thesis.txt").write_text("years")
+    one_sentence("holds thesis.txt, which would be lost", lambda: write_folder(folder, files))
+    one_sentence("is a file", lambda: write_folder(folder / "thesis.txt", files))
+    assert (folder / "thesis.txt").read_text() == "years" and [p.name for p in tmp_path.iterdir()] == ["a"]
+    write_folder(tmp_path / "b", files)
+    write_folder(tmp_path / "b", {"one": b"new"})  # what it wrote itself it replaces
+    assert read_folder(tmp_path / "b") == {"one": b"new"}
+    rename, count = os.rename, []
+    def fails_second(a, b):
+        count.append(a)
+        if len(count) == 2: raise OSError(5, "Input/output error")
+        rename(a, b)
+    monkeypatch.setattr(os, "rename", fails_second)
+    one_sentence("what was saved before is untouched", lambda: write_folder(tmp_path / "b", files), OSError)
+    assert read_folder(tmp_path / "b") == {"one": b"new"} and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    monkeypatch.undo()
+    os.rename(tmp_path / "b", tmp_path / "b.old.tmp")  # killed between the two
+    write_folder(tmp_path / "b", files)
+    assert read_folder(tmp_path / "b") == files and not (tmp_path / "b.old.tmp").exists()
+
+
+def test_a_finished_run_is_left_alone(config):
+    final = train(config)
+    (final / "notes.txt").write_text("mine")
+    assert train(config) == final and (final / "notes.txt").read_text() == "mine"
+    (final / "model.safetensors").write_bytes(b"")
+    (final / "notes.txt").unlink()
+    assert train(config) == final and read_folder(final)  # mended
+
+
+def test_a_damaged_log(config):
+    train(config)
+    path = Path(config.out) / "log.jsonl"
+    good = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(good[0] + b"?" + good[1] + b"5\n\xff\xfe\n" + b'{"step": "x", "loss": 1}\n' + b"".join(good[2:]) + b'{"step": 7, "lo')
+    assert [line["step"] for line in read_log(config.out)] == [1, 3, 4, 5, 6]
+    train(config)
+    assert [line["step"] for line in read_log(config.out)] == [1, 3, 4, 5, 6]
+    path.unlink()
+    train(config)
+    assert read_log(config.out) == []
+
+
+def test_adapters_are_not_saved_as_a_model(tmp_path):
+    from qwen_nb.lora import add_lora, merge_lora
+    save_pretrained(small(), tmp_path / "a")
+    before = (tmp_path / "a/model.safetensors").read_bytes()
+    for model in (add_lora(small(), 2), merge_lora(add_lora(small(), 2))): one_sentence("has LoRA adapters", lambda: save_pretrained(model, tmp_path / "a"))
+    assert (tmp_path / "a/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that only one process gets")
+def test_asked_to_stop_it_saves_the_step(tmp_path, config):
+    "SIGINT and SIGTERM; and the run goes on to the losses of one that was not stopped."
+    import signal
+    whole = train(replace(config, out=str(tmp_path / "whole")))
+    for name in ("SIGINT", "SIGTERM"):
+        c, before = replace(config, out=str(tmp_path / name), save_every=1000), signal.getsignal(getattr(signal, name))
+        def ask(lines):
+            if lines[-1]["step"] == 3: os.kill(os.getpid(), getattr(signal, name))
+        with pytest.raises(KeyboardInterrupt): train(c, on_log=ask)
+        assert [p.name for p in checkpoints(c.out)][-1] == "step-000003" and signal.getsignal(getattr(signal, name)) == before
+        train(c)
+        assert losses(c.out) == losses(whole.parent)
 
 
 def test_another_config(tmp_path, config, shards, tokenizer):
