@@ -98,7 +98,11 @@ def drop_headers(
     edge=2,   # how many lines at the top and the bottom of a page may be headers
 ) -> list:
     "The pages without the lines that come again at the edge of page after page, and without page numbers. A `MARK` is no header."
-    def at(page, slot): return re.sub(r"\d+", "#", page[slot]) if -len(page) <= slot < len(page) else None
+    def at(page, slot):
+        if not -len(page) <= slot < len(page): return None
+        line = re.sub(r"\d+", "#", page[slot])
+        numbered = len(line) < 60 and not re.search(r"[.!?;,]$", line) and re.match(r"\w+ #(?!\w)", line)
+        return numbered[0] if numbered else line  # "Chapter #", whatever its title
     def returns(i, slot):
         if pages[i][slot].strip() == MARK: return False
         first = max(0, min(i - 4, len(pages) - 9))
@@ -151,7 +155,8 @@ def read_pdf(path) -> str:
         if str(e) == locked: raise
         raise ValueError(f"{path} is damaged and cannot be read as a PDF ({type(e).__name__}: {' '.join(str(e).split())[:80]})") from e
     if not pages: raise ValueError(f"{path} has no pages")
-    text = join_lines([line for page in drop_headers([[" ".join(s.split()) for s in page if s.strip()] for page in pages]) for line in page])
+    lines = [line for page in drop_headers([[" ".join(s.split()) for s in page if s.strip()] for page in pages]) for line in page]
+    text = join_lines([line for line in lines if not re.search(r"([.·…_]\s?){5,}[\divxlc]*$", line)] or [""])  # no lines of a table of contents
     if not any(map(str.isalnum, text)): raise ValueError(f"{path} has no text on its {len(pages)} page{'s' * (len(pages) != 1)}: it is a scan or empty; run a text recognition (OCR) over it first")
     odd = sum(c == "\ufffd" or unicodedata.category(c) in ("Co", "Cs", "Cn") for c in text)
     if odd > len(text) / 20: raise ValueError(f"{path}: {odd / len(text):.0%} of its characters cannot be read, since its fonts do not say which letters they draw")

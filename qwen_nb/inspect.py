@@ -38,8 +38,8 @@ def packaged_model(
     name="",  # "": the small model, a Qwen3; or a sibling of another generation: "qwen1", "qwen2", "qwen3_moe", "qwen3_5"
 ) -> Path:
     "The folder of a small pretrained model that ships inside the package."
-    import qwen_nb
-    return Path(qwen_nb.__path__[0]) / "pretrained" / name
+    from importlib.util import find_spec
+    return Path(find_spec("qwen_nb.inspect").origin).parent / "pretrained" / name
 
 # %% ../nbs/00_inspect.ipynb #2bdcc54a
 def find_folder(

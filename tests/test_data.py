@@ -57,6 +57,15 @@ def test_a_mark_is_no_header(tmp_path, seed):
     assert cut(read_document(data.world_pdf(tmp_path / "a.pdf", 300, seed))) == data.world_stories(300, seed)
 
 
+def test_a_table_of_contents_is_left_out(tmp_path):
+    text = ["Mint grows in the shade...", "Wait. . . .", "It needs water."]
+    contents = ["Mint . . . . . . . . . 3", "Sage ........ iv", "Thyme \xb7\xb7\xb7\xb7\xb7\xb7 12", "Name: _______"]
+    write_pdf(tmp_path / "a.pdf", [["Contents", *contents], text])
+    assert read_document(tmp_path / "a.pdf").split("\n") == ["Contents", *text]
+    write_pdf(tmp_path / "b.pdf", [contents])
+    one_sentence("has no text", lambda: read_document(tmp_path / "b.pdf"))
+
+
 def test_the_pdf_is_correct(tmp_path):
     lines = ["a (b) c", "back\\slash", "(", ")", "caf\xe9"]
     reader = PdfReader(write_pdf(tmp_path / "a.pdf", [lines, [], lines]), strict=True)  # strict: the xref table must be right
@@ -72,6 +81,10 @@ def test_headers():
     for header, footer in [(lambda i: "Title", lambda i: f"{i + 1}"), (lambda i: f"{i + 11} Left" if i % 2 else f"Right {i + 11}", lambda i: f"Page {i + 1} of 30"),
                            (lambda i: f"Chapter {i // 6}", lambda i: f"- {i + 1} -"), (lambda i: "one" if i < 15 else "two", lambda i: f"| {i + 1} |")]:
         assert drop_headers(book(30, header, footer)) == inside
+    for n in (4, 6, 8, 12, 20):  # the book's title on the left, the chapter's on the right
+        assert drop_headers(book(5 * n, lambda i: "My Book" if i % 2 else f"Chapter {i // n + 1}: Herb {'abcde'[i // n]}", lambda i: str(i + 1))) == [page[1:-1] for page in book(5 * n, str, str)]
+    rules = [[f"Rule {i} is {word}.", "text " + word, "more " + word] for i, word in enumerate("abcdefghijkl")]
+    assert drop_headers(rules) == rules  # sentences, not headers
     alone = [[f"only {chr(97 + i)}" for _ in range(1)] for i in range(9)]
     assert drop_headers(alone) == alone and drop_headers([]) == [] and drop_headers([[], ["x"]]) == [[], ["x"]]
     assert drop_headers([["Title", "7"]] * 5) == [[]] * 5  # nothing but a header and a number
