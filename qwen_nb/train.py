@@ -298,6 +298,7 @@ def write_folder(
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
+# %% ../nbs/21_train.ipynb #7c8cb3ee
 def not_ours(folder, files) -> str:
     "What a folder holds that `write_folder` may not replace; an empty string if it may."
     if folder.exists() and not folder.is_dir(): return "is a file, not a folder"
@@ -724,6 +725,7 @@ def stop_politely(alone):
     finally:
         for n in old: signal.signal(n, old[n])
 
+# %% ../nbs/21_train.ipynb #f4e296df
 def loop(run, on_log=None):
     "The steps that are left, with log and checkpoints. Asked to stop, it ends the step, saves and raises KeyboardInterrupt."
     with stop_politely(run.engine.world_size == 1) as asked: go(run, on_log, asked)
