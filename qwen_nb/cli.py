@@ -435,7 +435,7 @@ def add_chat(commands):
     p = commands.add_parser("chat", help="talk with a model", epilog=CHAT_EXAMPLES,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             description="Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the rest.\n"
-                                        "From a pipe every line is a question, and only what the model writes is written, its thoughts between <think> and </think>.")
+                                        "From a pipe every line is a question, and only what the\nmodel writes is written, its thoughts between <think> and </think>.")
     p.add_argument("--system", metavar="TEXT", help="the system message: who the model is to be")
     p.add_argument("--think", action=argparse.BooleanOptionalAction, help="think before answering, or do not (default: as the model's template has it)")
     p.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="the longest answer, thinking included (default: 2048, or what there is room for)")

@@ -279,13 +279,15 @@ def sentences(text) -> list:
     return [s for s in enough if not s[0].islower() and re.search(ended + "$", s)]
 
 def answers_to(texts) -> dict:
-    "Each word of four letters or more, and the first sentence that has it. A word is in small letters if it stands so anywhere."
-    spelled, first = {}, {}
+    "Each word of four letters or more, and the first sentence that begins with it, or else the first that has it. A word is in small letters if it stands so anywhere."
+    spelled, first, begins = {}, {}, {}
     for sentence in (s for text in texts for s in sentences(text) if len(s) <= LONGEST):
-        for word in re.findall(r"[^\W\d_]{4,}", sentence):
-            spelled[word.lower()] = max(word, spelled.get(word.lower(), word))  # small letters sort behind capitals
-            first.setdefault(word.lower(), sentence)
-    return {spelled[word]: sentence for word, sentence in first.items()}
+        for found in re.finditer(r"[^\W\d_]{4,}", sentence):
+            word = found[0].lower()
+            spelled[word] = max(found[0], spelled.get(word, found[0]))  # small letters sort behind capitals
+            first.setdefault(word, sentence)
+            if sentence[:found.start()] in ("", "The ", "A ", "An "): begins.setdefault(word, sentence)
+    return {spelled[word]: begins.get(word, sentence) for word, sentence in first.items()}
 
 # %% ../nbs/20_data.ipynb #d5e90e7c
 QUESTIONS = "What does it say about {}?", "Tell me about {}."
