@@ -110,7 +110,9 @@ def make_step(
     if not (loss + norm).isfinite(): raise ValueError(f"the loss of step {step} is {loss.item()}, its gradient's length {norm.item()}: the weights stay as they were; lower the learning rate")
     optimizer.step()
 
-def beside(model, batch): return {name: t.to(next(model.parameters()).device) for name, t in batch.items()}
+def beside(model, batch):
+    "The batch on the model's device."
+    return {name: t.to(next(model.parameters()).device) for name, t in batch.items()}
 
 # %% ../nbs/22_finetune.ipynb #b62c2c42
 def tune(

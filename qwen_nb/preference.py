@@ -44,8 +44,7 @@ def sample_answers(
 ):
     "Answers drawn from the model as it is (temperature 1, nothing filtered): for each an example as `answer_example` makes it, and its text. A prompt's answers stand together."
     ends, rows = set(stop_ids(model, tokenizer)), [p for p in prompts for _ in range(group)]
-    ids, mask = pad_left(rows)
-    ids, mask = (x.to(next(model.parameters()).device) for x in (ids, mask))
+    ids, mask = (x.to(next(model.parameters()).device) for x in pad_left(rows))
     off = dict(top_k=0, top_p=1., min_p=0., repetition_penalty=1., presence_penalty=0.)
     written = generate(model, ids, max_new_tokens, mask, temperature=1., seed=seed, stop_ids=tuple(ends), **off)[:, ids.shape[1]:].tolist()
     examples, texts = [], []

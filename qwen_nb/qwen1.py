@@ -17,14 +17,14 @@ from torch import nn
 from .attention import Attention, attend
 from .chat import SYSTEMS
 from .generate import KVCache
+from .inspect import packaged_model
 from .model import QwenConfig
 from .rope import cos_sin, inverse_frequencies
 
 # %% ../nbs/11_qwen1.ipynb #88ca558b
 def qwen1_tiny() -> Path:
     "The folder of a tiny random Qwen1 in the original format; its `expected.safetensors` has what the original code computed with it."
-    from importlib.util import find_spec
-    return Path(find_spec("qwen_nb.inspect").origin).parent / "qwen1_tiny"
+    return packaged_model().parent / "qwen1_tiny"
 
 # %% ../nbs/11_qwen1.ipynb #4ef09d38
 PARTS = {"ln_1": "input_layernorm", "attn.c_proj": "self_attn.o_proj", "ln_2": "post_attention_layernorm",

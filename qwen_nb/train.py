@@ -4,16 +4,16 @@
 __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OUT_SEED', 'MOMENTS', 'MAY_CHANGE', 'forward',
            'next_token_loss', 'init_weights', 'parameter_groups', 'learning_rate', 'Objective', 'real_tokens',
            'label_weight', 'use_checkpointing', 'cast_once', 'TrainConfig', 'check_config', 'parse_value',
-           'read_settings', 'read_config', 'OneProcess', 'sync_folder', 'write_folder', 'not_ours', 'what_to_do',
-           'read_folder', 'config_json', 'tokenizer_files', 'to_json', 'model_files', 'save_pretrained', 'checkpoints',
-           'prune', 'save_checkpoint', 'load_checkpoint', 'latest_checkpoint', 'read_log', 'cut_log', 'is_whole',
+           'read_settings', 'read_config', 'OneProcess', 'sync_folder', 'write_folder', 'not_ours', 'read_folder',
+           'config_json', 'tokenizer_files', 'to_json', 'model_files', 'save_pretrained', 'checkpoints', 'prune',
+           'save_checkpoint', 'load_checkpoint', 'latest_checkpoint', 'read_log', 'cut_log', 'is_whole',
            'flops_per_token', 'measure_peak', 'Log', 'open_data', 'model_config', 'build_model', 'Run',
            'optimizer_step', 'not_a_number', 'save_run', 'load_run', 'model_sizes', 'compare_configs', 'claim',
-           'write_sample', 'watch', 'stop_politely', 'loop', 'go', 'train', 'world_floor', 'plot_log', 'live_plot',
+           'write_sample', 'watch', 'stop_politely', 'loop', 'train', 'world_floor', 'plot_log', 'live_plot',
            'attention_map']
 
 # %% ../nbs/21_train.ipynb #c1fc46a7
-import difflib, errno, json, math, os, re, shutil, signal, threading, time
+import difflib, json, math, os, re, shutil, signal, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from .attention import attend_explicit, causal_mask
 from .chat import SMALL_TEMPLATE
-from .data import IGNORED, Packed, Shards, digest, document_mask, write_file
+from .data import IGNORED, Packed, Shards, digest, document_mask, what_to_do, write_file
 from .family import cost_parts
 from .generate import generate
 from .inspect import OURS, QUIET, packaged_model
@@ -306,8 +306,6 @@ def not_ours(folder, files) -> str:
     try: listed = set(json.loads((folder / "checksums.json").read_bytes()))
     except (OSError, ValueError, TypeError): listed = set()
     return f"holds {min(other)}, which would be lost" if (other := found - listed - {*files, "checksums.json"}) else ""
-
-def what_to_do(e): return "free some space and start it again" if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "see that the folder can be written to, and start it again"
 
 # %% ../nbs/21_train.ipynb #4e0ba1d3
 def read_folder(folder) -> dict:
@@ -717,6 +715,7 @@ def stop_politely(alone):
     asked, old = [], {}
     def ask(number, frame):
         asked.append(number)
+        os.write(2, b"\nstopping after this step, which is saved; once more stops at once\n")
         for n in old: signal.signal(n, old[n])
     if alone and threading.current_thread() is threading.main_thread():
         old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (None, signal.SIG_IGN)}
@@ -726,11 +725,8 @@ def stop_politely(alone):
         for n in old: signal.signal(n, old[n])
 
 # %% ../nbs/21_train.ipynb #f4e296df
-def loop(run, on_log=None):
-    "The steps that are left, with log and checkpoints. Asked to stop, it ends the step, saves and raises KeyboardInterrupt."
-    with stop_politely(run.engine.world_size == 1) as asked: go(run, on_log, asked)
-
-def go(run, on_log, asked):
+def loop(run, on_log, asked):
+    "The steps that are left, with log and checkpoints. Once `asked` to stop, it ends the step, saves and raises KeyboardInterrupt."
     c, engine, first = run.config, run.engine, run.engine.rank == 0
     if run.step >= c.steps: return
     log = Log(c.out, on_log) if first else None
@@ -780,7 +776,7 @@ def train(
         engine.first(lambda: prune(config.out, config.keep, run.step))
         final = Path(config.out) / "final"
         if run.step >= config.steps and engine.first(lambda: is_whole(final)): return final  # it had ended before
-        loop(run, on_log)
+        with stop_politely(engine.world_size == 1) as asked: loop(run, on_log, asked)
         weights = {name: engine.full(p) for name, p in run.model.named_parameters()}
         engine.first(lambda: write_folder(final, model_files(weights, run.model.config, run.tokenizer_folder)) and None)
         return final

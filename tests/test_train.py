@@ -442,6 +442,11 @@ def test_asked_to_stop_it_saves_the_step(tmp_path, config):
         assert [p.name for p in checkpoints(c.out)][-1] == "step-000003" and signal.getsignal(getattr(signal, name)) == before
         train(c)
         assert losses(c.out) == losses(whole.parent)
+    c = replace(config, out=str(tmp_path / "twice"), save_every=1000)
+    def ask_twice(lines):
+        for _ in range(2 * (lines[-1]["step"] == 3)): os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt): train(c, on_log=ask_twice)
+    assert [p.name for p in checkpoints(c.out)] == ["step-000000"]  # at once
 
 
 def test_another_config(tmp_path, config, shards, tokenizer):
