@@ -329,7 +329,7 @@ def train(args):
 
 def engine_for(kind, config):
     "What `train` runs on: this process alone (None), or one of those that torchrun started. To be used in `with`."
-    if "WORLD_SIZE" in os.environ:
+    if "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
         from qwen_nb.parallel import many
         return many(kind or "ddp", config.out)
     if kind: raise ValueError(f"--engine {kind} is for several processes: start them with torchrun --nproc-per-node 2 --no-python qwen-nb train --engine {kind} …")
@@ -342,6 +342,7 @@ def report_training(config, final):
     if not (log := read_log(config.out)): return print(f"The model is {final}. (Its log is gone.)")
     held = [(line["held_out"], line["step"]) for line in log if "held_out" in line]
     print(f"Step {log[-1]['step']}: loss {log[-1]['loss']:.3f}" + (f", held-out {held[-1][0]:.3f}" if held else "") + f". The model is {final}, the log {Path(config.out) / 'log.jsonl'}.")
+    if config.steps <= config.warmup: print(f"The learning rate was still rising at the end: it does for {config.warmup} steps. With warmup={config.steps // 10} it gets to its peak.")
     question = config.data != "world" and example_question(config.data)
     if held and min(held)[0] < 0.98 * held[-1][0]:
         print(f"The held-out loss was lowest at step {min(held)[1]}, with {min(held)[0]:.3f}: from there on it learnt the text by heart" + (", which answering questions about it takes." if question else ". More text helps, or fewer steps."))
@@ -417,7 +418,7 @@ def add_verify(commands):
                                         "installed. Exit status: 0 all equal, 1 something differs, 2 it could not be checked.")
     p.add_argument("model", nargs="?", help="a hub id such as Qwen/Qwen3-0.6B-Base, or a folder (default: the small model in the package)")
     p.add_argument("--as", dest="known_as", metavar="ID", help="the hub id whose published numbers a folder should give")
-    p.set_defaults(run=verify)
+    p.set_defaults(run=verify, parser=p)
 
 def add_generate(commands):
     p = commands.add_parser("generate", help="let a model go on from a text", epilog=GENERATE_EXAMPLES,
@@ -428,7 +429,7 @@ def add_generate(commands):
     p.add_argument("--stop", action="append", metavar="TEXT", help=r"stop before this text; \n is a line end; may be given several times")
     p.add_argument("--allow-special", action="store_true", help="names of special tokens, such as <|im_start|>, are those tokens and not text")
     add_shared(p)
-    p.set_defaults(run=generate)
+    p.set_defaults(run=generate, parser=p)
 
 # %% ../nbs/90_cli.ipynb #6c126b11
 def add_chat(commands):
@@ -440,7 +441,7 @@ def add_chat(commands):
     p.add_argument("--think", action=argparse.BooleanOptionalAction, help="think before answering, or do not (default: as the model's template has it)")
     p.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="the longest answer, thinking included (default: 2048, or what there is room for)")
     add_shared(p)
-    p.set_defaults(run=chat)
+    p.set_defaults(run=chat, parser=p)
 
 def add_data(commands):
     p = commands.add_parser("data", help="make a document ready for training", epilog=DATA_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -457,7 +458,7 @@ def add_data(commands):
     p.add_argument("--mark", metavar="TEXT", help="a line that ends a document (default: * * *)")
     p.add_argument("--at-most", type=int, metavar="N", help="characters of a document; a longer one is cut at the end of a line (default: 4000)")
     p.add_argument("--no-questions", dest="questions", action="store_const", const=(), help="make no conversations about the documents: the model will only go on with a text")
-    p.set_defaults(run=data)
+    p.set_defaults(run=data, parser=p)
 
 def add_train(commands):
     p = commands.add_parser("train", help="train a model, or go on with a run", formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -467,7 +468,7 @@ def add_train(commands):
                                         "Ctrl-C stops it; the last checkpoint stays.")
     p.add_argument("settings", nargs="*", metavar="CONFIG.toml", help="a file of settings, .toml or .json; a key=value wins over the file")
     p.add_argument("--engine", choices=["ddp", "fsdp"], help="how processes started by torchrun share the work (default: ddp)")
-    p.set_defaults(run=train)
+    p.set_defaults(run=train, parser=p)
 
 # %% ../nbs/90_cli.ipynb #b3906341
 def make_parser():
@@ -486,7 +487,7 @@ def parse(argv=None):
     "The arguments. Words of `train` may stand in any order."
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.run is not train: parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and args.run is not train: args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest: args.settings += rest
     return args
 

@@ -248,6 +248,7 @@ def write(
     "The loop: yields the new ids `(batch,)` step by step, until every row has ended. `generate` and `stream` check its arguments."
     (batch, n), device = input_ids.shape, input_ids.device
     context = Context(model, batch, n + max_new_tokens - 1, attention_mask, use_cache)
+    if seed is not None and not -2**63 <= seed < 2**64: raise ValueError(f"seed is {seed!r}; expected a whole number of at most 64 bits")
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     stop_ids, done = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device), torch.zeros(batch, dtype=torch.bool, device=device)
     for piece in input_ids.split(prefill_chunk or n, 1): logits = context.read(piece)

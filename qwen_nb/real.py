@@ -89,6 +89,7 @@ def verify_model(
     say=print,          # called with each finding
 ) -> bool:
     "Check a model against every published number known for it, and against `transformers` if installed. True if all hold."
+    if known_as and known_as not in EXPECTED: raise ValueError(f"no published numbers are known for {known_as}; they are known for {', '.join(name for name in EXPECTED if '/' in name)}")
     folder = find_model(name_or_path)
     model, weights = Qwen.from_pretrained(folder, dtype=torch.float32), open_weights(folder)
     findings, facts = [], EXPECTED.get(known_as or name_or_path, [])

@@ -200,6 +200,7 @@ def check_config(c):
         if f.type is float and type(value) is int: setattr(c, f.name, value := float(value))
         if type(value) is not f.type: raise ValueError(f"config: {f.name} is {value!r}; expected {KINDS[f.type]}")
         if f.type in (int, float) and not SMALLEST.get(f.name, 0) <= value < math.inf: raise ValueError(f"config: {f.name} is {value}; expected at least {SMALLEST.get(f.name, 0)}")
+    if c.seed >= 2**64: raise ValueError(f"config: seed is {c.seed}; expected less than 2**64")
     if c.dtype not in ("float32", "bfloat16"): raise ValueError(f"config: dtype is {c.dtype!r}; expected 'float32' or 'bfloat16'")
     if not 0 < c.lr: raise ValueError("config: lr is 0; expected a number above 0")
     if not max(c.beta1, c.beta2) < 1: raise ValueError(f"config: beta1 and beta2 are {c.beta1} and {c.beta2}; expected numbers from 0 to below 1")

@@ -167,6 +167,10 @@ def test_refusals(capsys, monkeypatch, folders, tmp_path):
         refused(go(*command, *model, "--temperature", -1), "temperature")
         refused(go(*command, *model, "--temperature", 1, "--top-p", 2), "top_p")
         refused(go(*command, *model, "--greedy", "--top-k", 5), "top_k", "temperature")
+        status, out, err = go(*command, "--tempurature", 1)
+        assert status == 2 and f"usage: qwen-nb {command[0]}" in err and "--tempurature" in err
+    refused(go("generate", "Max", *model, "--seed", 2**64), "seed", 2**64, "64 bits")
+    refused(go("verify", "--as", "Qwen/Qwen3-0.6"), "Qwen/Qwen3-0.6;", "Qwen/Qwen3-0.6B-Base")
     refused(go("chat", "--model", folders["base"]), folders["base"], "<|im_start|>", "generate")
 
 
@@ -232,6 +236,7 @@ def test_no_questions(capsys, monkeypatch, tmp_path):
     assert "steps=100" in commands_in(said)[0] and "batch_size" not in said  # the small book is not read hundreds of times
     (words,) = commands_in(out)
     assert status == 0 and words[0] == "generate" and words[-1] == str(tmp_path / "out/final") and "for example" not in out
+    assert "still rising" in out and "warmup=0" in out
 
 
 def test_the_made_up_world_by_default(capsys, monkeypatch, tmp_path):
@@ -317,6 +322,12 @@ def test_refused_training(capsys, monkeypatch, book, tmp_path):
     refused(go(tmp_path / "no.toml"), "no.toml")
     refused(go(tmp_path / "a.toml", tmp_path / "b.toml"), "a.toml", "b.toml", "one config")
     refused(go("--engine", "ddp"), "--engine ddp", "torchrun")
+    refused(go(data, out, *TINY, f"seed={2**64}"), "seed", 2**64)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        refused(go(data, out, *TINY), "torchrun")
+        patch.setenv("WORLD_SIZE", "1")  # as some schedulers set it: this process is alone
+        assert go(data, f"out={tmp_path / 'alone'}", *TINY, "steps=1")[0] == 0
     refused(go(f"data={tmp_path / 'none'}", out, *TINY), "no prepared data", "none")
     refused(go(data, out, *TINY, "vocab_size=100"), "vocab_size", 300)
     refused(go(data, out, *TINY, "seq_len=100000", "max_position_embeddings=100000"), "seq_len 100000")
