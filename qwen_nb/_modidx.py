@@ -645,6 +645,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qwen_nb.train.TrainConfig': ('train.html#trainconfig', 'qwen_nb/train.py'),
                                'qwen_nb.train.TrainConfig.__post_init__': ('train.html#trainconfig.__post_init__', 'qwen_nb/train.py'),
                                'qwen_nb.train.attention_map': ('train.html#attention_map', 'qwen_nb/train.py'),
+                               'qwen_nb.train.begin_from': ('train.html#begin_from', 'qwen_nb/train.py'),
                                'qwen_nb.train.build_model': ('train.html#build_model', 'qwen_nb/train.py'),
                                'qwen_nb.train.cast_once': ('train.html#cast_once', 'qwen_nb/train.py'),
                                'qwen_nb.train.check_config': ('train.html#check_config', 'qwen_nb/train.py'),

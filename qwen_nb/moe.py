@@ -72,11 +72,11 @@ def mix_experts(
     weights,  # (tokens, k), from `route`
     chosen,   # (tokens, k)
 ):
-    "The weighted sum of the chosen experts' answers, `(tokens, hidden_size)`. Each expert sees its tokens alone, and one without tokens is not called."
+    "The weighted sum of the chosen experts' answers, `(tokens, hidden_size)`. Each expert sees its tokens alone, and one without tokens is not called, unless gradients are wanted: then its own are zeros."
     order = chosen.flatten().argsort(stable=True)                       # the pairs, expert by expert
     counts = chosen.flatten().bincount(minlength=len(experts)).tolist()
     rows = x[order // chosen.shape[1]].split(counts)                    # each expert's tokens
-    said = torch.cat([expert(r) for expert, r in zip(experts, rows) if len(r)] or [x])
+    said = torch.cat([expert(r) for expert, r in zip(experts, rows) if len(r) or torch.is_grad_enabled()] or [x])
     said = said[order.argsort()].view(*chosen.shape, x.shape[-1])       # back in the tokens' order: (tokens, k, hidden_size)
     return (said * weights[..., None]).sum(1)
 

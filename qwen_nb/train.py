@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'MODEL_KEYS', 'SMALLEST', 'TOKENIZER_FILES', 'LOG', 'HELD_OU
            'read_settings', 'read_config', 'OneProcess', 'sync_folder', 'write_folder', 'not_ours', 'read_folder',
            'config_json', 'tokenizer_files', 'to_json', 'model_files', 'save_pretrained', 'checkpoints', 'prune',
            'save_checkpoint', 'load_checkpoint', 'latest_checkpoint', 'read_log', 'cut_log', 'is_whole',
-           'flops_per_token', 'measure_peak', 'Log', 'open_data', 'model_config', 'build_model', 'Run',
+           'flops_per_token', 'measure_peak', 'Log', 'open_data', 'model_config', 'build_model', 'begin_from', 'Run',
            'optimizer_step', 'not_a_number', 'save_run', 'load_run', 'model_sizes', 'compare_configs', 'claim',
            'write_sample', 'watch', 'stop_politely', 'loop', 'train', 'world_floor', 'plot_log', 'live_plot',
            'attention_map']
@@ -341,17 +341,17 @@ def config_json(
 
 # %% ../nbs/21_train.ipynb #af28d7f6
 def tokenizer_files(
-    source,  # a folder with a tokenizer, or a `Tokenizer`
-) -> dict:
-    "The tokenizer's files, from name to bytes. A folder without a `tokenizer_config.json` gets one, with the small model's chat template."
-    if not isinstance(source, (str, Path)):
-        files, special = {"tokenizer.json": to_json(tokenizer_json(source.vocabulary))}, source.special
-    else:
-        files = {p.name: p.read_bytes() for p in sorted(Path(source).iterdir()) if p.name in TOKENIZER_FILES}
-        special = {} if "tokenizer_config.json" in files else Tokenizer.from_pretrained(source).special
+    source,  # a folder with a tokenizer, or a `Tokenizer`; None: none
+) -> tuple:
+    """What saving needs of a tokenizer: its files, from name to bytes, and the ids of its added tokens by name.
+
+    A folder without a `tokenizer_config.json` gets one, with the small model's chat template."""
+    if source is None: return {}, {}
+    if not isinstance(source, (str, Path)): files, special = {"tokenizer.json": to_json(tokenizer_json(source.vocabulary))}, source.special
+    else: files, special = {p.name: p.read_bytes() for p in sorted(Path(source).iterdir()) if p.name in TOKENIZER_FILES}, Tokenizer.from_pretrained(source).special
     end = "<|endoftext|>" if "<|endoftext|>" in special else None
     about = dict(tokenizer_class="Qwen2Tokenizer", bos_token=None, eos_token=end, pad_token=end, unk_token=None, clean_up_tokenization_spaces=False, chat_template=SMALL_TEMPLATE)
-    return {"tokenizer_config.json": to_json(about)} | files
+    return {"tokenizer_config.json": to_json(about)} | files, special
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "qwen.tiktoken", "chat_template.jinja", "chat_template.json", "added_tokens.json", "special_tokens_map.json"]
 def to_json(value): return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
@@ -360,12 +360,11 @@ def to_json(value): return (json.dumps(value, indent=2, ensure_ascii=False) + "\
 def model_files(
     weights:dict,       # name → tensor
     config:QwenConfig,
-    tokenizer,          # see `tokenizer_files`; None: none
+    tokenizer,          # from `tokenizer_files`
     dtype=torch.bfloat16,
 ) -> dict:
     "The files of a model's folder, from name to bytes."
-    files = tokenizer_files(tokenizer) if tokenizer is not None else {}
-    special = {} if tokenizer is None else (Tokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer).special
+    files, special = tokenizer
     stops = [special[name] for name in ("<|im_end|>", "<|endoftext|>") if name in special]
     generation = dict(do_sample=False, **(dict(bos_token_id=stops[-1], eos_token_id=stops, pad_token_id=stops[-1]) if stops else {}))
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in config.original(weights).items()}
@@ -380,7 +379,7 @@ def save_pretrained(
 ) -> Path:
     "Write a model as a folder that `Qwen.from_pretrained`, `transformers` and vLLM open. The folder appears whole or not at all; an older one is replaced."
     if any("lora_" in name for name, _ in model.named_parameters()): raise ValueError("the model has LoRA adapters: bake_lora(model) makes it a plain model again, save_lora saves the adapters alone")
-    return write_folder(folder, model_files(dict(model.named_parameters()), model.config, tokenizer, dtype))
+    return write_folder(folder, model_files(dict(model.named_parameters()), model.config, tokenizer_files(tokenizer), dtype))
 
 # %% ../nbs/21_train.ipynb #0a4b2731
 def checkpoints(out) -> list:
@@ -403,7 +402,7 @@ def save_checkpoint(
     weights:dict,       # name → float32 tensor
     moments:dict,       # the optimizer's, "exp_avg.NAME" and "exp_avg_sq.NAME"
     config:QwenConfig,
-    tokenizer,          # see `tokenizer_files`
+    tokenizer,          # from `tokenizer_files`
     about:dict,         # what else a resume needs, in JSON
     keep:int=3,         # how many checkpoints stay; 0: all
 ) -> Path:
@@ -551,22 +550,32 @@ def build_model(
         else: new = QwenConfig(**sizes | dict(vocab_size=-(-n_ids // 64) * 64))
         model = init_weights(Qwen(replace(new, vocab_size=config.vocab_size or new.vocab_size)), config.seed)
     for key, want in sizes.items() if folder or config.config_from else ():
-        have, where = getattr(model.config, key), "init_from" if folder else "config_from"
+        have, where = getattr(model.config, key), "config_from" if config.config_from else "init_from"
         if want not in (getattr(TrainConfig, key), have): raise ValueError(f"config: {key} is {want}, but {where}, {getattr(config, where)}, has {have}: leave it out")
     if model.config.vocab_size < n_ids: raise ValueError(f"the tokenizer has {n_ids} ids, the model only {model.config.vocab_size} rows: set vocab_size to at least {n_ids}")
     if model.config.max_position_embeddings < config.seq_len: raise ValueError(f"config: seq_len is {config.seq_len}, but the model knows {model.config.max_position_embeddings} positions")
     return model.train()
 
 # %% ../nbs/21_train.ipynb #398a4ef9
+def begin_from(config, last):
+    "The folder of the model to go on from; None for random weights. Where `init_from` or `config_from` is gone, the run's last checkpoint stands in for it."
+    try:
+        if config.config_from: model_config(config.config_from)
+        return find_model(config.init_from) if config.init_from else None
+    except (OSError, ValueError):
+        if not last: raise
+        return last
+
 class Run:
     "A run in memory: model, optimizer, data, and how many steps are done. `train` makes it; the functions below work on it."
-    def __init__(self, config, engine):
+    def __init__(self, config, engine,
+                 last=None): # its last checkpoint, if there is one
         self.config, self.engine, self.step = config, engine, 0
         parts = config.accumulate * engine.world_size
         if config.batch_size % parts: raise ValueError(f"config: batch_size is {config.batch_size}; {engine.world_size} process(es) with accumulate {config.accumulate} need a multiple of {parts}")
-        folder = find_model(config.init_from) if config.init_from else None
-        self.tokenizer_folder, self.rows, self.held_out, self.data = open_data(config, folder)
-        self.tokenizer = Tokenizer.from_pretrained(self.tokenizer_folder)
+        folder = begin_from(config, last)
+        source, self.rows, self.held_out, self.data = open_data(config, folder)
+        self.tokenizer, self.tokenizer_files = Tokenizer.from_pretrained(source), tokenizer_files(source)
         self.model = build_model(config, len(self.tokenizer), folder).to(engine.device)
         if config.checkpointing: use_checkpointing(self.model)
         if config.dtype == "bfloat16": cast_once(self.model)
@@ -631,7 +640,7 @@ def save_run(run):
     about = dict(config=asdict(run.config), model=model_sizes(run), data=run.data, torch=torch.__version__)
     def write():
         if not all(t.isfinite().all() for t in [*weights.values(), *moments.values()]): raise FloatingPointError(not_a_number(run, "a weight is not a number any more"))
-        return save_checkpoint(run.config.out, run.step, weights, moments, run.model.config, run.tokenizer_folder, about, run.config.keep)
+        return save_checkpoint(run.config.out, run.step, weights, moments, run.model.config, run.tokenizer_files, about, run.config.keep)
     return run.engine.first(write)
 
 # %% ../nbs/21_train.ipynb #5f04e5e6
@@ -662,6 +671,7 @@ def compare_configs(saved, run, folder):
     changed = [f"{k} was {v!r} and is now {config[k]!r}" for k, v in saved["config"].items() if k in config and k not in MAY_CHANGE and v != config[k]]
     changed += [f"{k} of the model was {v!r} and is now {sizes.get(k)!r}" for k, v in saved.get("model", {}).items() if not changed and v != sizes.get(k)]
     if saved["data"] != run.data: changed.append(f"the data in {config['data']} are others than those it was trained on")
+    elif Tokenizer.from_pretrained(folder).vocabulary != run.tokenizer.vocabulary: changed.append("the tokenizer is another than the one it was trained with")
     if changed: raise ValueError(f"{folder.parent} holds a run with other settings: {'; '.join(changed)}: set it back to resume, or begin another run with another out (and init_from={folder} to go on from its weights)")
 
 # %% ../nbs/21_train.ipynb #349f767d
@@ -768,8 +778,9 @@ def train(
     engine, held = engine or OneProcess(), []
     engine.first(lambda: held.append(claim(config.out)))
     try:
-        run = Run(config, engine)
-        if last := engine.first(lambda: latest_checkpoint(config.out)):
+        last = engine.first(lambda: latest_checkpoint(config.out))
+        run = Run(config, engine, last)
+        if last:
             load_run(run, last)
             if on_resume: on_resume(last)
         engine.first(lambda: cut_log(config.out, run.step))
@@ -779,7 +790,7 @@ def train(
         if run.step >= config.steps and engine.first(lambda: is_whole(final)): return final  # it had ended before
         with stop_politely(engine.world_size == 1) as asked: loop(run, on_log, asked)
         weights = {name: engine.full(p) for name, p in run.model.named_parameters()}
-        engine.first(lambda: write_folder(final, model_files(weights, run.model.config, run.tokenizer_folder)) and None)
+        engine.first(lambda: write_folder(final, model_files(weights, run.model.config, run.tokenizer_files)) and None)
         return final
     finally:
         for lock in held: lock.close()

@@ -73,6 +73,21 @@ def test_a_run_of_any_generation_resumes_exactly(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3_next"])
+def test_a_run_with_idle_experts_resumes_exactly(tmp_path, family):
+    "An expert that no token chose for some steps. AdamW counts its steps as those of the others."
+    (tmp_path / "many.json").write_text(json.dumps(config_json(replace(GENERATIONS[family], vocab_size=512, max_position_embeddings=256, num_experts=96))))
+    def config(out): return TrainConfig(out=str(tmp_path / out), config_from=str(tmp_path / "many.json"), steps=8, batch_size=1, seq_len=128, save_every=2, keep=0, log_every=1, eval_every=0)
+    train(config("whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    for late in ("half/step-000004", "half/step-000006", "half/step-000008", "half/final"): shutil.rmtree(tmp_path / late)
+    moments = load_checkpoint(tmp_path / "half/step-000002")["moments"]
+    busy = {name: m.any().item() for name, m in moments.items() if "exp_avg." in name and ".experts." in name}
+    assert any(busy.values()) and not all(busy.values()) and len(busy) == 3 * 96 * sum(".mlp.gate." in name and "exp_avg." in name for name in moments)
+    train(config("half"))
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole") and same(final_weights(tmp_path / "half"), final_weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3_next"])
 def test_the_balancing_loss_is_trained_on(tmp_path, family):
     "The reference's loss with its router's, and every gradient of it. A row that was filled up: the filling does not count."
     save_pretrained(init_weights(Qwen(GENERATIONS[family])), tmp_path / "m", dtype=torch.float32)

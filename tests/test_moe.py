@@ -94,7 +94,7 @@ def test_gradients_reach_router_and_chosen_experts_only():
     m, x = SparseMLP(16, 8, 2, 12, True, 10), torch.randn(1, 16)
     m(x).square().sum().backward()
     chosen = set(route(m.gate(x), 2, True)[1][0].tolist())
-    assert {e for e, expert in enumerate(m.experts) if expert.up_proj.weight.grad is not None} == chosen
+    assert {e for e, expert in enumerate(m.experts) if expert.up_proj.weight.grad.any()} == chosen  # the others have one as well, of zeros
     assert m.gate.weight.grad.abs().sum() > 0 and m.shared_expert_gate.weight.grad.abs().sum() > 0
     w, c = (t.detach() for t in route(m.gate(x), 2, True))
     assert torch.autograd.gradcheck(lambda x: mix_experts([e.double() for e in m.experts], x, w.double(), c), torch.randn(1, 16, dtype=torch.float64, requires_grad=True))

@@ -14,9 +14,10 @@ import torch
 from qwen_nb import parallel
 from qwen_nb.data import world_stories, write_shards
 from qwen_nb.model import Qwen
+from qwen_nb.moe import MoEConfig
 from qwen_nb.parallel import many
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.train import TrainConfig, checkpoints, latest_checkpoint, load_checkpoint, read_log, train
+from qwen_nb.train import MODEL_KEYS, TrainConfig, checkpoints, config_json, latest_checkpoint, load_checkpoint, read_log, train
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or os.name == "nt", reason="needs torch.distributed with gloo, and POSIX signals")
 LOST = "another process of this run died or was stopped"
@@ -119,6 +120,18 @@ def test_bit_for_bit_where_the_sums_are_the_same(runs):
     a, b = weights(runs / "ddp-plain"), weights(runs / "one-halves")
     assert all(torch.equal(a[k], b[k]) for k in b)
     assert torch.equal(curve(runs / "fsdp-free"), curve(runs / "ddp-free")) and torch.equal(curve(runs / "ddp-free"), curve(runs / "one-free"))  # not clipped: no norm, so no other sum
+
+
+def test_experts_that_one_process_does_not_use(tmp_path, settings):
+    "A mixture of more experts than a few rows choose: every process has a gradient of every weight all the same."
+    sizes = MoEConfig(512, 32, 48, 2, 2, 1, 16, 64, 1e4, num_experts=48, num_experts_per_tok=1, moe_intermediate_size=16, router_aux_loss_coef=0)
+    (tmp_path / "c.json").write_text(json.dumps(config_json(sizes)))
+    mixture = {k: v for k, v in settings.items() if k not in MODEL_KEYS} | dict(config_from=str(tmp_path / "c.json"), batch_size=2, steps=6, lr=1e-6)  # a larger one lets rounding decide who is chosen
+    finish(start(tmp_path, [(kind, tmp_path / kind, mixture) for kind in ("ddp", "fsdp")], found=[tmp_path / "found"]))
+    train(TrainConfig(**mixture | dict(out=str(tmp_path / "one"))))
+    busy = {name: m.any().item() for name, m in load_checkpoint(checkpoints(tmp_path / "one")[1])["moments"].items() if "exp_avg." in name}
+    assert not all(busy.values())
+    for kind in ("ddp", "fsdp"): assert len(curve(tmp_path / kind)) == 6 and apart(tmp_path / kind, tmp_path / "one") < 3e-6 and apart(tmp_path / kind, tmp_path / "one", "grad_norm") < 1e-5
 
 
 def test_bfloat16(runs):

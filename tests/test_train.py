@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -461,6 +462,42 @@ def test_another_config(tmp_path, config, shards, tokenizer):
     assert same(final_weights(tmp_path / "elsewhere"), before)
     write_shards(tmp_path / "moved", data.world_stories(61, seed=3), tokenizer)
     one_sentence("are others than those it was trained on", lambda: train(replace(config, out=str(tmp_path / "elsewhere"), data=str(tmp_path / "moved"))))
+
+@pytest.mark.parametrize("kind, sibling", [("init_from", ""), ("init_from", "qwen1"), ("init_from", "qwen3_moe"), ("init_from", "qwen3_5"), ("config_from", "qwen2")])
+def test_a_run_needs_its_beginning_only_to_begin(tmp_path, config, kind, sibling):
+    "The folder that it went on from is gone: the checkpoints have all that a resume needs."
+    begin = tmp_path / "begin"
+    shutil.copytree(packaged_model(sibling) if sibling else packaged_model(), begin)
+    run = replace(config, data="world", seq_len=128, batch_size=2, steps=4, keep=2, **{kind: str(begin)}, **{k: getattr(TrainConfig(), k) for k in SMALL})
+    whole = replace(run, out=str(tmp_path / "whole"))
+    train(whole)
+    with pytest.raises(KeyboardInterrupt): train(run, on_log=stop_at(3))
+    shutil.rmtree(begin)
+    final = train(run)
+    assert losses(run.out) == losses(whole.out) and same(final_weights(run.out), final_weights(whole.out))
+    assert read_folder(final) == read_folder(Path(whole.out) / "final")
+    with pytest.raises(FileNotFoundError, match="begin"): train(replace(run, out=str(tmp_path / "new")))
+
+
+def test_another_tokenizer_in_the_same_place(tmp_path, config, shards, tokenizer):
+    "While a run goes on, the tokenizer's files are exchanged: what it saves has the one it was trained with."
+    copied = tmp_path / "data"
+    shutil.copytree(shards, copied)
+    run, other = replace(config, data=str(copied)), Tokenizer.train(data.world_stories(40, seed=9), 320)
+    def exchange(lines):
+        for file in copied.glob("**/tokenizer.json"): file.write_bytes(training.to_json(training.tokenizer_json(other.vocabulary)))
+    final = train(run, on_log=exchange)
+    assert Tokenizer.from_pretrained(final).vocabulary == tokenizer.vocabulary != other.vocabulary == Tokenizer.from_pretrained(next(copied.glob("**/tokenizer.json")).parent).vocabulary
+
+
+def test_a_resume_with_another_tokenizer(tmp_path, config):
+    "The rows of the made-up world would be others."
+    begin = tmp_path / "begin"
+    shutil.copytree(packaged_model(), begin)
+    run = replace(config, data="world", seq_len=128, batch_size=2, steps=4, init_from=str(begin), **{k: getattr(TrainConfig(), k) for k in SMALL})
+    with pytest.raises(KeyboardInterrupt): train(run, on_log=stop_at(3))
+    for name, content in training.tokenizer_files(Tokenizer.train(data.world_stories(40, seed=9), 320))[0].items(): (begin / name).write_bytes(content)
+    one_sentence("the tokenizer is another than the one it was trained with", lambda: train(run))
 
 
 DRIVER = """
