@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CONFIGS', 'l2_norm', 'delta_rule', 'delta_rule_chunked', 'causal_conv', 'log_decay', 'GatedRMSNorm',
-           'without_padding', 'draw_decays', 'qkv_heads', 'GatedDeltaNet', 'ZeroCentredRMSNorm', 'apply_partial_rope',
-           'GatedAttention', 'MixedCache', 'HybridBlock', 'HybridParts', 'layer_kinds', 'check_hybrid', 'HybridConfig',
-           'hybrid_arguments', 'text_only', 'hybrid_json', 'cache_parts', 'NextDeltaNet', 'NextConfig']
+           'real_and_first', 'own_rows', 'each_alone', 'draw_decays', 'qkv_heads', 'GatedDeltaNet',
+           'ZeroCentredRMSNorm', 'apply_partial_rope', 'GatedAttention', 'MixedCache', 'HybridBlock', 'HybridParts',
+           'layer_kinds', 'check_hybrid', 'HybridConfig', 'hybrid_arguments', 'text_only', 'hybrid_json', 'cache_parts',
+           'NextDeltaNet', 'NextConfig']
 
 # %% ../nbs/15_hybrid.ipynb #373e1703
 import math
@@ -95,16 +96,37 @@ class GatedRMSNorm(RMSNorm):
         return (super().forward(x) * F.silu(z.float())).to(x.dtype)
 
 # %% ../nbs/15_hybrid.ipynb #109093b9
-def without_padding(
-    x,     # (batch, seq, hidden_size)
-    mask,  # (1 or batch, 1, seq, keys): a position that may not see itself is padding
+def real_and_first(
+    mask,     # (1 or batch, 1, seq, keys)
+    seq:int,  # of what is read now; the keys before it were read earlier
 ):
-    "Zeros where a position is padding. ValueError for a row of several documents: the state would carry one into the next."
-    offset = mask.shape[-1] - x.shape[1]
-    real, neighbour = mask[:, 0].diagonal(offset, -2, -1), mask[:, 0, 1:].diagonal(offset, -2, -1)  # sees itself; sees the one before
-    if (real[:, 1:] & real[:, :-1] & ~neighbour).any():
-        raise ValueError("a row holds several documents, and Gated DeltaNet would carry one into the next: give each a row of its own")
-    return x * real[..., None]
+    "Which positions are no padding, for they see themselves, and which of them are the first of a document, for they see nothing else: `(1 or batch, seq)` each."
+    real = mask[:, 0].diagonal(mask.shape[-1] - seq, -2, -1)
+    return real, real & (mask[:, 0].sum(-1) == 1)
+
+def own_rows(
+    first,  # (batch, seq)
+):
+    "If each document has a row of its own: in which row a position is then, and at which place. `(batch, seq)` each."
+    begins, here = first.clone(), torch.arange(first.shape[1], device=first.device)
+    begins[:, 0] = True  # padding before the first document goes into a row without text
+    row = begins.flatten().cumsum(0).view_as(begins) - 1
+    return row, here - torch.where(begins, here, 0).cummax(1).values
+
+def each_alone(
+    mix,         # a layer for rows that hold one text each, called with x and cache
+    x,           # (batch, seq, hidden_size)
+    mask,
+    cache=None,
+):
+    "What the layer gives if padding is zero and each document has a row of its own, filled up behind. ValueError for several documents in a row and a cache."
+    real, first = real_and_first(mask, x.shape[1])
+    x = x * real[..., None]
+    if (first.sum(1) < 2).all(): return mix(x, cache)
+    if cache is not None: raise ValueError("a row holds several documents, and the cache has one state for each row: give each document a row of its own")
+    row, place = own_rows(first.expand(x.shape[:2]))
+    apart = x.new_zeros(row.max() + 1, place.max() + 1, x.shape[-1]).index_put((row, place), x)
+    return mix(apart, None)[row, place]
 
 # %% ../nbs/15_hybrid.ipynb #1fda2b43
 def draw_decays(
@@ -159,9 +181,11 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self,
                 x,           # (batch, seq, hidden_size)
-                mask=None,   # tells what is padding
+                mask=None,   # tells what is padding, and where documents begin
                 cache=None): # a `MixedCache`
-        if mask is not None: x = without_padding(x, mask)
+        return self.mix(x, cache) if mask is None else each_alone(self.mix, x, mask, cache)
+
+    def mix(self, x, cache):
         recent, state = (None, None) if cache is None else cache.layers[self.layer_idx]
         mixed, z, b, a = self.project(x)
         mixed, recent = causal_conv(mixed.transpose(1, 2), self.conv1d.weight, recent)

@@ -8,12 +8,13 @@ import torch
 import transformers
 
 from qwen_nb import train as training
-from qwen_nb.data import IGNORED
+from qwen_nb.data import IGNORED, world_stories, write_shards
 from qwen_nb.hybrid import HybridConfig, NextConfig
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.moe import MoEConfig, unfuse
 from qwen_nb.qwen1 import Qwen1Config
-from qwen_nb.train import (Objective, TrainConfig, checkpoints, config_json, forward, init_weights, label_weight, load_checkpoint, next_token_loss, read_log,
+from qwen_nb.tokenizer import Tokenizer
+from qwen_nb.train import (Objective, OneProcess, Run, TrainConfig, checkpoints, config_json, forward, init_weights, label_weight, load_checkpoint, next_token_loss, read_log,
                            save_pretrained, train)
 from qwen_nb.weights import open_weights
 
@@ -70,6 +71,27 @@ def test_a_run_of_any_generation_resumes_exactly(tmp_path, family):
     before, after = (load_checkpoint(c)["weights"] for c in (checkpoints(tmp_path / "whole")[0], checkpoints(tmp_path / "whole")[-1]))
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert not still, f"not trained: {still}"
+
+
+@pytest.mark.parametrize("family", GENERATIONS)
+def test_any_generation_trains_on_documents(tmp_path, family):
+    "Rows of a prepared text hold several documents: the first loss is that of each document alone."
+    tokenizer = Tokenizer.train(world_stories(60, seed=3), 400)
+    write_shards(tmp_path / "data", world_stories(60, seed=3), tokenizer)
+    sizes = replace(GENERATIONS[family], vocab_size=448, **({} if family == "qwen1" else dict(max_position_embeddings=256)), **(dict(router_aux_loss_coef=0) if hasattr(GENERATIONS[family], "router_aux_loss_coef") else {}))
+    (tmp_path / "c.json").write_text(json.dumps(config_json(sizes)))
+    config = TrainConfig(out=str(tmp_path / "o"), config_from=str(tmp_path / "c.json"), data=str(tmp_path / "data"), steps=2, batch_size=3, seq_len=200, log_every=1, eval_every=0)
+    train(config)
+    run = Run(config, OneProcess("cpu"))
+    batch = run.rows.batch(0, 3, config.seed)
+    assert batch["document_ids"].amax() > 0
+    total = 0.
+    for ids, labels, documents in zip(batch["input_ids"], batch["labels"], batch["document_ids"]):
+        for d in documents.unique():
+            here = documents == d
+            with torch.no_grad(): logits = run.model(ids[here][None])
+            total += torch.nn.functional.cross_entropy(logits[0], labels[here], ignore_index=IGNORED, reduction="sum").item()
+    assert losses(tmp_path / "o")[0] == pytest.approx(total / (batch["labels"] != IGNORED).sum().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3_next"])

@@ -161,10 +161,42 @@ def test_beams(pair):
     assert torch.equal(write(ours, ids(1, 9), new=12, num_beams=4), expected)
 
 
-def test_several_documents_in_a_row_are_refused(pair):
-    documents = torch.tensor([[0] * 4 + [1] * 6])
-    mask = causal_mask(10, 10) & (documents[:, None, :, None] == documents[:, None, None])
-    one_sentence("several documents", lambda: pair[0].model(ids(1, 10), torch.arange(10)[None], mask))
+def packed(lengths, rows=1):
+    "Documents of these lengths one behind the other, the same in each row: their mask and positions. Length below 0: padding."
+    documents = torch.cat([torch.full((abs(n),), i) for i, n in enumerate(lengths)])
+    real = torch.cat([torch.full((abs(n),), n > 0) for n in lengths])
+    mask = causal_mask(len(real), len(real)) & ((documents[:, None] == documents) & real)[None, None]
+    return mask.expand(rows, -1, -1, -1), torch.cat([torch.arange(abs(n)) for n in lengths]).expand(rows, -1)
+
+
+@pytest.mark.parametrize("lengths", [(4, 6), (1, 1, 30), (90, 3, 70), (-5, 20, 8), (12, -4, 7, -3), (66, 66)])
+def test_several_documents_in_a_row(pair, lengths):
+    "Logits of each, and the gradient of all, as if each document were alone, by our model and by the reference."
+    ours, reference = copy.deepcopy(pair[0]).train(), copy.deepcopy(pair[1]).train()
+    (mask, where), n = packed(lengths, 2), sum(map(abs, lengths))
+    rows, ends = ids(2, n), [sum(map(abs, lengths[:i + 1])) for i in range(len(lengths))]
+    kept = [(end - length, end) for end, length in zip(ends, lengths) if length > 0]
+    out = ours.head(ours.model(rows, where, mask))
+    theirs = [reference(rows[:, a:b]).logits for a, b in kept]
+    for (a, b), t in zip(kept, theirs): close(out[:, a:b], t)
+    torch.cat([out[:, a:b] for a, b in kept], 1).logsumexp(-1).sum().backward()
+    torch.cat(theirs, 1).logsumexp(-1).sum().backward()
+    grads = {name: p.grad for name, p in reference.named_parameters()}
+    for name, p in ours.named_parameters(): assert (p.grad - grads[name]).norm() <= 1e-4 * grads[name].norm(), name
+
+
+def test_rows_with_other_documents(pair):
+    "Each row of a batch is cut in its own places."
+    with torch.no_grad():
+        (m1, w1), (m2, w2), (m3, w3) = packed((4, 6)), packed((7, 2, 1)), packed((10,))
+        rows = ids(3, 10)
+        both = pair[0].model(rows, torch.cat([w1, w2, w3]), torch.cat([m1, m2, m3]))
+        for i, (m, w) in enumerate(((m1, w1), (m2, w2), (m3, w3))): close(both[i:i + 1], pair[0].model(rows[i:i + 1], w, m))
+
+
+def test_several_documents_and_a_cache_are_refused(pair):
+    mask, where = packed((4, 6))
+    one_sentence("several documents", lambda: pair[0].model(ids(1, 10), where, mask, h.MixedCache(pair[0].config, 1, 10)))
 
 
 def test_training_in_bfloat16(pair):
