@@ -244,6 +244,7 @@ def report_data(folder, index, args):
     "What was made, how it begins, and what to type next."
     from qwen_nb.data import Shards
     from qwen_nb.train import TrainConfig
+    from qwen_nb.weights import find_model
     parts, default = index["parts"], TrainConfig()
     talks = {name: p.get("conversations", 0) for name, p in parts.items()}
     print(f"{folder} is ready: {sum(p['documents'] for p in parts.values()) - sum(talks.values()):,} documents, {f'{sum(talks.values()):,} conversations about them, ' if any(talks.values()) else ''}"
@@ -259,7 +260,11 @@ def report_data(folder, index, args):
     rows, here = (parts["train"]["tokens"] - 1) // default.seq_len, shlex.quote(f"data={folder}")
     if not rows: print(f"It is too short for rows of {default.seq_len} tokens: take shorter ones, and expect a model that learns it by heart.")
     settings = [] if rows else [f"seq_len={max(1, (parts['train']['tokens'] - 1) // 8)}"]
-    print("Next:\n  " + " ".join(["qwen-nb train", here, *settings, *pace(rows, default, any(talks.values()))]))
+    settings += pace(rows, default, any(talks.values()))
+    if model := args.tokenizer and (find_model(args.tokenizer) / "config.json").is_file():  # weights to go on from, gently
+        settings = [shlex.quote(f"init_from={args.tokenizer}"), "lr=5e-5", *(s for s in settings if not s.startswith("max_position"))]
+    print("Next:\n  " + " ".join(["qwen-nb train", here, *settings]))
+    if model: print("That goes on from the weights of the model whose tokenizer it is. Without init_from and lr a new model begins.")
 
 def pace(rows, default, talks=False):
     """Settings for a small text: to write on, about 20 passes over it; to answer questions, which is learnt late, at least 1000 steps of fewer rows.

@@ -17,7 +17,7 @@ import torch
 from qwen_nb import cli
 from qwen_nb.chat import Chat, Scripted
 from qwen_nb.inspect import packaged_model
-from qwen_nb.model import DTYPES
+from qwen_nb.model import DTYPES, Qwen
 from qwen_nb.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -237,6 +237,23 @@ def test_no_questions(capsys, monkeypatch, tmp_path):
     (words,) = commands_in(out)
     assert status == 0 and words[0] == "generate" and words[-1] == str(tmp_path / "out/final") and "for example" not in out
     assert "still rising" in out and "warmup=0" in out
+
+
+def test_data_for_a_model_that_is_there(capsys, monkeypatch, tmp_path):
+    "With the tokenizer of a whole model, the line to type next goes on from its weights; it is typed here, for two steps."
+    from qwen_nb.data import world_stories
+    (tmp_path / "a.txt").write_text("* * *\n".join(world_stories(80)))
+    shutil.copytree(packaged_model("qwen2"), model := tmp_path / "my model")
+    status, said, err = call(capsys, monkeypatch, "data", tmp_path / "a.txt", "--out", tmp_path / "data", "--tokenizer", model)
+    (words,) = commands_in(said)
+    assert status == 0 and words[:4] == ["train", f"data={tmp_path / 'data'}", f"init_from={model}", "lr=5e-5"] and "goes on from the weights" in said
+    words = [w for w in words if not w.startswith(("steps=", "warmup="))] + ["steps=2", "warmup=0", "lr=1e-9", f"out={tmp_path / 'out'}"]
+    assert call(capsys, monkeypatch, *words)[0] == 0
+    before, after = (Qwen.from_pretrained(f, torch.float32) for f in (model, tmp_path / "out/step-000002"))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before.parameters(), after.parameters()))
+    (model / "config.json").unlink()  # a tokenizer alone
+    status, said, err = call(capsys, monkeypatch, "data", tmp_path / "a.txt", "--out", tmp_path / "data", "--tokenizer", model)
+    assert status == 0 and "init_from" not in said
 
 
 def test_the_made_up_world_by_default(capsys, monkeypatch, tmp_path):
