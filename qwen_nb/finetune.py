@@ -124,7 +124,7 @@ def tune(
 ):
     """Train on the batches in order; yields `(step, loss)` after each step, counted from 1. Parameters with `requires_grad=False` stay.
 
-    ValueError if there is nothing to train or to grade, or if the loss is not a number; then the step is not taken."""
+    ValueError if there is nothing to train or to grade, if the weights are narrower than float32, or if the loss is not a number; then the step is not taken."""
     groups = [g for g in parameter_groups(model, weight_decay) if g["params"]]
     if not groups: raise ValueError("no parameter of the model is to be trained: requires_grad is False for all of them")
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))

@@ -78,8 +78,9 @@ def parameter_groups(
     model,
     weight_decay:float=0.1,
 ) -> list:
-    "Two groups for an optimizer: matrices, which decay, and norms' scales and biases, which do not."
+    "Two groups for an optimizer: matrices, which decay, and norms' scales and biases, which do not. ValueError for weights that are narrower than float32."
     trained = [p for p in model.parameters() if p.requires_grad]
+    if narrow := {str(p.dtype).removeprefix("torch.") for p in trained if p.dtype.itemsize < 4}: raise ValueError(f"the weights to train are {' and '.join(sorted(narrow))}, where small steps are rounded away: load the model with dtype=torch.float32")
     return [dict(params=[p for p in trained if p.dim() > 1], weight_decay=weight_decay),
             dict(params=[p for p in trained if p.dim() <= 1], weight_decay=0.0)]
 
