@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .attention import causal_mask
 from .chat import encode_chat
-from .tokenizer import Tokenizer, nfc
+from .tokenizer import Tokenizer, nfc, tokenizer_json
 from .world import Chooser, story
 
 # %% ../nbs/20_data.ipynb #e20c94a7
@@ -374,7 +374,8 @@ def write_shards(
     dtype, code = "<u2" if len(tokenizer) <= 2**16 else "<u4", tokenizer_hash(tokenizer)
     index = dict(format="qwen_nb shards 1", dtype=dtype, vocab_size=len(tokenizer), tokenizer=f"tokenizer-{code[:12]}", tokenizer_sha256=code,
                  parts={name: write_part(folder, name, texts, tokenizer, dtype, shard_tokens) for name, texts in parts.items()})
-    tokenizer.save(folder / index["tokenizer"])
+    (folder / index["tokenizer"]).mkdir(exist_ok=True)
+    write_file(folder / index["tokenizer"] / "tokenizer.json", json.dumps(tokenizer_json(tokenizer.vocabulary), ensure_ascii=False, indent=2).encode())
     write_file(folder / "index.json", json.dumps(index, indent=1).encode())
     clean(folder, index)
     return index

@@ -321,7 +321,11 @@ def test_what_does_not_fit(folder, texts, tokenizer):
 
 def test_a_full_disk_loses_nothing(folder, texts, tokenizer, monkeypatch):
     before, calls, real = Shards(folder)[:].tolist(), [0], os.fsync
-    for fail_at in range(1, 8):
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(fd))
+    write_shards(folder.parent / "elsewhere", data.world_stories(60, seed=8), tokenizer, shard_tokens=1000)
+    n = len(calls) - 1
+    assert n == len([p for p in (folder.parent / "elsewhere").rglob("*") if p.is_file()])  # every file is safe from a power cut
+    for fail_at in range(1, n + 1):
         calls[0] = 0
         def fsync(fd):
             calls[0] += 1
