@@ -470,7 +470,7 @@ def add_train(commands):
                             usage="qwen-nb train [-h] [--engine {ddp,fsdp}] [CONFIG.toml] [key=value ...]", epilog=f"{TRAIN_EXAMPLES}\n\n{settings_help()}",
                             description="Train a model. Without arguments: a small one, on stories and conversations about the world of\n"
                                         "the packaged model. If the folder out holds a run, it goes on where that was stopped.\n"
-                                        "Ctrl-C stops it; the last checkpoint stays.")
+                                        "Ctrl-C stops it after the step that it is at, and saves that.")
     p.add_argument("settings", nargs="*", metavar="CONFIG.toml", help="a file of settings, .toml or .json; a key=value wins over the file")
     p.add_argument("--engine", choices=["ddp", "fsdp"], help="how processes started by torchrun share the work (default: ddp)")
     p.set_defaults(run=train, parser=p)

@@ -116,7 +116,7 @@ def own_rows(
 def each_alone(
     mix,         # a layer for rows that hold one text each, called with x and cache
     x,           # (batch, seq, hidden_size)
-    mask,
+    mask,        # (1 or batch, 1, seq, keys)
     cache=None,
 ):
     "What the layer gives if padding is zero and each document has a row of its own, filled up behind. ValueError for several documents in a row and a cache."

@@ -127,7 +127,7 @@ def test_experts_that_one_process_does_not_use(tmp_path, settings):
     sizes = MoEConfig(512, 32, 48, 2, 2, 1, 16, 64, 1e4, num_experts=48, num_experts_per_tok=1, moe_intermediate_size=16, router_aux_loss_coef=0)
     (tmp_path / "c.json").write_text(json.dumps(config_json(sizes)))
     mixture = {k: v for k, v in settings.items() if k not in MODEL_KEYS} | dict(config_from=str(tmp_path / "c.json"), batch_size=2, steps=6, lr=1e-6)  # a larger one lets rounding decide who is chosen
-    finish(start(tmp_path, [(kind, tmp_path / kind, mixture) for kind in ("ddp", "fsdp")], found=[tmp_path / "found"]))
+    finish(start(tmp_path, [(kind, tmp_path / kind, mixture) for kind in ("ddp", "fsdp")]))
     train(TrainConfig(**mixture | dict(out=str(tmp_path / "one"))))
     busy = {name: m.any().item() for name, m in load_checkpoint(checkpoints(tmp_path / "one")[1])["moments"].items() if "exp_avg." in name}
     assert not all(busy.values())

@@ -476,6 +476,7 @@ def test_another_config(tmp_path, config, shards, tokenizer):
     write_shards(tmp_path / "moved", data.world_stories(61, seed=3), tokenizer)
     one_sentence("are others than those it was trained on", lambda: train(replace(config, out=str(tmp_path / "elsewhere"), data=str(tmp_path / "moved"))))
 
+
 @pytest.mark.parametrize("kind, sibling", [("init_from", ""), ("init_from", "qwen1"), ("init_from", "qwen3_moe"), ("init_from", "qwen3_5"), ("config_from", "qwen2")])
 def test_a_run_needs_its_beginning_only_to_begin(tmp_path, config, kind, sibling):
     "The folder that it went on from is gone: the checkpoints have all that a resume needs."
