@@ -1,4 +1,5 @@
 """Everything here comes from settings.ini."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -7,6 +7,7 @@
 A megabyte of text (English, Python and nine other languages), single "words" of up to 100,000 letters, and training. Every
 encoding is done by a tokenizer that has seen nothing yet, in turn, and the ids must be equal. Times are medians in seconds.
 """
+
 import argparse
 import os
 import platform
@@ -19,22 +20,38 @@ from pathlib import Path
 
 import tokenizers
 
-from qwen_nb.tokenizer import PlainTokenizer, Tokenizer, learn, learn_with_library, library_tokenizer, read_vocabulary
+from qwen_nb.tokenizer import (
+    PlainTokenizer,
+    Tokenizer,
+    learn,
+    learn_with_library,
+    library_tokenizer,
+    read_vocabulary,
+)
 from qwen_nb.weights import find_model
 
-LINES = ["Max ist in der Küche, und Anna hat den Schlüssel.", "Anna está en el jardín. ¿Quién tiene la llave?", "Où est la balle ? Elle est là-bas, près du château.",
-         "Где мяч? Мяч на кухне. У кого ключ?", "أين الكرة؟ الكرة في المطبخ.", "गेंद कहाँ है? गेंद रसोई में है।", "球在哪里？球在厨房里。谁有钥匙？",
-         "ボールはどこにありますか。台所にあります。", "공은 어디에 있습니까? 부엌에 있습니다. 🦙👍🏽"]
+LINES = [
+    "Max ist in der Küche, und Anna hat den Schlüssel.",
+    "Anna está en el jardín. ¿Quién tiene la llave?",
+    "Où est la balle ? Elle est là-bas, près du château.",
+    "Где мяч? Мяч на кухне. У кого ключ?",
+    "أين الكرة؟ الكرة في المطبخ.",
+    "गेंद कहाँ है? गेंद रसोई में है।",
+    "球在哪里？球在厨房里。谁有钥匙？",
+    "ボールはどこにありますか。台所にあります。",
+    "공은 어디에 있습니까? 부엌에 있습니다. 🦙👍🏽",
+]
 
 
 def megabyte(size=1_000_000):
     "Text of this many bytes: half English (Python's manual), a third code (its library), the rest other languages. The same in every run of one Python version."
     rng, code = random.Random(0), b""
-    for path in sorted(Path(argparse.__file__).parent.glob("[a-t]*.py")): code += path.read_bytes()[:8000]
+    for path in sorted(Path(argparse.__file__).parent.glob("[a-t]*.py")):
+        code += path.read_bytes()[:8000]
     english = "\n".join(pydoc_data.topics.topics.values()).encode()
     words = [word for line in LINES for word in line.split()]
     others = " ".join(rng.choice(words) for _ in range(size // 20)).encode()
-    parts = [english[:size // 2], code[:size // 3], others]
+    parts = [english[: size // 2], code[: size // 3], others]
     return b"\n".join(parts)[:size].decode(errors="ignore")
 
 
@@ -48,8 +65,14 @@ def fresh(vocabulary):
     "The three, with nothing remembered; everything is built before the clock starts."
     plain, package = PlainTokenizer(vocabulary), Tokenizer(vocabulary)
     plain.ranks, package.library  # noqa: B018  made at the first use
-    alone = library_tokenizer(tokenizers.models.BPE(vocabulary.tokens, vocabulary.merges), vocabulary.pattern)
-    return {"plain Python": plain.encode, "package": package.encode, "library alone": lambda text: alone.encode(text, add_special_tokens=False).ids}
+    alone = library_tokenizer(
+        tokenizers.models.BPE(vocabulary.tokens, vocabulary.merges), vocabulary.pattern
+    )
+    return {
+        "plain Python": plain.encode,
+        "package": package.encode,
+        "library alone": lambda text: alone.encode(text, add_special_tokens=False).ids,
+    }
 
 
 def compare(name, text, vocabulary, runs):
@@ -62,7 +85,11 @@ def compare(name, text, vocabulary, runs):
             ids.append(found)
         assert ids[0] == ids[1] == ids[2], name
     middle = {who: statistics.median(t) for who, t in times.items()}
-    print(f"{name:28}{len(ids[0]):>10,}" + "".join(f"{t:>15.3f}" for t in middle.values()) + f"{middle['plain Python'] / middle['library alone']:>14.1f}{middle['package'] / middle['library alone']:>13.2f}")
+    print(
+        f"{name:28}{len(ids[0]):>10,}"
+        + "".join(f"{t:>15.3f}" for t in middle.values())
+        + f"{middle['plain Python'] / middle['library alone']:>14.1f}{middle['package'] / middle['library alone']:>13.2f}"
+    )
 
 
 def train(text, n, runs):
@@ -73,29 +100,49 @@ def train(text, n, runs):
             times.setdefault(who, []).append((seconds, found))
     assert all(a[1] == b[1] for a, b in zip(*times.values()))
     a, b = (statistics.median(s for s, _ in t) for t in times.values())
-    print(f"\n{n:,} merges learned from {len(text.encode()):,} bytes, the same ones: plain Python {a:.2f} s, library {b:.2f} s ({a / b:.1f} times)")
+    print(
+        f"\n{n:,} merges learned from {len(text.encode()):,} bytes, the same ones: plain Python {a:.2f} s, library {b:.2f} s ({a / b:.1f} times)"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a folder or hub id with a Qwen tokenizer")
     parser.add_argument("--runs", type=int, default=3, help="of each (default: %(default)s)")
     args = parser.parse_args()
-    data = Path(os.environ.get("QWEN_NB_DATA") or Path(__file__).resolve().parent.parent.parent / "shared" / "qwen") / "tokenizer"
+    data = (
+        Path(
+            os.environ.get("QWEN_NB_DATA")
+            or Path(__file__).resolve().parent.parent.parent / "shared" / "qwen"
+        )
+        / "tokenizer"
+    )
     at_hand = not args.model and (data / "vocab.json").is_file()
     vocabulary = read_vocabulary(data if at_hand else find_model(args.model))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, tokenizers {tokenizers.__version__}; medians of {args.runs}")
-    print(f"{'Qwen2, official' if at_hand else args.model or 'packaged'} tokenizer: {len(vocabulary.tokens):,} tokens, {len(vocabulary.merges):,} merges")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, tokenizers {tokenizers.__version__}; medians of {args.runs}"
+    )
+    print(
+        f"{'Qwen2, official' if at_hand else args.model or 'packaged'} tokenizer: {len(vocabulary.tokens):,} tokens, {len(vocabulary.merges):,} merges"
+    )
     with tempfile.TemporaryDirectory() as tmp:
         Tokenizer(vocabulary).save(tmp)
-        print(f"reading tokenizer.json: package {timed(Tokenizer.from_pretrained, tmp)[0]:.2f} s, library alone {timed(tokenizers.Tokenizer.from_file, tmp + '/tokenizer.json')[0]:.2f} s\n")
-    print(f"{'':28}{'tokens':>10}{'plain Python':>15}{'package':>15}{'library alone':>15}{'plain/library':>14}{'pkg/library':>13}")
+        print(
+            f"reading tokenizer.json: package {timed(Tokenizer.from_pretrained, tmp)[0]:.2f} s, library alone {timed(tokenizers.Tokenizer.from_file, tmp + '/tokenizer.json')[0]:.2f} s\n"
+        )
+    print(
+        f"{'':28}{'tokens':>10}{'plain Python':>15}{'package':>15}{'library alone':>15}{'plain/library':>14}{'pkg/library':>13}"
+    )
     text, rng = megabyte(), random.Random(0)
     compare("1 MB of text", text, vocabulary, args.runs)
     letters = "".join(rng.choices("eeeetttaaaooniinsshrrdlucmfwypvbgk", k=100_000))
-    for n in (12_500, 25_000, 50_000, 100_000): compare(f"one word of {n:,} letters", letters[:n], vocabulary, args.runs)
+    for n in (12_500, 25_000, 50_000, 100_000):
+        compare(f"one word of {n:,} letters", letters[:n], vocabulary, args.runs)
     compare("100,000 times the letter a", "a" * 100_000, vocabulary, args.runs)
     train(text[:200_000], 2000, args.runs)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

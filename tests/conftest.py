@@ -1,4 +1,5 @@
 """What several test files share."""
+
 import shutil
 import subprocess
 import sys
@@ -30,10 +31,28 @@ def wheel(tmp_path_factory):
     "The wheel, built from a copy of the source tree that has no git, with nothing fetched."
     tmp = tmp_path_factory.mktemp("wheel")
     (tmp / "source").mkdir()
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT / name, tmp / "source")
-    shutil.copytree(ROOT / "qwen_nb", tmp / "source/qwen_nb", ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp],
-                          cwd=tmp / "source", capture_output=True, text=True)
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp / "source")
+    shutil.copytree(
+        ROOT / "qwen_nb", tmp / "source/qwen_nb", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            ".",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "-w",
+            tmp,
+        ],
+        cwd=tmp / "source",
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = tmp.glob("*.whl")
     return built

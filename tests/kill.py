@@ -1,4 +1,5 @@
 """Runs that end in the middle of their work."""
+
 import os
 import signal
 import sys
@@ -12,18 +13,32 @@ def killed(work, folder, at=None, after=None):
     "Run `work` in a child that is killed with -9 before its file operation number `at` in the folder, or `after` seconds. Whether it was."
     child = os.fork()
     if not child:
-        tqdm.set_lock(threading.RLock())  # its usual one is shared with the parent, and who is killed while he holds it takes it with him
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its usual one is shared with the parent, and who is killed while he holds it takes it with him
         seen = [0]
+
         def hook(event, args):
-            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") and str(folder) in str(args[0]):
+            if event in (
+                "open",
+                "os.rename",
+                "os.remove",
+                "os.mkdir",
+                "os.rmdir",
+                "shutil.rmtree",
+            ) and str(folder) in str(args[0]):
                 seen[0] += 1
-                if seen[0] == at: os.kill(os.getpid(), signal.SIGKILL)
+                if seen[0] == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
         try:
             sys.addaudithook(hook)
             work()
             os._exit(0)
-        except BaseException as e: print(repr(e), flush=True)
-        finally: os._exit(1)
+        except BaseException as e:
+            print(repr(e), flush=True)
+        finally:
+            os._exit(1)
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)

@@ -1,4 +1,5 @@
 """Attention: masks, the fast path, the cache slot, padding, gradients, and the reference in every dtype and family."""
+
 import itertools
 import math
 
@@ -6,7 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qwen_nb.attention import Attention, attend, attend_blocks, attend_explicit, causal_mask, record_attention, repeat_kv
+from qwen_nb.attention import (
+    Attention,
+    attend,
+    attend_blocks,
+    attend_explicit,
+    causal_mask,
+    record_attention,
+    repeat_kv,
+)
 from qwen_nb.inspect import load_reference
 from qwen_nb.rope import Rotary
 from qwen_nb.verify import record, rounding_steps
@@ -29,17 +38,24 @@ def exact(q, k, v, mask):
 
 def draw(heads, kv_heads, head_dim, q_len, k_len, dtype=torch.float32, batch=2, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, h, n, head_dim, generator=g).to(dtype) for h, n in ((heads, q_len), (kv_heads, k_len), (kv_heads, k_len))]
+    return [
+        torch.randn(batch, h, n, head_dim, generator=g).to(dtype)
+        for h, n in ((heads, q_len), (kv_heads, k_len), (kv_heads, k_len))
+    ]
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("k_len", [1, 2, 5, 9])
 def test_mask_against_its_definition(k_len):
     for q_len in range(1, k_len + 1):
         for pad in range(k_len):
             real = torch.arange(k_len) >= pad
-            want = [[j == i or (j < i and bool(real[j])) for j in range(k_len)] for i in range(k_len - q_len, k_len)]
+            want = [
+                [j == i or (j < i and bool(real[j])) for j in range(k_len)]
+                for i in range(k_len - q_len, k_len)
+            ]
             assert causal_mask(q_len, k_len, real[None])[0, 0].tolist() == want
             assert causal_mask(q_len, k_len, real[None].long())[0, 0].tolist() == want
 
@@ -50,15 +66,25 @@ def test_mask_shapes_and_no_empty_row():
     assert mask.shape == (4, 1, 3, 7) and mask.any(-1).all()
 
 
-@pytest.mark.parametrize("bad", [dict(q_len=5, k_len=4), dict(q_len=2, k_len=4, is_real=torch.ones(1, 2)), dict(q_len=2, k_len=4, is_real=torch.ones(1, 5))])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(q_len=5, k_len=4),
+        dict(q_len=2, k_len=4, is_real=torch.ones(1, 2)),
+        dict(q_len=2, k_len=4, is_real=torch.ones(1, 5)),
+    ],
+)
 def test_mask_refuses(bad):
-    with pytest.raises(ValueError, match="keys"): causal_mask(**bad)
+    with pytest.raises(ValueError, match="keys"):
+        causal_mask(**bad)
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
+
 def test_repeat_is_the_references():
     from transformers.models.qwen3.modeling_qwen3 import repeat_kv as theirs
+
     x = torch.randn(2, 3, 5, 4)
     for n in (1, 2, 7):
         assert torch.equal(repeat_kv(x, n), theirs(x, n))
@@ -66,10 +92,12 @@ def test_repeat_is_the_references():
 
 
 def test_key_heads_must_divide_query_heads():
-    with pytest.raises(ValueError, match="8 query heads cannot share 3"): Attention(32, 8, 3, 4)
+    with pytest.raises(ValueError, match="8 query heads cannot share 3"):
+        Attention(32, 8, 3, 4)
 
 
 # ---- the fast path ---------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
@@ -77,7 +105,7 @@ def test_fast_equals_exact(heads, dtype):
     for q_len, k_len in ((1, 1), (1, 9), (2, 9), (8, 9), (9, 9), (33, 40)):
         q, k, v = draw(*heads, q_len, k_len, dtype)
         real = torch.ones(2, k_len)
-        real[1, :min(3, k_len - 1)] = 0
+        real[1, : min(3, k_len - 1)] = 0
         for mask in (None, causal_mask(q_len, k_len), causal_mask(q_len, k_len, real)):
             want = exact(q, k, v, causal_mask(q_len, k_len) if mask is None else mask).to(dtype)
             assert attend(q, k, v, mask).shape == q.shape
@@ -89,13 +117,18 @@ def test_explicit_equals_exact(dtype):
     q, k, v = draw(8, 4, 16, 9, 9, dtype)
     mix, weights = attend_explicit(q, k, v, causal_mask(9, 9))
     assert mix.dtype == weights.dtype == dtype and weights.shape == (2, 8, 9, 9)
-    assert near(mix.to(torch.float32 if dtype == torch.float64 else dtype), exact(q, k, v, causal_mask(9, 9)).to(torch.float32 if dtype == torch.float64 else dtype), 16)
+    assert near(
+        mix.to(torch.float32 if dtype == torch.float64 else dtype),
+        exact(q, k, v, causal_mask(9, 9)).to(torch.float32 if dtype == torch.float64 else dtype),
+        16,
+    )
 
 
 def test_a_mask_of_its_own_for_every_head():
     q, k, v = draw(4, 2, 8, 1, 6)
     mask = torch.ones(1, 4, 1, 6, dtype=torch.bool)
-    for h in range(4): mask[0, h, 0, h] = False
+    for h in range(4):
+        mask[0, h, 0, h] = False
     assert near(attend(q, k, v, mask), exact(q, k, v, mask).float())
 
 
@@ -108,17 +141,22 @@ def test_no_mask_with_a_cache_is_still_causal():
 
 
 def test_more_queries_than_keys():
-    with pytest.raises(ValueError, match="5 queries but 3 keys"): attend(*draw(4, 2, 8, 5, 3))
+    with pytest.raises(ValueError, match="5 queries but 3 keys"):
+        attend(*draw(4, 2, 8, 5, 3))
 
 
-@pytest.mark.parametrize("q_len,k_len,masked", [(9, 9, False), (9, 9, True), (3, 9, False), (1, 9, False)])
+@pytest.mark.parametrize(
+    "q_len,k_len,masked", [(9, 9, False), (9, 9, True), (3, 9, False), (1, 9, False)]
+)
 def test_gradients_of_the_fast_path(q_len, k_len, masked):
     ours, theirs = (draw(8, 4, 16, q_len, k_len) for _ in range(2))
-    for t in ours + theirs: t.requires_grad_()
+    for t in ours + theirs:
+        t.requires_grad_()
     mask = causal_mask(q_len, k_len)
     attend(*ours, mask if masked else None).pow(2).sum().backward()
     exact(*theirs, mask).pow(2).sum().backward()
-    for a, b in zip(ours, theirs): torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_unsplit_layouts():
@@ -130,30 +168,43 @@ def test_unsplit_layouts():
 
 # ---- blocks, for training ----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("heads", HEADS)
 def test_blocks_equal_exact_and_so_do_their_gradients(heads):
     for seq, size in itertools.product((1, 2, 9, 33), (1, 4, 8, 64)):
         real = torch.ones(2, seq)
-        real[1, :min(3, seq - 1)] = 0
+        real[1, : min(3, seq - 1)] = 0
         for mask in (None, causal_mask(seq, seq), causal_mask(seq, seq, real)):
             ours, theirs = (draw(*heads, seq, seq, torch.float64) for _ in range(2))
-            for t in ours + theirs: t.requires_grad_()
-            got, want = attend_blocks(*ours, mask, size), exact(*theirs, causal_mask(seq, seq) if mask is None else mask)
+            for t in ours + theirs:
+                t.requires_grad_()
+            got, want = (
+                attend_blocks(*ours, mask, size),
+                exact(*theirs, causal_mask(seq, seq) if mask is None else mask),
+            )
             torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
             got.pow(2).sum().backward()
             want.pow(2).sum().backward()
-            for a, b in zip(ours, theirs): torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=1e-12)
+            for a, b in zip(ours, theirs):
+                torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=1e-12)
 
 
 def test_blocks_hand_on_what_is_not_theirs(monkeypatch):
     handed = []
-    monkeypatch.setattr("qwen_nb.attention.attend", lambda *args: handed.append(args) or attend(*args))
+    monkeypatch.setattr(
+        "qwen_nb.attention.attend", lambda *args: handed.append(args) or attend(*args)
+    )
     q, k, v = draw(4, 2, 8, 9, 9, torch.float64)
     ahead, own = torch.ones(1, 1, 9, 9, dtype=torch.bool), causal_mask(9, 9).repeat(1, 4, 1, 1)
     own[:, 1, 3, 1] = False
-    for mask in (ahead, own): torch.testing.assert_close(attend_blocks(q, k, v, mask, 4), exact(q, k, v, mask))
-    torch.testing.assert_close(attend_blocks(q, k, v, None, 4, longest=8), exact(q, k, v, causal_mask(9, 9)))
-    torch.testing.assert_close(attend_blocks(q[:, :, -3:], k, v), exact(q[:, :, -3:], k, v, causal_mask(3, 9)))
+    for mask in (ahead, own):
+        torch.testing.assert_close(attend_blocks(q, k, v, mask, 4), exact(q, k, v, mask))
+    torch.testing.assert_close(
+        attend_blocks(q, k, v, None, 4, longest=8), exact(q, k, v, causal_mask(9, 9))
+    )
+    torch.testing.assert_close(
+        attend_blocks(q[:, :, -3:], k, v), exact(q[:, :, -3:], k, v, causal_mask(3, 9))
+    )
     assert len(handed) == 4
     attend_blocks(q, k, v, causal_mask(9, 9), 4)
     assert len(handed) == 4
@@ -164,28 +215,45 @@ def test_blocks_hand_on_what_is_not_theirs(monkeypatch):
 def test_bfloat16_training_goes_in_blocks(monkeypatch, autocast, qk_norm):
     "And is no further from float32 than the kernel, in the gradients too, give or take a half."
     used, x = [], torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("qwen_nb.attention.attend_blocks", lambda *args: used.append(args) or attend_blocks(*args))
+    monkeypatch.setattr(
+        "qwen_nb.attention.attend_blocks", lambda *args: used.append(args) or attend_blocks(*args)
+    )
     torch.manual_seed(0)
     layer, rope = Attention(32, 4, 2, 16, qk_norm=qk_norm), Rotary(16)(torch.arange(70)[None])
+
     def run(layer, autocast=False):
         layer.zero_grad()
         dtype = layer.q_proj.weight.dtype
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast): out = layer(x.to(dtype), *(t.to(dtype) for t in rope))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = layer(x.to(dtype), *(t.to(dtype) for t in rope))
         out.float().pow(2).sum().backward()
         return out.float().detach(), *(p.grad.float() for p in layer.parameters())
+
     want = run(layer)
-    if not autocast: layer.bfloat16()
+    if not autocast:
+        layer.bfloat16()
     kernel, blocks = run(layer.eval(), autocast), run(layer.train(), autocast)
     assert len(used) == 1  # not in float32, not in eval mode
-    for a, b, c in zip(blocks, kernel, want): assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-3 * c.norm()
+    for a, b, c in zip(blocks, kernel, want):
+        assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-3 * c.norm()
 
 
 # ---- the module ------------------------------------------------------------------------------------------------------
 
+
 def ours_like(theirs, layer_idx=0):
     c = theirs.config
-    a = Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, theirs.head_dim, theirs.q_proj.bias is not None,
-                  theirs.o_proj.bias is not None, hasattr(theirs, "q_norm"), c.rms_norm_eps, layer_idx)
+    a = Attention(
+        c.hidden_size,
+        c.num_attention_heads,
+        c.num_key_value_heads,
+        theirs.head_dim,
+        theirs.q_proj.bias is not None,
+        theirs.o_proj.bias is not None,
+        hasattr(theirs, "q_norm"),
+        c.rms_norm_eps,
+        layer_idx,
+    )
     a.load_state_dict(theirs.state_dict(), strict=True)
     return a.to(theirs.q_proj.weight.dtype).eval()
 
@@ -193,19 +261,44 @@ def ours_like(theirs, layer_idx=0):
 def random_layer(family, heads, kv_heads, head_dim, bias):
     "One attention of the reference with random weights, scales of the norms included."
     import transformers
+
     name = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-    extra = dict(head_dim=head_dim, attention_bias=bias) if family == "qwen3" else dict(hidden_size=heads * head_dim)
-    config = getattr(transformers, f"{name}Config")(**{**dict(hidden_size=48, num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=1), **extra})
+    extra = (
+        dict(head_dim=head_dim, attention_bias=bias)
+        if family == "qwen3"
+        else dict(hidden_size=heads * head_dim)
+    )
+    config = getattr(transformers, f"{name}Config")(
+        **{
+            **dict(
+                hidden_size=48,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                num_hidden_layers=1,
+            ),
+            **extra,
+        }
+    )
     config._attn_implementation = "eager"
-    module = getattr(__import__(f"transformers.models.{family}.modeling_{family}", fromlist=["x"]), f"{name}Attention")
+    module = getattr(
+        __import__(f"transformers.models.{family}.modeling_{family}", fromlist=["x"]),
+        f"{name}Attention",
+    )
     torch.manual_seed(0)
     layer = module(config, 0).eval()
     for n, p in layer.named_parameters():
-        if "norm" in n or "bias" in n: torch.nn.init.uniform_(p, 0.3, 2)
+        if "norm" in n or "bias" in n:
+            torch.nn.init.uniform_(p, 0.3, 2)
     return layer
 
 
-LAYERS = [("qwen2", 14, 2, 4, True), ("qwen2", 4, 4, 8, True), ("qwen3", 6, 2, 16, False), ("qwen3", 4, 1, 10, True), ("qwen3", 3, 3, 16, False)]
+LAYERS = [
+    ("qwen2", 14, 2, 4, True),
+    ("qwen2", 4, 4, 8, True),
+    ("qwen3", 6, 2, 16, False),
+    ("qwen3", 4, 1, 10, True),
+    ("qwen3", 3, 3, 16, False),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -213,21 +306,33 @@ LAYERS = [("qwen2", 14, 2, 4, True), ("qwen2", 4, 4, 8, True), ("qwen3", 6, 2, 1
 @torch.no_grad()
 def test_equals_the_references_layer(layer, dtype):
     theirs = random_layer(*layer).to(dtype)
-    ours, x = ours_like(theirs), torch.randn(2, 11, theirs.config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours, x = (
+        ours_like(theirs),
+        torch.randn(
+            2, 11, theirs.config.hidden_size, generator=torch.Generator().manual_seed(1)
+        ).to(dtype),
+    )
     cos, sin = Rotary(theirs.head_dim)(torch.arange(11)[None], dtype)
-    minus = torch.zeros(11, 11, dtype=dtype).masked_fill(~causal_mask(11, 11)[0, 0], torch.finfo(dtype).min)
+    minus = torch.zeros(11, 11, dtype=dtype).masked_fill(
+        ~causal_mask(11, 11)[0, 0], torch.finfo(dtype).min
+    )
     want = theirs(x, position_embeddings=(cos, sin), attention_mask=minus[None, None])[0]
     q, k, v = ours.qkv(x, cos, sin)
     mix = attend_explicit(q, k, v, causal_mask(11, 11))[0]
     assert near(ours.o_proj(mix.transpose(1, 2).flatten(-2)), want, 8)
-    one = torch.float32 if dtype == torch.float64 else dtype  # the reference's softmax is float32 even in float64, the kernel's is not
+    one = (
+        torch.float32 if dtype == torch.float64 else dtype
+    )  # the reference's softmax is float32 even in float64, the kernel's is not
     assert near(ours(x, cos, sin).to(one), want.to(one), 32)
 
 
 class Cache:
-    def __init__(self): self.kv = {}
+    def __init__(self):
+        self.kv = {}
+
     def update(self, i, k, v):
-        if i in self.kv: k, v = (torch.cat(pair, 2) for pair in zip(self.kv[i], (k, v)))
+        if i in self.kv:
+            k, v = (torch.cat(pair, 2) for pair in zip(self.kv[i], (k, v)))
         self.kv[i] = k, v
         return k, v
 
@@ -236,12 +341,22 @@ class Cache:
 @torch.no_grad()
 def test_cache_in_any_pieces(layer):
     ours = ours_like(random_layer(*layer), layer_idx=5)
-    x, (cos, sin) = torch.randn(2, 7, ours.q_proj.in_features), Rotary(ours.head_dim)(torch.arange(7)[None])
+    x, (cos, sin) = (
+        torch.randn(2, 7, ours.q_proj.in_features),
+        Rotary(ours.head_dim)(torch.arange(7)[None]),
+    )
     whole = ours(x, cos, sin)
-    for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, 7), n) for n in (0, 1, 2, 6)):
+    for cuts in itertools.chain.from_iterable(
+        itertools.combinations(range(1, 7), n) for n in (0, 1, 2, 6)
+    ):
         edges, cache, outs = [0, *cuts, 7], Cache(), []
-        for a, b in zip(edges, edges[1:]): outs.append(ours(x[:, a:b], cos[:, a:b], sin[:, a:b], cache=cache))
-        assert near(torch.cat(outs, 1), whole, 64) and list(cache.kv) == [5] and cache.kv[5][0].shape[2] == 7
+        for a, b in zip(edges, edges[1:]):
+            outs.append(ours(x[:, a:b], cos[:, a:b], sin[:, a:b], cache=cache))
+        assert (
+            near(torch.cat(outs, 1), whole, 64)
+            and list(cache.kv) == [5]
+            and cache.kv[5][0].shape[2] == 7
+        )
 
 
 @torch.no_grad()
@@ -258,24 +373,33 @@ def test_padding_does_not_leak():
 
 # ---- the pretrained weights ------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_every_stage_of_every_layer(dtype):
     reference, tokenizer = load_reference(dtype=dtype)
-    ids = tokenizer("Max has the ball.\nAnna is in the attic.\nWho has the ball? Max.\n", return_tensors="pt").input_ids
+    ids = tokenizer(
+        "Max has the ball.\nAnna is in the attic.\nWho has the ball? Max.\n", return_tensors="pt"
+    ).input_ids
     seen, inner = record(reference, ids), record_attention(reference, ids)
-    cos, sin = Rotary(reference.config.head_dim, reference.config.rope_parameters["rope_theta"])(torch.arange(ids.shape[1])[None], dtype)
+    cos, sin = Rotary(reference.config.head_dim, reference.config.rope_parameters["rope_theta"])(
+        torch.arange(ids.shape[1])[None], dtype
+    )
     for i, block in enumerate(reference.model.layers):
         ours, x = ours_like(block.self_attn, i), seen[f"model.layers.{i}.input_layernorm"]
         q, k, v = ours.qkv(x, cos, sin)
         mix, weights = attend_explicit(q, k, v, causal_mask(ids.shape[1], ids.shape[1]))
-        for name, got in dict(q=q, k=k, v=v, weights=weights, mix=mix).items(): assert near(got, inner[i][name], 8), (i, name)
+        for name, got in dict(q=q, k=k, v=v, weights=weights, mix=mix).items():
+            assert near(got, inner[i][name], 8), (i, name)
 
 
 def test_the_spy_wants_eager_and_leaves_no_trace():
     from transformers.models.qwen3 import modeling_qwen3
+
     before = modeling_qwen3.eager_attention_forward
     reference, _ = load_reference(attn_implementation="sdpa")
-    with pytest.raises(ValueError, match="eager"): record_attention(reference, torch.tensor([[1, 2, 3]]))
-    with pytest.raises((AttributeError, TypeError)): record_attention(reference, "not ids")
+    with pytest.raises(ValueError, match="eager"):
+        record_attention(reference, torch.tensor([[1, 2, 3]]))
+    with pytest.raises((AttributeError, TypeError)):
+        record_attention(reference, "not ids")
     assert modeling_qwen3.eager_attention_forward is before

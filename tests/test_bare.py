@@ -1,4 +1,5 @@
 """The wheel in an environment that has the run-time requirements of settings.ini and nothing else: no transformers, no Jupyter."""
+
 import os
 import subprocess
 import sys
@@ -12,17 +13,25 @@ from packaging.utils import canonicalize_name
 
 def closure(requirements):
     "All distributions that these requirements bring along."
-    found, todo = {}, [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate()]
+    found, todo = (
+        {},
+        [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate()],
+    )
     while todo:
         req = todo.pop()
         name = canonicalize_name(req.name)
         seen, extras = found.get(name, (None, set()))
-        if seen and req.extras <= extras: continue
+        if seen and req.extras <= extras:
+            continue
         dist = seen or distribution(req.name)
         extras = extras | req.extras
         found[name] = dist, extras
         needs = [Requirement(r) for r in dist.requires or []]
-        todo += [r for r in needs if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras | {""})]
+        todo += [
+            r
+            for r in needs
+            if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras | {""})
+        ]
     return {name: dist for name, (dist, _) in found.items()}
 
 
@@ -37,29 +46,63 @@ def bare(tmp_path_factory, settings, wheel):
     for dist in closure(settings["requirements"].split()).values():
         for top in {f.parts[0] for f in dist.files if f.parts[0] not in ("..", "__pycache__")}:
             link = os.path.join(site, top)
-            if os.path.lexists(link): continue
-            try: os.symlink(dist.locate_file(top), link)
-            except OSError: pytest.skip("no symbolic links here")
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+            if os.path.lexists(link):
+                continue
+            try:
+                os.symlink(dist.locate_file(top), link)
+            except OSError:
+                pytest.skip("no symbolic links here")
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            wheel,
+        ],
+        check=True,
+    )
     return python
 
 
 def run(python, *args):
     "What it prints, with no network, no model named and no paths from outside."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "QWEN_NB"))}
-    done = subprocess.run([python, "-I", *args], cwd=python.parent, env=env | dict(HF_HUB_OFFLINE="1", MPLBACKEND="agg"),
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [python, "-I", *args],
+        cwd=python.parent,
+        env=env | dict(HF_HUB_OFFLINE="1", MPLBACKEND="agg"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_requirements_are_complete(bare):
-    done = subprocess.run([sys.executable, "-m", "pip", "--python", bare, "check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--python", bare, "check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_it_is_bare(bare):
-    names = "transformers", "nbdev", "execnb", "fastcore", "jupyterlab", "notebook", "pytest", "ipykernel"
+    names = (
+        "transformers",
+        "nbdev",
+        "execnb",
+        "fastcore",
+        "jupyterlab",
+        "notebook",
+        "pytest",
+        "ipykernel",
+    )
     code = f"from importlib.util import find_spec; print([n for n in {names} if find_spec(n)])"
     assert run(bare, "-c", code).strip() == "[]"
 
@@ -100,6 +143,10 @@ except ImportError as error: print(error)"""
 def test_the_command_runs(bare, settings):
     for script in settings["console_scripts"].split():
         module, function = script.split("=")[1].split(":")
-        code = f"import sys; sys.argv[1:] = ['--help']; from {module} import {function}; {function}()"
+        code = (
+            f"import sys; sys.argv[1:] = ['--help']; from {module} import {function}; {function}()"
+        )
         assert "usage" in run(bare, "-c", code).lower()
-        assert (bare.parent / script.split("=")[0]).exists() or (bare.parent / f"{script.split('=')[0]}.exe").exists()
+        assert (bare.parent / script.split("=")[0]).exists() or (
+            bare.parent / f"{script.split('=')[0]}.exe"
+        ).exists()

@@ -1,4 +1,5 @@
 """Every family against transformers on random configs: a small random checkpoint saved by transformers, opened by us."""
+
 import random
 
 import pytest
@@ -12,103 +13,185 @@ transformers = pytest.importorskip("transformers")
 
 # ---- random settings; what is drawn is small, and odd rather than usual
 
+
 def sizes(rng):
     "What every family has."
     kv = rng.choice([1, 2, 3, 4])
-    return dict(vocab_size=rng.choice([97, 256]), num_hidden_layers=rng.choice([1, 2, 3, 4]), num_key_value_heads=kv,
-                num_attention_heads=kv * rng.choice([1, 2, 3]), intermediate_size=rng.choice([24, 56, 96]), hidden_act="silu",
-                tie_word_embeddings=rng.random() < .5, rms_norm_eps=rng.choice([1e-6, 1e-5, 1e-3]), max_position_embeddings=rng.choice([64, 128]),
-                rope_parameters=rope(rng), bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    return dict(
+        vocab_size=rng.choice([97, 256]),
+        num_hidden_layers=rng.choice([1, 2, 3, 4]),
+        num_key_value_heads=kv,
+        num_attention_heads=kv * rng.choice([1, 2, 3]),
+        intermediate_size=rng.choice([24, 56, 96]),
+        hidden_act="silu",
+        tie_word_embeddings=rng.random() < 0.5,
+        rms_norm_eps=rng.choice([1e-6, 1e-5, 1e-3]),
+        max_position_embeddings=rng.choice([64, 128]),
+        rope_parameters=rope(rng),
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
 
 
 def rope(rng):
-    theta = dict(rope_theta=rng.choice([100., 1e4, 1e6]))
+    theta = dict(rope_theta=rng.choice([100.0, 1e4, 1e6]))
     kind = rng.choice(["default", "default", "linear", "yarn"])
-    if kind == "default": return theta | dict(rope_type=kind)
+    if kind == "default":
+        return theta | dict(rope_type=kind)
     scaling = theta | dict(rope_type=kind, factor=rng.choice([1.5, 2.0, 4.0]))
-    if kind == "linear": return scaling
-    may = dict(beta_fast=rng.choice([16, 32]), beta_slow=rng.choice([1, 2]), attention_factor=rng.choice([.9, 1.2]), truncate=False)
-    return scaling | dict(original_max_position_embeddings=rng.choice([16, 32])) | {k: v for k, v in may.items() if rng.random() < .3}
+    if kind == "linear":
+        return scaling
+    may = dict(
+        beta_fast=rng.choice([16, 32]),
+        beta_slow=rng.choice([1, 2]),
+        attention_factor=rng.choice([0.9, 1.2]),
+        truncate=False,
+    )
+    return (
+        scaling
+        | dict(original_max_position_embeddings=rng.choice([16, 32]))
+        | {k: v for k, v in may.items() if rng.random() < 0.3}
+    )
 
 
 def windows(rng, layers):
     "None of the released models uses these."
-    if rng.random() < .5: return {}
-    w = dict(use_sliding_window=True, sliding_window=rng.choice([1, 2, 7, 16, 100]), max_window_layers=rng.randint(0, layers))
-    if rng.random() < .5: w["layer_types"] = [rng.choice(["full_attention", "sliding_attention"]) for _ in range(layers)]
+    if rng.random() < 0.5:
+        return {}
+    w = dict(
+        use_sliding_window=True,
+        sliding_window=rng.choice([1, 2, 7, 16, 100]),
+        max_window_layers=rng.randint(0, layers),
+    )
+    if rng.random() < 0.5:
+        w["layer_types"] = [
+            rng.choice(["full_attention", "sliding_attention"]) for _ in range(layers)
+        ]
     return w
 
 
 def qwen2(rng):
     size = sizes(rng)
     size["hidden_size"] = size["num_attention_heads"] * rng.choice([4, 8, 16])
-    if rng.random() < .2: size["head_dim"] = rng.choice([6, 32])  # not a setting of Qwen2Config, and yet it counts
+    if rng.random() < 0.2:
+        size["head_dim"] = rng.choice([6, 32])  # not a setting of Qwen2Config, and yet it counts
     return transformers.Qwen2Config(**size, **windows(rng, size["num_hidden_layers"]))
 
 
 def qwen3(rng):
-    size = sizes(rng) | dict(hidden_size=rng.choice([20, 48, 64]), head_dim=rng.choice([4, 8, 16, 32]), attention_bias=rng.random() < .5)
+    size = sizes(rng) | dict(
+        hidden_size=rng.choice([20, 48, 64]),
+        head_dim=rng.choice([4, 8, 16, 32]),
+        attention_bias=rng.random() < 0.5,
+    )
     return transformers.Qwen3Config(**size, **windows(rng, size["num_hidden_layers"]))
 
 
 def experts(rng, size):
     "What the two mixtures share."
     n, layers = rng.choice([2, 3, 5, 8]), size["num_hidden_layers"]
-    return dict(num_experts=n, num_experts_per_tok=rng.randint(1, n), moe_intermediate_size=rng.choice([12, 24, 40]), norm_topk_prob=rng.random() < .5,
-                decoder_sparse_step=rng.choice([1, 1, 2, 3]), mlp_only_layers=sorted(rng.sample(range(layers), rng.randint(0, layers - 1) if rng.random() < .3 else 0)))
+    return dict(
+        num_experts=n,
+        num_experts_per_tok=rng.randint(1, n),
+        moe_intermediate_size=rng.choice([12, 24, 40]),
+        norm_topk_prob=rng.random() < 0.5,
+        decoder_sparse_step=rng.choice([1, 1, 2, 3]),
+        mlp_only_layers=sorted(
+            rng.sample(range(layers), rng.randint(0, layers - 1) if rng.random() < 0.3 else 0)
+        ),
+    )
 
 
 def qwen2_moe(rng):
     size = sizes(rng)
-    size |= experts(rng, size) | dict(hidden_size=size["num_attention_heads"] * rng.choice([4, 8, 16]), shared_expert_intermediate_size=rng.choice([16, 48]))
-    return transformers.Qwen2MoeConfig(**size, **windows(rng, size["num_hidden_layers"]), qkv_bias=rng.random() < .7)
+    size |= experts(rng, size) | dict(
+        hidden_size=size["num_attention_heads"] * rng.choice([4, 8, 16]),
+        shared_expert_intermediate_size=rng.choice([16, 48]),
+    )
+    return transformers.Qwen2MoeConfig(
+        **size, **windows(rng, size["num_hidden_layers"]), qkv_bias=rng.random() < 0.7
+    )
 
 
 def qwen3_moe(rng):
     size = sizes(rng)
-    size |= experts(rng, size) | dict(hidden_size=rng.choice([20, 48, 64]), head_dim=rng.choice([4, 8, 16, 32]), attention_bias=rng.random() < .5)
-    return transformers.Qwen3MoeConfig(**size, **{k: v for k, v in windows(rng, size["num_hidden_layers"]).items() if k != "layer_types"})
+    size |= experts(rng, size) | dict(
+        hidden_size=rng.choice([20, 48, 64]),
+        head_dim=rng.choice([4, 8, 16, 32]),
+        attention_bias=rng.random() < 0.5,
+    )
+    return transformers.Qwen3MoeConfig(
+        **size,
+        **{k: v for k, v in windows(rng, size["num_hidden_layers"]).items() if k != "layer_types"},
+    )
 
 
 def hybrid(rng):
     "What the two hybrids share."
     size, keys = sizes(rng), rng.choice([1, 2, 3])
-    size["rope_parameters"]["partial_rotary_factor"] = rng.choice([.25, .5, 1.0])
+    size["rope_parameters"]["partial_rotary_factor"] = rng.choice([0.25, 0.5, 1.0])
     n = size["num_hidden_layers"]
     kinds = rng.choices(["linear_attention", "full_attention"], [2, 1], k=n)
     kinds[rng.randrange(n)] = "full_attention"
-    return size | dict(hidden_size=rng.choice([20, 48, 64]), head_dim=rng.choice([8, 16, 32]), attention_bias=rng.random() < .5, layer_types=kinds if n < 4 or rng.random() < .6 else None,
-                       linear_num_key_heads=keys, linear_num_value_heads=keys * rng.choice([1, 2]), linear_key_head_dim=rng.choice([6, 8, 16]),
-                       linear_value_head_dim=rng.choice([4, 8, 16]), linear_conv_kernel_dim=rng.choice([2, 3, 4, 5]))
+    return size | dict(
+        hidden_size=rng.choice([20, 48, 64]),
+        head_dim=rng.choice([8, 16, 32]),
+        attention_bias=rng.random() < 0.5,
+        layer_types=kinds if n < 4 or rng.random() < 0.6 else None,
+        linear_num_key_heads=keys,
+        linear_num_value_heads=keys * rng.choice([1, 2]),
+        linear_key_head_dim=rng.choice([6, 8, 16]),
+        linear_value_head_dim=rng.choice([4, 8, 16]),
+        linear_conv_kernel_dim=rng.choice([2, 3, 4, 5]),
+    )
 
 
-def qwen3_5(rng): return transformers.Qwen3_5TextConfig(**hybrid(rng))
+def qwen3_5(rng):
+    return transformers.Qwen3_5TextConfig(**hybrid(rng))
 
 
 def qwen3_next(rng):
     size = hybrid(rng)
-    size |= experts(rng, size) | dict(shared_expert_intermediate_size=rng.choice([16, 48])) | (dict(num_experts=0) if rng.random() < .2 else {})
+    size |= (
+        experts(rng, size)
+        | dict(shared_expert_intermediate_size=rng.choice([16, 48]))
+        | (dict(num_experts=0) if rng.random() < 0.2 else {})
+    )
     return transformers.Qwen3NextConfig(**size)
 
 
-FAMILIES = {"Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3, "Qwen2MoeForCausalLM": qwen2_moe, "Qwen3MoeForCausalLM": qwen3_moe,
-            "Qwen3_5ForCausalLM": qwen3_5, "Qwen3NextForCausalLM": qwen3_next}  # class in transformers → rng → one of its configs
+FAMILIES = {
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
+    "Qwen2MoeForCausalLM": qwen2_moe,
+    "Qwen3MoeForCausalLM": qwen3_moe,
+    "Qwen3_5ForCausalLM": qwen3_5,
+    "Qwen3NextForCausalLM": qwen3_next,
+}  # class in transformers → rng → one of its configs
 
 
 # ---- the comparison
+
 
 def checkpoint(folder, family, seed):
     "A random checkpoint in the folder; the reference and what it was drawn with."
     rng = random.Random(f"{family} {seed}")
     torch.manual_seed(seed)
     config = FAMILIES[family](rng)
-    config.initializer_range = rng.choice([1, 1.5]) / config.hidden_size**.5  # with the usual 0.02 a tiny model hardly looks at its input
+    config.initializer_range = (
+        rng.choice([1, 1.5]) / config.hidden_size**0.5
+    )  # with the usual 0.02 a tiny model hardly looks at its input
     reference = getattr(transformers, family)(config).float().eval()
-    remembers = family == "Qwen3NextForCausalLM" or seed % 4 == 0  # the usual decays forget within a token: the gated norm then sees the sign of q·k, not the state, and where q·k is about 0, rounding
+    remembers = (
+        family == "Qwen3NextForCausalLM" or seed % 4 == 0
+    )  # the usual decays forget within a token: the gated norm then sees the sign of q·k, not the state, and where q·k is about 0, rounding
     with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake
         for name, p in reference.named_parameters():
-            if p.dim() == 1: p.add_(.3 * torch.randn_like(p))
-            if name.endswith("A_log") and remembers: p.uniform_(-5, 0)
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn_like(p))
+            if name.endswith("A_log") and remembers:
+                p.uniform_(-5, 0)
     reference.save_pretrained(folder)
     reference.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
     return reference, rng, config
@@ -122,40 +205,63 @@ def can_cache(config):
 def compare(folder, family, seed, length=40, new=12):
     "Logits to 1e-5 of their scale, cached greedy ids the same, with and without padding on the left. The message names the config."
     reference, rng, config = checkpoint(folder, family, seed)
-    ids, mask = torch.randint(0, config.vocab_size, (2, length)), torch.ones(2, length, dtype=torch.long)
-    mask[1, :rng.choice([0, 1, length // 2])] = 0
+    ids, mask = (
+        torch.randint(0, config.vocab_size, (2, length)),
+        torch.ones(2, length, dtype=torch.long),
+    )
+    mask[1, : rng.choice([0, 1, length // 2])] = 0
     try:
         ours = Qwen.from_pretrained(folder, dtype="float32")
-        places = (mask.cumsum(-1) - 1).clamp_min(0)  # as the reference's generate counts them; by itself it counts the padding too, which is the same but for rounding
-        with torch.no_grad(): a, b = ours(ids, mask), reference(ids, attention_mask=mask, position_ids=places).logits
+        places = (mask.cumsum(-1) - 1).clamp_min(
+            0
+        )  # as the reference's generate counts them; by itself it counts the padding too, which is the same but for rounding
+        with torch.no_grad():
+            a, b = ours(ids, mask), reference(ids, attention_mask=mask, position_ids=places).logits
         error, scale = (a - b)[mask.bool()].abs().max().item(), b[mask.bool()].abs().max().item()
         assert error <= 1e-5 * scale, f"logits differ by {error:.2g} at a scale of {scale:.2g}"
         for prompt, m in ((ids[:1, :5], mask[:1, :5]), (ids, mask)):
-            a = generate(ours, prompt, new, m, temperature=0., stop_ids=())
-            b = reference.generate(prompt, attention_mask=m, max_new_tokens=new, use_cache=can_cache(config))
-            assert torch.equal(a, b), f"greedy ids after {prompt.shape[1]} are {a[:, -new:].tolist()}, theirs {b[:, -new:].tolist()}"
+            a = generate(ours, prompt, new, m, temperature=0.0, stop_ids=())
+            b = reference.generate(
+                prompt, attention_mask=m, max_new_tokens=new, use_cache=can_cache(config)
+            )
+            assert torch.equal(a, b), (
+                f"greedy ids after {prompt.shape[1]} are {a[:, -new:].tolist()}, theirs {b[:, -new:].tolist()}"
+            )
     except Exception as e:
-        raise AssertionError(f"{family}, seed {seed}: {type(e).__name__}: {e}\n{config.to_diff_dict()}") from e
+        raise AssertionError(
+            f"{family}, seed {seed}: {type(e).__name__}: {e}\n{config.to_diff_dict()}"
+        ) from e
 
 
-def cases(n): return [([*FAMILIES][i % len(FAMILIES)], i) for i in range(n)]  # the families in turn
+def cases(n):
+    return [([*FAMILIES][i % len(FAMILIES)], i) for i in range(n)]  # the families in turn
 
 
 @pytest.mark.parametrize("family, seed", cases(10))
-def test_equals_transformers(tmp_path, family, seed): compare(tmp_path, family, seed)
+def test_equals_transformers(tmp_path, family, seed):
+    compare(tmp_path, family, seed)
 
 
 def test_the_comparison_can_fail(tmp_path, monkeypatch):
     "And then names the config."
     from qwen_nb.rope import Rotary
-    monkeypatch.setattr("qwen_nb.model.Rotary", lambda head_dim, theta, *rest: Rotary(head_dim, 2 * theta, *rest))
-    with pytest.raises(AssertionError, match=r"(?s)Qwen3ForCausalLM, seed 1: AssertionError: logits differ.*'head_dim': \d+"): compare(tmp_path, "Qwen3ForCausalLM", 1)
+
+    monkeypatch.setattr(
+        "qwen_nb.model.Rotary", lambda head_dim, theta, *rest: Rotary(head_dim, 2 * theta, *rest)
+    )
+    with pytest.raises(
+        AssertionError,
+        match=r"(?s)Qwen3ForCausalLM, seed 1: AssertionError: logits differ.*'head_dim': \d+",
+    ):
+        compare(tmp_path, "Qwen3ForCausalLM", 1)
 
 
 @pytest.mark.slow
 def test_equals_transformers_on_many_configs(tmp_path):
     failed = []
     for family, seed in cases(210):
-        try: compare(tmp_path / f"{seed}", family, seed)
-        except AssertionError as e: failed.append(str(e))
+        try:
+            compare(tmp_path / f"{seed}", family, seed)
+        except AssertionError as e:
+            failed.append(str(e))
     assert not failed, f"{len(failed)} of 210 failed\n" + "\n".join(failed)

@@ -1,4 +1,5 @@
 """LoRA: its formula, merging, what trains, and PEFT's files both ways."""
+
 import json
 import os
 import random
@@ -14,12 +15,14 @@ from qwen_nb import lora as lo
 from qwen_nb.model import Qwen
 
 
-def open_model(folder, dtype="float32"): return Qwen.from_pretrained(folder, dtype=dtype)
+def open_model(folder, dtype="float32"):
+    return Qwen.from_pretrained(folder, dtype=dtype)
 
 
 def shake(model, seed=0):
     torch.manual_seed(seed)
-    with torch.no_grad(): [m.lora_B.weight.normal_(std=.5) for m in lo.lora_layers(model).values()]
+    with torch.no_grad():
+        [m.lora_B.weight.normal_(std=0.5) for m in lo.lora_layers(model).values()]
     return model
 
 
@@ -40,10 +43,21 @@ def test_the_formula():
     torch.manual_seed(0)
     for bias in (True, False):
         base = nn.Linear(12, 7, bias=bias, dtype=torch.float64)
-        layer, x = lo.LoRALinear(base, rank=3, alpha=6.), torch.randn(5, 2, 12, dtype=torch.float64)
-        assert torch.equal(layer(x), base(x)) and layer.lora_A.weight.abs().max() <= 12 ** -.5 and layer.lora_A.weight.std() > 0
+        layer, x = (
+            lo.LoRALinear(base, rank=3, alpha=6.0),
+            torch.randn(5, 2, 12, dtype=torch.float64),
+        )
+        assert (
+            torch.equal(layer(x), base(x))
+            and layer.lora_A.weight.abs().max() <= 12**-0.5
+            and layer.lora_A.weight.std() > 0
+        )
         nn.init.normal_(layer.lora_B.weight)
-        want = x @ base.weight.T + (base.bias if bias else 0) + 6 / 3 * (x @ layer.lora_A.weight.T @ layer.lora_B.weight.T)
+        want = (
+            x @ base.weight.T
+            + (base.bias if bias else 0)
+            + 6 / 3 * (x @ layer.lora_A.weight.T @ layer.lora_B.weight.T)
+        )
         torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
 
 
@@ -53,21 +67,30 @@ def test_fresh_adapters_change_nothing_and_alone_train(made):
     assert torch.equal(logits(model, ids), logits(plain, ids))
     model(ids).logsumexp(-1).sum().backward()
     for name, p in model.named_parameters():
-        assert ("lora_" in name) == p.requires_grad and ("lora_B" not in name or p.grad.abs().max() > 0)
-        if "lora_A" in name: assert p.grad.abs().max() == 0  # B is zero
+        assert ("lora_" in name) == p.requires_grad and (
+            "lora_B" not in name or p.grad.abs().max() > 0
+        )
+        if "lora_A" in name:
+            assert p.grad.abs().max() == 0  # B is zero
     assert {n for n in model.state_dict() if "lora_" not in n} == plain.state_dict().keys()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == sum(2 * sum(m.weight.shape) for n, m in plain.named_modules() if n.endswith(lo.LINEAR))
+    assert trained == sum(
+        2 * sum(m.weight.shape) for n, m in plain.named_modules() if n.endswith(lo.LINEAR)
+    )
 
 
 def test_merge_and_unmerge(made):
     folder, ids = made
-    model = shake(lo.add_lora(open_model(folder, "float64"), rank=3, targets=["q_proj", "down_proj"]))
+    model = shake(
+        lo.add_lora(open_model(folder, "float64"), rank=3, targets=["q_proj", "down_proj"])
+    )
     before, weights = logits(model, ids), {n: p.clone() for n, p in model.named_parameters()}
     assert (before - logits(open_model(folder, "float64"), ids)).abs().max() > 1e-3
     torch.testing.assert_close(logits(lo.merge_lora(model), ids), before, rtol=1e-6, atol=1e-6)
     one_sentence("merged already", lambda: lo.merge_lora(model))
-    assert torch.equal(logits(lo.unmerge_lora(model), ids), before) and all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert torch.equal(logits(lo.unmerge_lora(model), ids), before) and all(
+        torch.equal(p, weights[n]) for n, p in model.named_parameters()
+    )
     one_sentence("no adapter is merged", lambda: lo.unmerge_lora(model))
     baked = lo.bake_lora(model)
     other = Qwen(baked.config).double()
@@ -79,29 +102,39 @@ def test_merge_and_unmerge(made):
 def test_half_precision_keeps_its_type_and_a_wide_adapter(made):
     folder, ids = made
     model = shake(lo.add_lora(open_model(folder, "bfloat16"), rank=2))
-    assert logits(model, ids).dtype == torch.bfloat16 and all(m.lora_A.weight.dtype == torch.float32 for m in lo.lora_layers(model).values())
+    assert logits(model, ids).dtype == torch.bfloat16 and all(
+        m.lora_A.weight.dtype == torch.float32 for m in lo.lora_layers(model).values()
+    )
     lo.merge_lora(model)
     assert logits(model, ids).dtype == torch.bfloat16
 
 
 # ---- PEFT
 
+
 def reference(folder):
     transformers = pytest.importorskip("transformers")
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def close(a, b): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("targets", [lo.LINEAR, ["q_proj", "v_proj"], ["layers.0.self_attn.o_proj", "gate_proj"]])
+@pytest.mark.parametrize(
+    "targets", [lo.LINEAR, ["q_proj", "v_proj"], ["layers.0.self_attn.o_proj", "gate_proj"]]
+)
 def test_peft_opens_ours(made, tmp_path, targets):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     folder, ids = made
-    model = shake(lo.add_lora(open_model(folder), rank=3, alpha=5., targets=targets))
+    model = shake(lo.add_lora(open_model(folder), rank=3, alpha=5.0, targets=targets))
     lo.save_lora(model, tmp_path / "a", str(folder))
     names = load_file(tmp_path / "a/adapter_model.safetensors")
-    assert len(names) == 2 * len(lo.lora_layers(model)) and all(n.startswith("base_model.model.model.layers.") and n.endswith((".lora_A.weight", ".lora_B.weight")) for n in names)
+    assert len(names) == 2 * len(lo.lora_layers(model)) and all(
+        n.startswith("base_model.model.model.layers.")
+        and n.endswith((".lora_A.weight", ".lora_B.weight"))
+        for n in names
+    )
     theirs = peft.PeftModel.from_pretrained(reference(folder), tmp_path / "a").eval()
     close(logits(model, ids), logits(theirs, ids))
     again = lo.load_lora(open_model(folder), tmp_path / "a")
@@ -110,49 +143,98 @@ def test_peft_opens_ours(made, tmp_path, targets):
     assert (logits(reference(folder), ids) - logits(model, ids)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("settings", [dict(target_modules="all-linear"), dict(target_modules=r".*\.(q|k)_proj"), dict(target_modules=["up_proj"], rank_pattern={"layers.0.mlp.up_proj": 2})])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(target_modules="all-linear"),
+        dict(target_modules=r".*\.(q|k)_proj"),
+        dict(target_modules=["up_proj"], rank_pattern={"layers.0.mlp.up_proj": 2}),
+    ],
+)
 def test_we_open_pefts(made, tmp_path, settings):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     folder, ids = made
-    theirs = peft.get_peft_model(reference(folder), peft.LoraConfig(r=4, lora_alpha=7, task_type="CAUSAL_LM", **settings)).eval()
+    theirs = peft.get_peft_model(
+        reference(folder), peft.LoraConfig(r=4, lora_alpha=7, task_type="CAUSAL_LM", **settings)
+    ).eval()
     torch.manual_seed(0)
     for name, p in theirs.named_parameters():
-        if "lora_B" in name: nn.init.normal_(p, std=.5)
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.5)
     theirs.save_pretrained(tmp_path / "b")
     close(logits(lo.load_lora(open_model(folder), tmp_path / "b"), ids), logits(theirs, ids))
 
 
-@pytest.mark.parametrize("variant", [dict(use_dora=True), dict(use_rslora=True), dict(lora_bias=True), dict(bias="all"), dict(alpha_pattern={"q_proj": 3}), dict(modules_to_save=["lm_head"]), dict(init_lora_weights="pissa"), dict(init_lora_weights="olora")])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(use_dora=True),
+        dict(use_rslora=True),
+        dict(lora_bias=True),
+        dict(bias="all"),
+        dict(alpha_pattern={"q_proj": 3}),
+        dict(modules_to_save=["lm_head"]),
+        dict(init_lora_weights="pissa"),
+        dict(init_lora_weights="olora"),
+    ],
+)
 def test_variants_of_pefts_are_refused(tmp_path, variant):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     random_checkpoint(tmp_path / "base", 1)
-    peft.get_peft_model(reference(tmp_path / "base"), peft.LoraConfig(r=2, target_modules=["q_proj"], **variant)).save_pretrained(tmp_path / "b")
-    one_sentence(next(iter(variant)), lambda: lo.load_lora(open_model(tmp_path / "base"), tmp_path / "b"))
+    peft.get_peft_model(
+        reference(tmp_path / "base"), peft.LoraConfig(r=2, target_modules=["q_proj"], **variant)
+    ).save_pretrained(tmp_path / "b")
+    one_sentence(
+        next(iter(variant)), lambda: lo.load_lora(open_model(tmp_path / "base"), tmp_path / "b")
+    )
 
 
 # ---- what is refused
 
+
 def test_refused(made, tmp_path):
     folder, ids = made
-    for rank in (0, -1, 2.5, True): one_sentence("rank is", lambda: lo.add_lora(open_model(folder), rank=rank))
+    for rank in (0, -1, 2.5, True):
+        one_sentence("rank is", lambda: lo.add_lora(open_model(folder), rank=rank))
     one_sentence("alpha is 0", lambda: lo.add_lora(open_model(folder), alpha=0))
-    one_sentence("ends with query; there are", lambda: lo.add_lora(open_model(folder), targets=["query"]))
+    one_sentence(
+        "ends with query; there are", lambda: lo.add_lora(open_model(folder), targets=["query"])
+    )
     one_sentence("no adapters", lambda: lo.save_lora(open_model(folder), tmp_path / "a"))
     model = lo.add_lora(open_model(folder), rank=2)
     one_sentence("adapters already", lambda: lo.add_lora(model))
     lo.save_lora(model, tmp_path / "a")
     one_sentence("adapters already", lambda: lo.load_lora(model, tmp_path / "a"))
-    one_sentence("adapter_config.json", lambda: lo.load_lora(open_model(folder), tmp_path), FileNotFoundError)
+    one_sentence(
+        "adapter_config.json", lambda: lo.load_lora(open_model(folder), tmp_path), FileNotFoundError
+    )
     path, plain = tmp_path / "a/adapter_model.safetensors", open_model(folder)
     good = load_file(path)
     first = next(n for n in good if "lora_A" in n)
-    for bad, match in (({n: t for n, t in good.items() if n != first}, "only one of the two"), (good | {first: good[first][:, 1:].contiguous()}, "another model"),
-                       (good | {"base_model.model.lm_head.weight": good[first].clone()}, "no adapter of a linear layer"), ({n.replace("layers.0", "layers.77"): t for n, t in good.items()}, "does not have"), ({}, "no adapters")):
+    for bad, match in (
+        ({n: t for n, t in good.items() if n != first}, "only one of the two"),
+        (good | {first: good[first][:, 1:].contiguous()}, "another model"),
+        (
+            good | {"base_model.model.lm_head.weight": good[first].clone()},
+            "no adapter of a linear layer",
+        ),
+        ({n.replace("layers.0", "layers.77"): t for n, t in good.items()}, "does not have"),
+        ({}, "no adapters"),
+    ):
         save_file(bad, path)
         one_sentence(match, lambda: lo.load_lora(plain, tmp_path / "a"))
-        assert not lo.lora_layers(plain) and all(p.requires_grad for p in plain.parameters())  # as before
-    for bad, match in (({n: t[0].clone() for n, t in good.items()}, "expected two matrices"), (good | {first: good[first] * float("nan")}, "expected two matrices"), ({n: t.long() for n, t in good.items()}, "expected two matrices"),
-                       ({n: (t[:1] if "lora_A" in n else t[:, :1]).clone() for n, t in good.items()}, "do not belong together")):
+        assert not lo.lora_layers(plain) and all(
+            p.requires_grad for p in plain.parameters()
+        )  # as before
+    for bad, match in (
+        ({n: t[0].clone() for n, t in good.items()}, "expected two matrices"),
+        (good | {first: good[first] * float("nan")}, "expected two matrices"),
+        ({n: t.long() for n, t in good.items()}, "expected two matrices"),
+        (
+            {n: (t[:1] if "lora_A" in n else t[:, :1]).clone() for n, t in good.items()},
+            "do not belong together",
+        ),
+    ):
         save_file(bad, path)
         one_sentence(match, lambda: lo.load_lora(plain, tmp_path / "a"))
     save_file(good, path)
@@ -168,29 +250,46 @@ def test_refused(made, tmp_path):
     for alpha in (0, -3, float("nan"), True, "4"):
         (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | dict(lora_alpha=alpha)))
         one_sentence("expected two numbers above 0", lambda: lo.load_lora(plain, tmp_path / "a"))
-    for alpha in ("4", float("inf"), float("nan")): one_sentence("alpha is", lambda: lo.add_lora(open_model(folder), alpha=alpha))
+    for alpha in ("4", float("inf"), float("nan")):
+        one_sentence("alpha is", lambda: lo.add_lora(open_model(folder), alpha=alpha))
 
 
 def test_an_older_adapter_stays_or_is_replaced_whole(made, tmp_path, monkeypatch):
     folder, ids = made
-    old, new = shake(lo.add_lora(open_model(folder), rank=2)), shake(lo.add_lora(open_model(folder), rank=2, alpha=64), seed=1)
+    old, new = (
+        shake(lo.add_lora(open_model(folder), rank=2)),
+        shake(lo.add_lora(open_model(folder), rank=2, alpha=64), seed=1),
+    )
     lo.save_lora(old, tmp_path / "a")
     count, fsync = [], os.fsync
+
     def full(f):
         count.append(f)
-        if len(count) == 2: raise OSError(28, "No space left on device")
+        if len(count) == 2:
+            raise OSError(28, "No space left on device")
         fsync(f)
+
     monkeypatch.setattr(os, "fsync", full)
     one_sentence("free some space", lambda: lo.save_lora(new, tmp_path / "a"), OSError)
     monkeypatch.undo()
-    assert torch.equal(logits(lo.load_lora(open_model(folder), tmp_path / "a"), ids), logits(old, ids))
+    assert torch.equal(
+        logits(lo.load_lora(open_model(folder), tmp_path / "a"), ids), logits(old, ids)
+    )
     lo.save_lora(new, tmp_path / "a")
-    assert torch.equal(logits(lo.load_lora(open_model(folder), tmp_path / "a"), ids), logits(new, ids))
-    one_sentence("which would be lost", lambda: lo.save_lora(new, folder))  # the base model's own folder
+    assert torch.equal(
+        logits(lo.load_lora(open_model(folder), tmp_path / "a"), ids), logits(new, ids)
+    )
+    one_sentence(
+        "which would be lost", lambda: lo.save_lora(new, folder)
+    )  # the base model's own folder
 
 
 def test_a_merged_model_keeps_its_names(made):
     folder, ids = made
     model = lo.add_lora(open_model(folder), rank=2)
     names = [n for n, _ in model.named_parameters()]
-    assert [n for n, _ in lo.merge_lora(model).named_parameters()] == names == [n for n, _ in lo.unmerge_lora(model).named_parameters()]
+    assert (
+        [n for n, _ in lo.merge_lora(model).named_parameters()]
+        == names
+        == [n for n, _ in lo.unmerge_lora(model).named_parameters()]
+    )

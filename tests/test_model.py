@@ -1,4 +1,5 @@
 """The decoder against transformers on random checkpoints, and what it says to bad ones."""
+
 import json
 import random
 import shutil
@@ -17,28 +18,49 @@ def random_checkpoint(folder, seed):
     "A small random Qwen2 or Qwen3, saved by transformers; its logits on some ids."
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    kv, groups, family = rng.choice([1, 2, 4]), rng.choice([1, 2, 3]), rng.choice(["Qwen2", "Qwen3"])
-    size = dict(vocab_size=rng.choice([97, 256]), num_hidden_layers=rng.choice([1, 2, 3]), num_key_value_heads=kv, num_attention_heads=kv * groups,
-                intermediate_size=rng.choice([40, 96]), tie_word_embeddings=rng.random() < .5, rms_norm_eps=rng.choice([1e-6, 1e-5]),
-                max_position_embeddings=128)
-    if family == "Qwen2": size |= dict(hidden_size=kv * groups * 8 * rng.choice([1, 2]))
-    else: size |= dict(hidden_size=rng.choice([48, 64]), head_dim=rng.choice([8, 16, 32]), attention_bias=rng.random() < .5)
+    kv, groups, family = (
+        rng.choice([1, 2, 4]),
+        rng.choice([1, 2, 3]),
+        rng.choice(["Qwen2", "Qwen3"]),
+    )
+    size = dict(
+        vocab_size=rng.choice([97, 256]),
+        num_hidden_layers=rng.choice([1, 2, 3]),
+        num_key_value_heads=kv,
+        num_attention_heads=kv * groups,
+        intermediate_size=rng.choice([40, 96]),
+        tie_word_embeddings=rng.random() < 0.5,
+        rms_norm_eps=rng.choice([1e-6, 1e-5]),
+        max_position_embeddings=128,
+    )
+    if family == "Qwen2":
+        size |= dict(hidden_size=kv * groups * 8 * rng.choice([1, 2]))
+    else:
+        size |= dict(
+            hidden_size=rng.choice([48, 64]),
+            head_dim=rng.choice([8, 16, 32]),
+            attention_bias=rng.random() < 0.5,
+        )
     rope = dict(rope_theta=rng.choice([1e4, 1e6]), rope_type="default")
-    if rng.random() < .5: rope |= dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+    if rng.random() < 0.5:
+        rope |= dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
     config = getattr(transformers, f"{family}Config")(**size, rope_parameters=rope)
     reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake
         for p in reference.parameters():
-            if p.dim() == 1: p.normal_(1 if "norm" in str(p) else 0, .5)
+            if p.dim() == 1:
+                p.normal_(1 if "norm" in str(p) else 0, 0.5)
     reference.save_pretrained(folder)
     ids = torch.randint(0, size["vocab_size"], (2, 40))
-    with torch.no_grad(): return ids, reference(ids).logits
+    with torch.no_grad():
+        return ids, reference(ids).logits
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_equals_transformers(tmp_path, seed):
     ids, theirs = random_checkpoint(tmp_path, seed)
-    with torch.no_grad(): ours = Qwen.from_pretrained(tmp_path, dtype="float32")(ids)
+    with torch.no_grad():
+        ours = Qwen.from_pretrained(tmp_path, dtype="float32")(ids)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
@@ -47,7 +69,8 @@ def test_the_check_above_can_fail(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 123.0}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with torch.no_grad(): ours = Qwen.from_pretrained(tmp_path, dtype="float32")(ids)
+    with torch.no_grad():
+        ours = Qwen.from_pretrained(tmp_path, dtype="float32")(ids)
     assert (ours - theirs).abs().max() > 1e-3 * theirs.abs().max()
 
 
@@ -71,33 +94,44 @@ def set_config(folder, **changes):
 
 
 def one_sentence(match, call, kind=(ValueError, FileNotFoundError)):
-    with pytest.raises(kind, match=match) as e: call()
+    with pytest.raises(kind, match=match) as e:
+        call()
     assert len(str(e.value).strip().splitlines()) == 1 and len(str(e.value)) < 400
 
 
 def test_dtype_is_as_stored_unless_asked():
     assert {p.dtype for p in Qwen.from_pretrained().parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in Qwen.from_pretrained(dtype=torch.float64).parameters()} == {torch.float64}
-    assert {p.dtype for p in Qwen.from_pretrained(dtype="float16", device="cpu").parameters()} == {torch.float16}
+    assert {p.dtype for p in Qwen.from_pretrained(dtype=torch.float64).parameters()} == {
+        torch.float64
+    }
+    assert {p.dtype for p in Qwen.from_pretrained(dtype="float16", device="cpu").parameters()} == {
+        torch.float16
+    }
 
 
 def test_rotary_tables_survive_a_change_of_dtype():
     ids = torch.arange(40)[None]
     half = Qwen.from_pretrained(dtype="float32").bfloat16()
-    with torch.no_grad(): torch.testing.assert_close(half(ids), Qwen.from_pretrained(dtype="bfloat16")(ids), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            half(ids), Qwen.from_pretrained(dtype="bfloat16")(ids), rtol=0, atol=0
+        )
 
 
 def test_weights_can_be_trained_and_saved_over(copy):
     "Memory-mapped weights are private: training does not write into the file."
     before = (copy / "model.safetensors").read_bytes()
     model = Qwen.from_pretrained(copy, dtype="bfloat16")
-    with torch.no_grad(): model.model.norm.weight.zero_()
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
     assert (copy / "model.safetensors").read_bytes() == before
 
 
 def test_missing_tensor(copy):
     rewrite(copy, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    one_sentence("1 tensors missing.*model.layers.1.mlp.up_proj.weight", lambda: Qwen.from_pretrained(copy))
+    one_sentence(
+        "1 tensors missing.*model.layers.1.mlp.up_proj.weight", lambda: Qwen.from_pretrained(copy)
+    )
 
 
 def test_tensor_left_over(copy):
@@ -120,15 +154,32 @@ def test_tied_head_that_is_stored_as_well(copy):
     one_sentence("model.embed_tokens.weight", lambda: Qwen.from_pretrained(copy))
 
 
-@pytest.mark.parametrize("changes, match", [
-    (dict(model_type="llama"), "model_type is 'llama'"), (dict(model_type=None), "model_type is None"),
-    (dict(hidden_act="gelu"), "hidden_act"), (dict(use_sliding_window=True, sliding_window=0), "sliding_window is 0"),
-    (dict(num_key_value_heads=3), "does not divide"), (dict(hidden_size="128"), "hidden_size is '128'"), (dict(head_dim=-4), "head_dim"),
-    (dict(num_hidden_layers=0), "num_hidden_layers"), (dict(num_hidden_layers=True), "num_hidden_layers"),
-    (dict(rms_norm_eps="small"), "rms_norm_eps"), (dict(rope_theta="big"), "rope_theta"), (dict(rope_theta=-1), "rope_theta"),
-    (dict(head_dim=31), "head_dim|head dimension|even"), (dict(rope_scaling={"rope_type": "longrope"}), "longrope"), (dict(rope_scaling=[4]), "rope"),
-    (dict(rope_scaling={"rope_type": "yarn"}), "factor"), (dict(rope_scaling={"factor": 4.0}), "type"),
-    (dict(rope_scaling={"rope_type": "default", "partial_rotary_factor": .25}), "partial_rotary_factor")])
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (dict(model_type="llama"), "model_type is 'llama'"),
+        (dict(model_type=None), "model_type is None"),
+        (dict(hidden_act="gelu"), "hidden_act"),
+        (dict(use_sliding_window=True, sliding_window=0), "sliding_window is 0"),
+        (dict(num_key_value_heads=3), "does not divide"),
+        (dict(hidden_size="128"), "hidden_size is '128'"),
+        (dict(head_dim=-4), "head_dim"),
+        (dict(num_hidden_layers=0), "num_hidden_layers"),
+        (dict(num_hidden_layers=True), "num_hidden_layers"),
+        (dict(rms_norm_eps="small"), "rms_norm_eps"),
+        (dict(rope_theta="big"), "rope_theta"),
+        (dict(rope_theta=-1), "rope_theta"),
+        (dict(head_dim=31), "head_dim|head dimension|even"),
+        (dict(rope_scaling={"rope_type": "longrope"}), "longrope"),
+        (dict(rope_scaling=[4]), "rope"),
+        (dict(rope_scaling={"rope_type": "yarn"}), "factor"),
+        (dict(rope_scaling={"factor": 4.0}), "type"),
+        (
+            dict(rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.25}),
+            "partial_rotary_factor",
+        ),
+    ],
+)
 def test_config_refused(copy, changes, match):
     set_config(copy, **changes)
     one_sentence(match, lambda: Qwen.from_pretrained(copy))
@@ -154,8 +205,16 @@ def test_folder_without_config_or_weights(copy):
     one_sentence("config.json", lambda: Qwen.from_pretrained(copy))
 
 
-@pytest.mark.parametrize("kw, match", [(dict(dtype="float7"), "float7"), (dict(dtype=torch.int8), "int8"), (dict(device="abacus"), "abacus"),
-                                       (dict(device="cuda:99"), "cuda:99"), (dict(device="meta"), "meta")])
+@pytest.mark.parametrize(
+    "kw, match",
+    [
+        (dict(dtype="float7"), "float7"),
+        (dict(dtype=torch.int8), "int8"),
+        (dict(device="abacus"), "abacus"),
+        (dict(device="cuda:99"), "cuda:99"),
+        (dict(device="meta"), "meta"),
+    ],
+)
 def test_dtype_or_device_refused(kw, match):
     one_sentence(match, lambda: Qwen.from_pretrained(**kw))
 
@@ -163,14 +222,19 @@ def test_dtype_or_device_refused(kw, match):
 def test_calls_with_wrong_shapes():
     model = Qwen.from_pretrained()
     one_sentence(r"\(batch, seq\)", lambda: model(torch.arange(4)))
-    one_sentence("attention_mask", lambda: model(torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 3)))
+    one_sentence(
+        "attention_mask",
+        lambda: model(torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 3)),
+    )
     one_sentence("512", lambda: model(torch.tensor([[512]])))
 
 
 def test_old_and_new_spelling_of_rope_agree():
     raw = json.loads((packaged_model() / "config.json").read_text())
     yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
-    new = {k: v for k, v in raw.items() if k not in ("rope_theta", "rope_scaling")} | dict(rope_parameters=yarn | dict(rope_theta=raw["rope_theta"]))
+    new = {k: v for k, v in raw.items() if k not in ("rope_theta", "rope_scaling")} | dict(
+        rope_parameters=yarn | dict(rope_theta=raw["rope_theta"])
+    )
     old = raw | dict(rope_scaling={("type" if k == "rope_type" else k): v for k, v in yarn.items()})
     a, b = Qwen(QwenConfig(**parse_config(new))), Qwen(QwenConfig(**parse_config(old)))
     tables = [m.model.rotary(torch.arange(9)[None]) for m in (a, b, Qwen.from_pretrained())]

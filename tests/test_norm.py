@@ -1,4 +1,5 @@
 "RMSNorm against the reference's class on inputs that would bore a reader of notebook 04."
+
 import json
 from pathlib import Path
 
@@ -40,9 +41,22 @@ def test_bit_for_bit(dtype, shape, theirs):
 def test_awkward_values(dtype):
     ours, theirs = pair(4, 1e-6, dtype)
     big = torch.finfo(dtype).max
-    x = torch.tensor([[0, 0, 0, 0], [big, 1, 1, 1], [-big, big, big, big], [1e-30, 0, 0, 0], [60000, -60000, 1, 0]], dtype=torch.float64).to(dtype)
+    x = torch.tensor(
+        [
+            [0, 0, 0, 0],
+            [big, 1, 1, 1],
+            [-big, big, big, big],
+            [1e-30, 0, 0, 0],
+            [60000, -60000, 1, 0],
+        ],
+        dtype=torch.float64,
+    ).to(dtype)
     a, b = ours(x), theirs(x)
-    assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and (a[0] == 0).all() and a[4].isfinite().all()
+    assert (
+        torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+        and (a[0] == 0).all()
+        and a[4].isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -65,7 +79,8 @@ def test_views_and_gradients():
         x.grad = None
         norm(x).square().sum().backward()
         gradients.append((x.grad, norm.weight.grad))
-    for a, b in zip(*gradients): check(a, b, steps=0)
+    for a, b in zip(*gradients):
+        check(a, b, steps=0)
 
 
 def test_it_is_a_checkpoints_norm():
@@ -81,13 +96,27 @@ def test_eps_is_used():
 
 
 def test_the_exercise_fails_on_its_stub():
-    nb = json.loads((Path(__file__).parent.parent / "nbs/04_rmsnorm.ipynb").read_text(encoding="utf-8"))
+    nb = json.loads(
+        (Path(__file__).parent.parent / "nbs/04_rmsnorm.ipynb").read_text(encoding="utf-8")
+    )
     cells = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    stub, grader = (next(c for c in cells if c.startswith(f"def {n}(")) for n in ("norm_heads", "grade"))
+    stub, grader = (
+        next(c for c in cells if c.startswith(f"def {n}(")) for n in ("norm_heads", "grade")
+    )
     reference = type("Reference", (), {"model": type("Model", (), {"norm": Qwen3RMSNorm(2)})})
     names = dict(torch=torch, check=check, reference=reference)
     exec(stub, names)
     exec(grader.split("\ntry:")[0], names)
-    early = lambda x, w, eps: (w * torch.nn.functional.rms_norm(x.unflatten(-1, (-1, len(w))).float(), (len(w),), None, eps)).to(x.dtype).flatten(-2)
+    early = lambda x, w, eps: (
+        (
+            w
+            * torch.nn.functional.rms_norm(
+                x.unflatten(-1, (-1, len(w))).float(), (len(w),), None, eps
+            )
+        )
+        .to(x.dtype)
+        .flatten(-2)
+    )
     for bad in names["norm_heads"], lambda x, w, eps: None, early:
-        with pytest.raises(AssertionError): names["grade"](bad)
+        with pytest.raises(AssertionError):
+            names["grade"](bad)
