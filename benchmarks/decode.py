@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
-"""How many tokens a second? Reading a prompt (prefill) and writing (decode), ours against transformers.generate, in one run.
+"""How many tokens a second? Reading a prompt (prefill) and writing (decode), ours against
+transformers.generate, in one run.
 
-    python benchmarks/decode.py            # the packaged model, then a random Qwen3-0.6B (1.2 GB, made and deleted)
+    # the packaged model, then a random Qwen3-0.6B (1.2 GB, made and deleted)
+    python benchmarks/decode.py
     python benchmarks/decode.py --small    # the packaged model alone
     python benchmarks/decode.py --model DIR
 
-Both open the same files, in float32 and in bfloat16, get the same prompt, write greedily and do not stop; each of them is
-asked in turn. The clock stands where a user's would: at the call, at the first token, at each token after it. Prefill is the
-prompt over the time to the first token; decode is the rest over the rest. Figures are medians over the runs, the ratio's
-range is that of the pairs. In bfloat16 ours is also timed without `one_row_kernels`.
+Both open the same files, in float32 and in bfloat16, get the same prompt, write greedily and do not
+stop; each of them is asked in turn. The clock stands where a user's would: at the call, at the
+first token, at each token after it. Prefill is the prompt over the time to the first token; decode
+is the rest over the rest. Figures are medians over the runs, the ratio's range is that of the
+pairs. In bfloat16 ours is also timed without `one_row_kernels`.
 
-A step of decode has to read all weights and the cache. Bytes read a second, over what the machine reads when it does nothing
-else (the sum of a large tensor, best of several), is the share of the memory's speed that is reached. (The packaged model
-fits into the processor's cache, and its steps are so short that Python's own time counts.)
+A step of decode has to read all weights and the cache. Bytes read a second, over what the machine
+reads when it does nothing else (the sum of a large tensor, best of several), is the share of the
+memory's speed that is reached. (The packaged model fits into the processor's cache, and its steps
+are so short that Python's own time counts.)
 """
 
 import argparse
@@ -89,7 +93,8 @@ def bandwidth(gib=1):
 
 
 def bytes_per_token(model, length):
-    "What one step of decode reads: all weights (of an embedding that is not the head, one row) and the cache."
+    """What one step of decode reads: all weights (of an embedding that is not the head, one row)
+    and the cache."""
     from qwen_nb.generate import cache_bytes
 
     weights = sum(p.nbytes for p in model.parameters())
@@ -141,18 +146,22 @@ def compare(folder, dtype, prompt, new, runs):
     )
     read = bytes_per_token(ours, prompt + new / 2)
     print(
-        f"\n{Path(folder).name}, {str(dtype).removeprefix('torch.')}: prompt of {prompt} tokens, {new} new; the first {same} new ones are the same; {read / 1e6:,.1f} MB a token, memory read at {memory / 1e9:.1f} GB/s"
+        f"\n{Path(folder).name}, {str(dtype).removeprefix('torch.')}: prompt of {prompt} tokens, "
+        f"{new} new; the first {same} new ones are the same; {read / 1e6:,.1f} MB a token, memory "
+        f"read at {memory / 1e9:.1f} GB/s"
     )
     print(f"{'':14}{'prefill':>10}{'decode':>10}   tokens/s   memory speed reached in decode")
     for name, s in speeds.items():
         prefill, decode = (statistics.median(x) for x in zip(*s))
         print(
-            f"{name:14}{prefill:10.1f}{decode:10.2f}{'':14}{decode * read / 1e9:7.2f} GB/s = {decode * read / memory:.0%}"
+            f"{name:14}{prefill:10.1f}{decode:10.2f}{'':14}{decode * read / 1e9:7.2f} GB/s = "
+            f"{decode * read / memory:.0%}"
         )
     for j, what in enumerate(("prefill", "decode")):
         ratios = sorted(a[j] / b[j] for a, b in zip(speeds["ours"], speeds["transformers"]))
         print(
-            f"ours / transformers, {what}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"ours / transformers, {what}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f})"
         )
 
 
@@ -175,7 +184,10 @@ def main():
     parser.add_argument(
         "--busy",
         action="store_true",
-        help="one thread, and its processor time in place of the clock: for a machine that has other work",
+        help=(
+            "one thread, and its processor time in place of the clock: for a machine that has "
+            "other work"
+        ),
     )
     parser.add_argument(
         "--runs", type=int, default=5, help="runs that count (default: %(default)s)"
@@ -189,7 +201,9 @@ def main():
 
     dtypes = [getattr(torch, args.dtype)] if args.dtype else [torch.float32, torch.bfloat16]
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads{', processor time' * args.busy}, torch {torch.__version__}; {args.runs} runs, of the packaged model {3 * args.runs}"
+        f"{platform.machine()}, {torch.get_num_threads()} "
+        f"threads{', processor time' * args.busy}, torch {torch.__version__}; {args.runs} runs, "
+        f"of the packaged model {3 * args.runs}"
     )
     for dtype in dtypes:
         if not args.model:

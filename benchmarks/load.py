@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""How long does opening a full-size checkpoint take, and how much memory? Ours against transformers, in one run.
+"""How long does opening a full-size checkpoint take, and how much memory? Ours against
+transformers, in one run.
 
-    python benchmarks/load.py            # makes a random Qwen3-0.6B (1.2 GB) in a temporary folder, measures, deletes it
+    # makes a random Qwen3-0.6B (1.2 GB) in a temporary folder, measures, deletes it
+    python benchmarks/load.py
     python benchmarks/load.py --model DIR
 
-Each opening runs in a process of its own, the two in turn, after one of each that does not count. "open" is from_pretrained
-alone; "first logits" goes on until a short text has passed through, so that every weight has been read. Peak memory is what
-the process grew by since before the opening, over the bytes of the weights as stored.
+Each opening runs in a process of its own, the two in turn, after one of each that does not count.
+"open" is from_pretrained alone; "first logits" goes on until a short text has passed through, so
+that every weight has been read. Peak memory is what the process grew by since before the opening,
+over the bytes of the weights as stored.
 """
 
 import argparse
@@ -62,7 +65,8 @@ def child(who, folder):
         load = lambda: Qwen.from_pretrained(folder)
     else:
         from transformers import AutoModelForCausalLM
-        from transformers.models.qwen3 import modeling_qwen3  # noqa: F401  imported here so that it is not timed
+        # imported here so that it is not timed
+        from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
         load = lambda: AutoModelForCausalLM.from_pretrained(folder)
     before = memory("VmRSS")
@@ -109,7 +113,8 @@ def compare(folder, runs):
                 kept.append(measured)
     a, b = (r[0]["sample"] for r in results.values())
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; weights {size / 1e9:.2f} GB; {runs} runs each, medians"
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
+        f"weights {size / 1e9:.2f} GB; {runs} runs each, medians"
     )
     print(f"largest difference of the logits: {max(abs(x - y) for x, y in zip(a, b)):g}")
     print(f"{'':14}{'open (s)':>10}{'first logits (s)':>18}{'peak, open':>12}{'peak, run':>12}")
@@ -125,7 +130,8 @@ def compare(folder, runs):
         )
     ratios = [x["open"] / y["open"] for x, y in zip(*results.values())]
     print(
-        f"ours / transformers, open: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        f"ours / transformers, open: {statistics.median(ratios):.3f} ({min(ratios):.3f} to "
+        f"{max(ratios):.3f})"
     )
 
 

@@ -1,11 +1,13 @@
-"""A hub on this machine: what huggingface.co answers when `huggingface_hub` fetches a model, and what it answers when something is wrong.
+"""A hub on this machine: what huggingface.co answers when `huggingface_hub` fetches a model, and
+what it answers when something is wrong.
 
     with Hub() as hub:
         hub.add("org/name", {"config.json": b"{}", "model.safetensors": data})
         ...  # with HF_ENDPOINT=hub.url
 
-The answers follow the hub's own: the model's commit, the list of its files with their checksums, and for every file a
-HEAD and a GET under /resolve/, where large files (here: *.safetensors) redirect to a store that understands `Range`."""
+The answers follow the hub's own: the model's commit, the list of its files with their checksums,
+and for every file a HEAD and a GET under /resolve/, where large files (here: *.safetensors)
+redirect to a store that understands `Range`."""
 
 import hashlib
 import json

@@ -1,4 +1,5 @@
-"""The wheel in an environment that has the run-time requirements of settings.ini and nothing else: no transformers, no Jupyter."""
+"""The wheel in an environment that has the run-time requirements of settings.ini and nothing else:
+no transformers, no Jupyter."""
 
 import os
 import subprocess
@@ -37,7 +38,8 @@ def closure(requirements):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory, settings, wheel):
-    "A virtual environment with links to the run-time requirements' files, and the wheel installed into it."
+    """A virtual environment with links to the run-time requirements' files, and the wheel installed
+    into it."""
     home = tmp_path_factory.mktemp("bare") / "venv"
     venv.create(home, with_pip=False, symlinks=os.name != "nt")
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -127,7 +129,8 @@ from qwen_nb.model import Qwen
 tokenizer = Tokenizer.from_file(f"{packaged_model()}/tokenizer.json")
 ids = torch.tensor([tokenizer.encode("Max has the ball.\\nWho has the ball?").ids])
 with torch.no_grad(): logits = Qwen.from_pretrained()(ids)
-assert logits.shape[:2] == ids.shape and logits.isfinite().all() and "transformers" not in sys.modules
+assert logits.shape[:2] == ids.shape and logits.isfinite().all()
+assert "transformers" not in sys.modules
 print(tokenizer.decode([logits[0, -1].argmax().item()]))"""
     assert run(bare, "-c", code).strip() == "Max"
 

@@ -1,4 +1,5 @@
-"""The project as a whole: one source of metadata, notebooks in order and in shape, a wheel with the model in it."""
+"""The project as a whole: one source of metadata, notebooks in order and in shape, a wheel with the
+model in it."""
 
 import ast
 import json
@@ -68,7 +69,8 @@ def test_one_owner(settings):
     for path in [*NOTEBOOKS, ROOT / "README.md"]:
         owners = {a or b for a, b in link.findall(path.read_text(encoding="utf-8"))}
         assert owners <= {user}, (
-            f"{path.name} links to {owners}: run python tools/notebooks.py --badges and tools/readme.py"
+            f"{path.name} links to {owners}: run python tools/notebooks.py --badges and "
+            "tools/readme.py"
         )
     others = [
         ROOT / "CONTRIBUTING.md",
@@ -89,7 +91,8 @@ def test_one_owner(settings):
 
 @each_notebook
 def test_badge_and_install_cell(path, settings):
-    badge = f"colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/nbs/{path.name}"
+    repository = f"{settings['user']}/{settings['repo']}/blob/{settings['branch']}"
+    badge = f"colab.research.google.com/github/{repository}/nbs/{path.name}"
     (first, _), (second, _), *_ = cells(path)
     assert first.startswith("# ") and badge in first
     assert (
@@ -239,7 +242,8 @@ def test_wheel(wheel, settings):
 
 
 def test_every_requirement_is_pinned(settings):
-    "constraints.txt has an exact version of all that settings.ini asks for, on the oldest Python and on newer ones."
+    """constraints.txt has an exact version of all that settings.ini asks for, on the oldest Python
+    and on newer ones."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"==[\w.]+", str(p.specifier)) for p in pins)

@@ -2,13 +2,16 @@
 """The small pretrained model that ships inside the package. Three steps make it again:
 
     python tools/make_model.py tokenizer        # train its tokenizer, as Qwen's is built
-    qwen-nb train configs/packaged.toml         # train the model, from random weights; lists first (nbs/20a_lessons)
+    # train the model, from random weights; lists first (nbs/20a_lessons)
+    qwen-nb train configs/packaged.toml
     python tools/make_model.py install runs/packaged
 
-The last copies the finished run into the package, with a log of how its checkpoints score. `python tools/make_model.py score` counts how often
-the model is right, on stories and conversations that it never saw.
+The last copies the finished run into the package, with a log of how its checkpoints score. `python
+tools/make_model.py score` counts how often the model is right, on stories and conversations that it
+never saw.
 
-Its siblings of other generations are made alike, on the same tokenizer; their `config.json` lies in the package already:
+Its siblings of other generations are made alike, on the same tokenizer; their `config.json` lies in
+the package already:
 
     qwen-nb train configs/qwen3_5.toml
     python tools/make_model.py install runs/qwen3_5 --sibling qwen3_5
@@ -34,13 +37,15 @@ from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
 from qwen_nb.train import checkpoints, read_config, read_log
 from qwen_nb.world import Chooser, conversation, make_tokenizer, measure, story
 
-HELD_OUT = 1_000_000_000  # stories and conversations from this seed on mark the model; training draws from another generator
+# stories and conversations from this seed on mark the model; training draws from another generator
+HELD_OUT = 1_000_000_000
 VOCAB_SIZE = 512
 # Words a conversation about the world will need, so that they too become single tokens.
 EXTRA = [
     "Hello! I am a small Qwen. I know a small world: people, places and things.",
     "Yes. No. I do not know. Please tell me a story. Thank you! Goodbye.",
-    "The user asks where the ball is. Max has the ball. Max is in the garden. So the ball is in the garden.",
+    "The user asks where the ball is. Max has the ball. Max is in the garden. So the ball is in "
+    "the garden.",
     "What does Anna have? Who is in the kitchen? Is Tom in the attic? They are there. It is here.",
 ]
 
@@ -93,7 +98,8 @@ def copy_tokenizer(out, tiktoken):
 
 
 def install(args):
-    "Copy a finished run's model into the package, with a log: the settings, and what each checkpoint scores on 100 stories."
+    """Copy a finished run's model into the package, with a log: the settings, and what each
+    checkpoint scores on 100 stories."""
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(args.run / "final" / name, args.out)
     if args.sibling:

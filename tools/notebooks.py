@@ -4,10 +4,11 @@
     python tools/notebooks.py            # all of them
     python tools/notebooks.py nbs/05_rope.ipynb
 
-Each notebook runs top to bottom in a process of its own, on the packaged model. Its Colab badge and its install cell are
-made from settings.ini, pictures are reduced to 64 colours, progress bars and times are left out, so that a second run
-changes nothing. `--badges` only rewrites badges, install cells and links to this repository after settings.ini has changed;
-`--check` says which notebooks need that.
+Each notebook runs top to bottom in a process of its own, on the packaged model. Its Colab badge and
+its install cell are made from settings.ini, pictures are reduced to 64 colours, progress bars and
+times are left out, so that a second run changes nothing. `--badges` only rewrites badges, install
+cells and links to this repository after settings.ini has changed; `--check` says which notebooks
+need that.
 """
 
 import argparse
@@ -222,7 +223,8 @@ def main():
         subprocess.run([CLEAN, "--fname", str(path)], check=True)
     if args.check and stale:
         sys.exit(
-            f"badge, install cell or link out of date in {', '.join(stale)}: run python tools/notebooks.py --badges"
+            f"badge, install cell or link out of date in {', '.join(stale)}: run python "
+            "tools/notebooks.py --badges"
         )
 
 

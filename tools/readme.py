@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write README.md from nbs/index.ipynb: its prose, its code and what the code printed. `--check` only says if it is out of date."""
+"""Write README.md from nbs/index.ipynb: its prose, its code and what the code printed. `--check`
+only says if it is out of date."""
 
 import json
 import posixpath

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every check of the project; `make test` runs it, and where there is no make: python tools/test.py"""
+"""Every check of the project. `make test` runs it; where there is no make, python tools/test.py"""
 
 import os
 import re
@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LONG = 150  # seconds: a notebook that takes longer, with one thread and another beside it, is named. A slow machine is no fault
+# seconds: a notebook that takes longer, with one thread and another beside it, is named. A slow
+# machine is no fault
+LONG = 150
 BIN = str(Path(sys.executable).parent)
 ENV = os.environ | dict(
     PATH=BIN + os.pathsep + os.environ["PATH"], PYTHONUTF8="1", MPLBACKEND="agg"
@@ -50,7 +52,8 @@ def exported():
 
 
 def notebooks():
-    "Run them all, two at a time, and say which failed and which took long. (A cell that hangs is stopped by nbdev after 10 minutes.)"
+    """Run them all, two at a time, and say which failed and which took long. (A cell that hangs is
+    stopped by nbdev after 10 minutes.)"""
     command, lines = (
         [shutil.which("nbdev-test", path=ENV["PATH"]), "--n-workers", "2", "--timing"],
         [],
@@ -72,7 +75,8 @@ def notebooks():
     for name, secs in times:
         if int(secs) > LONG:
             print(
-                f"{name} took {secs} s, longer than {LONG} s: is this machine slow, or has the notebook grown?"
+                f"{name} took {secs} s, longer than {LONG} s: is this machine slow, or has the "
+                "notebook grown?"
             )
     if process.returncode:
         return (
@@ -108,7 +112,8 @@ def main():
         if done is not True:
             failed.append(f"{name} ({done})" if done else name)
         print(
-            f"== {name}: {'passed' if done is True else 'FAILED'} after {time.time() - began:.0f} s\n",
+            f"== {name}: {'passed' if done is True else 'FAILED'} after {time.time() - began:.0f} "
+            "s\n",
             flush=True,
         )
     print(

@@ -1,5 +1,7 @@
-"""JupyterLab in a real browser: run a notebook, move its sliders until the picture changes, type at the chat."""
+"""JupyterLab in a real browser: run a notebook, move its sliders until the picture changes, type at
+the chat."""
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +20,8 @@ SHOTS = Path(__file__).parent / "shots"  # what the pages looked like; not in gi
 NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 FLAGS = (
-    "--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run --disable-background-networking "
+    "--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run "
+    "--disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
 
@@ -53,10 +56,14 @@ def lab(tmp_path_factory):
     "JupyterLab over a copy of the notebooks, with settings of its own. Gives its address."
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "nbs", home / "nbs")
-    for name, text in {
-        "labconfig/page_config.json": '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}',
-        "lab/user-settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings": '{"windowingMode": "none"}',
-    }.items():
+    announcements = {"@jupyterlab/apputils-extension:announcements": True}
+    tracker = "lab/user-settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    settings = {
+        "labconfig/page_config.json": {"disabledExtensions": announcements},
+        tracker: {"windowingMode": "none"},
+    }
+    for name, content in settings.items():
+        text = json.dumps(content)
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(text)
     with socket.socket() as s:
