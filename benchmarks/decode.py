@@ -56,12 +56,13 @@ class Notes:
 
 
 def time_ours(model, ids, new, fast=True):
-    from qwen_nb import generate
+    from qwen_nb import stream, writing
 
     notes = Notes()
     notes.start()
-    with nullcontext() if fast else mock.patch.object(generate, "one_row_kernels", nullcontext):
-        for i in generate.stream(model, ids, new, temperature=0.0, stop_ids=()):
+    slow = mock.patch.object(writing, "one_row_kernels", nullcontext)
+    with nullcontext() if fast else slow:
+        for i in stream(model, ids, new, temperature=0.0, stop_ids=()):
             notes.times.append(clock())
             notes.ids.append(i)
     return notes
@@ -95,7 +96,7 @@ def bandwidth(gib=1):
 def bytes_per_token(model, length):
     """What one step of decode reads: all weights (of an embedding that is not the head, one row)
     and the cache."""
-    from qwen_nb.generate import cache_bytes
+    from qwen_nb.cache import cache_bytes
 
     weights = sum(p.nbytes for p in model.parameters())
     if not model.config.tie_word_embeddings:

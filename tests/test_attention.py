@@ -1,21 +1,16 @@
-"""Attention: masks, the fast path, the cache slot, padding, gradients, and the reference in every dtype and family."""
+"""Attention: masks, the fast path, the cache slot, padding, gradients, copied heads."""
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from qwen_nb.attention import (
-    Attention,
-    attend,
-    attend_blocks,
-    attend_explicit,
-    causal_mask,
-    record_attention,
-    repeat_kv,
-)
+from qwen_nb.attention import attend, attend_explicit, causal_mask, record_attention, repeat_kv
+from qwen_nb.gqa import Attention, attend_blocks
+from qwen_nb.heads import copied_heads
 from qwen_nb.inspect import load_reference
 from qwen_nb.rope import Rotary
 from qwen_nb.verify import record, rounding_steps
@@ -44,7 +39,7 @@ def draw(heads, kv_heads, head_dim, q_len, k_len, dtype=torch.float32, batch=2, 
     ]
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
+# ---- masks -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k_len", [1, 2, 5, 9])
@@ -79,7 +74,7 @@ def test_mask_refuses(bad):
         causal_mask(**bad)
 
 
-# ---- heads -----------------------------------------------------------------------------------------------------------
+# ---- heads -----------------------------------------------------------------------------------
 
 
 def test_repeat_is_the_references():
@@ -96,7 +91,7 @@ def test_key_heads_must_divide_query_heads():
         Attention(32, 8, 3, 4)
 
 
-# ---- the fast path ---------------------------------------------------------------------------------------------------
+# ---- the fast path ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,7 +161,7 @@ def test_unsplit_layouts():
     assert near(attend(q[:, :, -1:], k, v), exact(q[:, :, -1:], k, v, causal_mask(1, 9)).float())
 
 
-# ---- blocks, for training ----------------------------------------------------------------------------------------------
+# ---- blocks, for training --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -192,7 +187,9 @@ def test_blocks_equal_exact_and_so_do_their_gradients(heads):
 def test_blocks_hand_on_what_is_not_theirs(monkeypatch):
     handed = []
     monkeypatch.setattr(
-        "qwen_nb.attention.attend", lambda *args: handed.append(args) or attend(*args)
+        sys.modules[attend_blocks.__module__],
+        "attend",
+        lambda *args: handed.append(args) or attend(*args),
     )
     q, k, v = draw(4, 2, 8, 9, 9, torch.float64)
     ahead, own = torch.ones(1, 1, 9, 9, dtype=torch.bool), causal_mask(9, 9).repeat(1, 4, 1, 1)
@@ -210,13 +207,19 @@ def test_blocks_hand_on_what_is_not_theirs(monkeypatch):
     assert len(handed) == 4
 
 
+def test_training_goes_in_blocks_once_they_are_there():
+    assert Attention.training_mix is attend_blocks
+
+
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_training_goes_in_blocks(monkeypatch, autocast, qk_norm):
     "And is no further from float32 than the kernel, in the gradients too, give or take a half."
     used, x = [], torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(
-        "qwen_nb.attention.attend_blocks", lambda *args: used.append(args) or attend_blocks(*args)
+        Attention,
+        "training_mix",
+        staticmethod(lambda *args: used.append(args) or attend_blocks(*args)),
     )
     torch.manual_seed(0)
     layer, rope = Attention(32, 4, 2, 16, qk_norm=qk_norm), Rotary(16)(torch.arange(70)[None])
@@ -238,7 +241,7 @@ def test_bfloat16_training_goes_in_blocks(monkeypatch, autocast, qk_norm):
         assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-3 * c.norm()
 
 
-# ---- the module ------------------------------------------------------------------------------------------------------
+# ---- the module ------------------------------------------------------------------------------
 
 
 def ours_like(theirs, layer_idx=0):
@@ -371,7 +374,7 @@ def test_padding_does_not_leak():
     assert not near(ours(padded, *rotary(torch.arange(8)[None]))[:, 3:], alone, 1000)
 
 
-# ---- the pretrained weights ------------------------------------------------------------------------------------------
+# ---- the pretrained weights ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -403,3 +406,58 @@ def test_the_spy_wants_eager_and_leaves_no_trace():
     with pytest.raises((AttributeError, TypeError)):
         record_attention(reference, "not ids")
     assert modeling_qwen3.eager_attention_forward is before
+
+
+# ---- copying heads from one run to another ---------------------------------------------------
+
+
+@torch.no_grad()
+def test_copied_heads():
+    model, tokenizer = load_reference()
+    told, other = (
+        tokenizer(f"{name} has the ball.\nWho has the ball?", return_tensors="pt").input_ids
+        for name in ("Max", "Tom")
+    )
+    before, at = model(told).logits, told.shape[1] - 1
+    own, source = record_attention(model, told), record_attention(model, other)
+    with copied_heads(model, 1, at, own[1]["mix"]):
+        assert near(model(told).logits, before)
+    with copied_heads(model, 1, at, source[1]["mix"], which=[]):
+        assert torch.equal(model(told).logits, before)
+
+    with copied_heads(model, 1, at, source[1]["mix"], which=[2]):
+        changed, inside = model(told).logits, record(model, told)["model.layers.1.self_attn.o_proj"]
+    assert torch.equal(changed[:, :at], before[:, :at]) and not near(changed, before, 1000)
+    mix = own[1]["mix"].clone()
+    mix[:, 2, at] = source[1]["mix"][:, 2, at]
+    o_proj = model.model.layers[1].self_attn.o_proj
+    assert near(inside, o_proj(mix.transpose(1, 2).flatten(-2)))
+
+    with pytest.raises(RuntimeError, match="mine"), copied_heads(model, 1, at, source[1]["mix"]):
+        raise RuntimeError("mine")
+    assert torch.equal(model(told).logits, before)
+
+
+@torch.no_grad()
+def test_the_name_travels_in_two_hops():
+    "What 06_attention and 06b_heads say of the packaged model."
+    model, tokenizer = load_reference()
+    start = "Max is in the garden.\nAnna is in the attic.\n"
+    end = " has the ball.\nAnna has the key.\nWho has the ball?"
+    told, other = (
+        tokenizer(start + name + end, return_tensors="pt").input_ids for name in ("Max", "Anna")
+    )
+    (holder,) = (told != other)[0].nonzero().flatten().tolist()
+    reader, ask = holder + 5, told.shape[1] - 1
+    weights = torch.stack([t["weights"][0] for t in record_attention(model, told)])
+    found = weights[:, :, reader, holder]
+    assert divmod(found.argmax().item(), 8) == (0, 4) and 0.85 < found.max() < 0.95
+    assert weights[:, :, ask, [0, holder]].sum(-1).max() < 0.25
+    assert weights[1, :, ask, reader].min() > 0.95
+
+    source = record_attention(model, other)
+    answer = lambda: tokenizer.decode(model(told).logits[0, -1].argmax())
+    assert answer() == " Max"
+    for layer, at, want in ((0, reader, " Anna"), (1, ask, " Anna"), (0, holder + 3, " Max")):
+        with copied_heads(model, layer, at, source[layer]["mix"]):
+            assert answer() == want, (layer, at)

@@ -1,4 +1,5 @@
-"""Writing text: against transformers on random checkpoints, the cache against no cache, text as it streams, and what is refused."""
+"""Writing text: against transformers on random checkpoints, the cache against no cache, text as it
+streams, and what is refused."""
 
 import json
 import random
@@ -11,7 +12,18 @@ import torch
 from test_model import random_checkpoint
 from tokenizers import Tokenizer
 
-from qwen_nb import generate as g
+from qwen_nb.sampling import (
+    Sampling,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    marks,
+    penalize_repetition,
+    sampling_for,
+)
+from qwen_nb.cache import KVCache, cache_bytes, count_rows, one_row_kernels
+from qwen_nb.writing import beam_search, pad_left
+from qwen_nb.generation import check_prompt, TextStream, generate, max_positions, stream
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer as OurTokenizer
@@ -53,7 +65,7 @@ def reference(model, ids, new, mask=None, **kw):
 
 
 def ours(model, ids, new=None, mask=None, **kw):
-    return g.generate(
+    return generate(
         model,
         ids,
         new,
@@ -137,7 +149,8 @@ def all_beams(theirs, ids, new, beams, **kw):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_beam_and_its_score(tmp_path, seed):
-    "Not only the best one: all that are kept in the end, with their scores. Many ids end a text, so that the best beams often do."
+    """Not only the best one: all that are kept in the end, with their scores. Many ids end a text,
+    so that the best beams often do."""
     model, theirs, ids = pair(tmp_path, seed)
     rng = random.Random(seed)
     for trial in range(6):
@@ -155,8 +168,8 @@ def test_every_beam_and_its_score(tmp_path, seed):
             length_penalty=rng.choice([-1.0, 0.0, 0.5, 1.0, 2.0]),
             repetition_penalty=rng.choice([1.0, 1.3]),
         )
-        sampling = g.Sampling(stop_ids=stops, repetition_penalty=kw["repetition_penalty"])
-        got = g.beam_search(model, prompt, 9, sampling, beams, kw["length_penalty"])
+        sampling = Sampling(stop_ids=stops, repetition_penalty=kw["repetition_penalty"])
+        got = beam_search(model, prompt, 9, sampling, beams, kw["length_penalty"])
         scores, texts = all_beams(
             theirs, prompt, 9, beams, eos_token_id=stops, pad_token_id=stops[0], **kw
         )
@@ -189,11 +202,11 @@ def test_filters_equal_the_references_processors():
         if trial % 4 == 0:
             z[:, ::2] = -torch.inf
         ids, k, p = torch.randint(0, z.shape[1], (3, 9)), 1 + trial % 12, (trial % 11) / 10
-        assert torch.equal(g.keep_top_k(z, k), L.TopKLogitsWarper(k)(ids, z))
-        assert torch.equal(g.keep_top_p(z, p), L.TopPLogitsWarper(p)(ids, z))
-        assert torch.equal(g.keep_min_p(z, p), L.MinPLogitsWarper(p)(ids, z))
+        assert torch.equal(keep_top_k(z, k), L.TopKLogitsWarper(k)(ids, z))
+        assert torch.equal(keep_top_p(z, p), L.TopPLogitsWarper(p)(ids, z))
+        assert torch.equal(keep_min_p(z, p), L.MinPLogitsWarper(p)(ids, z))
         assert torch.equal(
-            g.penalize_repetition(z, g.marks(ids, z.shape[1]), 0.5 + p),
+            penalize_repetition(z, marks(ids, z.shape[1]), 0.5 + p),
             L.RepetitionPenaltyLogitsProcessor(0.5 + p)(ids, z),
         )
 
@@ -201,9 +214,9 @@ def test_filters_equal_the_references_processors():
 def test_the_crossing_token_stays():
     z = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for p, kept in ((0.4, 1), (0.6, 2), (0.79, 2), (0.9, 3), (0.96, 4)):
-        assert g.keep_top_p(z, p).isfinite().sum() == kept
+        assert keep_top_p(z, p).isfinite().sum() == kept
     assert (
-        g.keep_top_p(torch.zeros(1, 4), 0.75).isfinite().sum() == 3
+        keep_top_p(torch.zeros(1, 4), 0.75).isfinite().sum() == 3
     )  # what is kept sums to exactly p: enough
 
 
@@ -235,7 +248,7 @@ def test_cache_on_equals_cache_off(tmp_path, seed, dtype):
     for m in (None, mask):
         whole, real = model(ids, m), (mask if m is not None else torch.ones_like(ids)).bool()
         for size in (1, 7, 39, 40):
-            cache = g.KVCache(model.config, 2, 40, whole.dtype)
+            cache = KVCache(model.config, 2, 40, whole.dtype)
             parts = [
                 model(p, None if m is None else m[:, : (i + 1) * size], cache=cache)
                 for i, p in enumerate(ids.split(size, 1))
@@ -248,7 +261,8 @@ def test_cache_on_equals_cache_off(tmp_path, seed, dtype):
 @pytest.mark.parametrize("seed", [0, 1])
 @torch.no_grad()
 def test_the_same_tokens_with_the_cache_and_without(tmp_path, seed, dtype):
-    "A batch with padding; in bfloat16 up to where two choices are closer than rounding, row by row."
+    """A batch with padding; in bfloat16 up to where two choices are closer than rounding, row by
+    row."""
     model, _, ids = pair(tmp_path, seed, dtype)
     mask = torch.ones_like(ids)
     mask[1, :13] = 0
@@ -268,21 +282,21 @@ def test_the_same_tokens_with_the_cache_and_without(tmp_path, seed, dtype):
 def test_one_row_kernels_compute_the_same(tmp_path):
     for seed in range(4):  # with and without biases
         model, _, ids = pair(tmp_path / str(seed), seed, "bfloat16")
-        usual, other = (g.KVCache(model.config, 1, 40, torch.bfloat16) for _ in range(2))
+        usual, other = (KVCache(model.config, 1, 40, torch.bfloat16) for _ in range(2))
         for part in ids[:1].split(1, 1):
-            with g.one_row_kernels():
+            with one_row_kernels():
                 got = model(part, cache=other)
             assert rounding_steps(got, model(part, cache=usual)).max() < 64
 
 
 def test_one_row_kernels_leave_the_switch_as_it_was():
-    with pytest.raises(KeyError), g.one_row_kernels():
+    with pytest.raises(KeyError), one_row_kernels():
         raise KeyError
     assert torch.backends.mkldnn.enabled
 
     def often():
         for _ in range(20):
-            with g.one_row_kernels():
+            with one_row_kernels():
                 time.sleep(0.001)  # let the others in
                 assert not torch.backends.mkldnn.enabled
 
@@ -297,19 +311,19 @@ def test_one_row_kernels_leave_the_switch_as_it_was():
 def test_the_cache_is_used(packaged):
     model, theirs = packaged
     ids = torch.arange(1, 21).view(2, 10)
-    with g.count_rows(model) as rows:
+    with count_rows(model) as rows:
         ours(model, ids, 30)
     assert rows == [20] + [2] * 29
-    with g.count_rows(model) as rows:
+    with count_rows(model) as rows:
         ours(model, ids[:1], 30, num_beams=3)
     assert rows == [10] + [3] * 29
-    with g.count_rows(model) as rows:
+    with count_rows(model) as rows:
         ours(model, ids[:1], 5, prefill_chunk=4)
     assert rows == [4, 4, 2, 1, 1, 1, 1]
-    with g.count_rows(model) as rows:
+    with count_rows(model) as rows:
         ours(model, ids, 30, use_cache=False)
     assert rows == [2 * (10 + i) for i in range(30)]  # the count sees a cache that is not used
-    with g.count_rows(theirs) as rows:
+    with count_rows(theirs) as rows:
         reference(theirs, ids, 5)
     assert rows == [20, 2, 2, 2, 2]
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -317,7 +331,7 @@ def test_the_cache_is_used(packaged):
 
 def test_the_cache_does_not_move_and_does_not_overflow(packaged):
     model, _ = packaged
-    cache = g.KVCache(model.config, 1, 8)
+    cache = KVCache(model.config, 1, 8)
     where = cache.kv.data_ptr()
     model(torch.ones(1, 8, dtype=torch.long), cache=cache)  # gradients on: none may reach the cache
     assert cache.length == 8 and cache.kv.data_ptr() == where and not cache.kv.requires_grad
@@ -328,7 +342,7 @@ def test_the_cache_does_not_move_and_does_not_overflow(packaged):
     )
     one_sentence(
         "room for 8 positions; 0 are filled and 9 more",
-        lambda: model(torch.ones(1, 9, dtype=torch.long), cache=g.KVCache(model.config, 1, 8)),
+        lambda: model(torch.ones(1, 9, dtype=torch.long), cache=KVCache(model.config, 1, 8)),
     )
     assert torch.equal(before, cache.kv) and cache.length == 8
 
@@ -341,7 +355,7 @@ def test_bytes_per_token():
             num_key_value_heads=heads,
             head_dim=d,
         )
-        assert g.cache_bytes(c) == kib * 1024 == g.KVCache(c, 1, 10, torch.bfloat16).kv.nbytes / 10
+        assert cache_bytes(c) == kib * 1024 == KVCache(c, 1, 10, torch.bfloat16).kv.nbytes / 10
 
 
 def test_up_to_the_last_position(packaged):
@@ -361,7 +375,7 @@ def test_up_to_the_last_position(packaged):
     one_sentence(
         f"8 new tokens after a prompt of {known - 6}.*at most 7", lambda: ours(model, ids, 8)
     )
-    padded, mask = g.pad_left(
+    padded, mask = pad_left(
         [ids[0, :3].tolist(), [5] * (known - 1)]
     )  # what counts is the longest prompt, not the columns
     padded, mask = padded[:1], mask[:1]
@@ -373,7 +387,7 @@ def test_yarn_stretches_the_positions():
         max_position_embeddings=32_768,
         rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32_768),
     )
-    assert g.max_positions(c) == 131_072 and g.max_positions(QwenConfig()) == 40_960
+    assert max_positions(c) == 131_072 and max_positions(QwenConfig()) == 40_960
 
 
 # ---- batches
@@ -388,14 +402,14 @@ def test_each_row_is_what_it_is_alone(packaged, tokenizer):
         "Ben is in the attic.\nWhere is Ben?",
     ]
     prompts, end = [tokenizer.encode(t).ids for t in texts], tokenizer.encode("garden.\n").ids[-1:]
-    ids, mask = g.pad_left(prompts, pad_id=7)
+    ids, mask = pad_left(prompts, pad_id=7)
     for kw in (dict(), dict(repetition_penalty=1.4, presence_penalty=0.5)):
         together = ours(model, ids, 20, mask, stop_ids=end, **kw)
         for row, prompt in zip(together[:, ids.shape[1] :].tolist(), prompts):
             alone = ours(model, torch.tensor([prompt]), 20, stop_ids=end, **kw)[
                 0, len(prompt) :
             ].tolist()
-            assert row == alone + [g.sampling_for(model).pad_id] * (len(row) - len(alone))
+            assert row == alone + [sampling_for(model).pad_id] * (len(row) - len(alone))
         assert torch.equal(
             together, ours(model, ids, 20, mask, stop_ids=end, use_cache=False, **kw)
         )
@@ -446,18 +460,18 @@ def test_the_models_own_settings_are_the_default(folder):
         top_p=0.95,
     )
     model = own_settings(folder, **qwen3)
-    assert g.sampling_for(model) == g.Sampling(0.6, 20, 0.95, stop_ids=(5, 3), pad_id=3)
-    assert g.sampling_for(model, temperature=0, stop_ids=9) == g.Sampling(
+    assert sampling_for(model) == Sampling(0.6, 20, 0.95, stop_ids=(5, 3), pad_id=3)
+    assert sampling_for(model, temperature=0, stop_ids=9) == Sampling(
         0, 20, 0.95, stop_ids=(9,), pad_id=3
     )
-    assert g.sampling_for(model, top_k=0, top_p=1.0) == g.Sampling(0.6, stop_ids=(5, 3), pad_id=3)
+    assert sampling_for(model, top_k=0, top_p=1.0) == Sampling(0.6, stop_ids=(5, 3), pad_id=3)
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(
-        g.generate(model, ids, 9, seed=1),
-        g.generate(model, ids, 9, temperature=0.6, top_k=20, top_p=0.95, stop_ids=[5, 3], seed=1),
+        generate(model, ids, 9, seed=1),
+        generate(model, ids, 9, temperature=0.6, top_k=20, top_p=0.95, stop_ids=[5, 3], seed=1),
     )
     assert (
-        g.generate(model, ids, 9, num_beams=2).shape[1] <= 12
+        generate(model, ids, 9, num_beams=2).shape[1] <= 12
     )  # beams do not sample, whatever the file says
     qwen25 = dict(
         do_sample=True,
@@ -467,40 +481,40 @@ def test_the_models_own_settings_are_the_default(folder):
         top_p=0.8,
         top_k=20,
     )
-    assert g.sampling_for(own_settings(folder, **qwen25)) == g.Sampling(
+    assert sampling_for(own_settings(folder, **qwen25)) == Sampling(
         0.7, 20, 0.8, repetition_penalty=1.1, stop_ids=(5, 3), pad_id=5
     )
-    assert g.sampling_for(
+    assert sampling_for(
         own_settings(folder, do_sample=True, eos_token_id=4, top_k=None)
-    ) == g.Sampling(1.0, stop_ids=(4,), pad_id=4)
+    ) == Sampling(1.0, stop_ids=(4,), pad_id=4)
     assert (
-        g.sampling_for(own_settings(folder, temperature=0.7, eos_token_id=4)).temperature == 0
+        sampling_for(own_settings(folder, temperature=0.7, eos_token_id=4)).temperature == 0
     )  # do_sample is not set: greedy
-    assert g.sampling_for(own_settings(folder, config=dict(eos_token_id=8))).stop_ids == (
+    assert sampling_for(own_settings(folder, config=dict(eos_token_id=8))).stop_ids == (
         8,
     )  # config.json, if the other is silent
-    assert g.sampling_for(own_settings(folder, config=dict(eos_token_id=None))).stop_ids == ()
+    assert sampling_for(own_settings(folder, config=dict(eos_token_id=None))).stop_ids == ()
     (folder / "generation_config.json").unlink()
-    assert g.sampling_for(Qwen.from_pretrained(folder)).temperature == 0
-    assert g.sampling_for(Qwen(model.config)) == g.Sampling()
+    assert sampling_for(Qwen.from_pretrained(folder)).temperature == 0
+    assert sampling_for(Qwen(model.config)) == Sampling()
 
 
 def test_nonsense_in_the_file_is_refused(folder):
     one_sentence(
         "temperature is 'warm'; expected a number",
-        lambda: g.sampling_for(own_settings(folder, do_sample=True, temperature="warm")),
+        lambda: sampling_for(own_settings(folder, do_sample=True, temperature="warm")),
     )
     one_sentence(
         "top_p is 2; expected a number from 0 to 1",
-        lambda: g.sampling_for(own_settings(folder, do_sample=True, top_p=2)),
+        lambda: sampling_for(own_settings(folder, do_sample=True, top_p=2)),
     )
     one_sentence(
-        "stop_ids.*whole numbers", lambda: g.sampling_for(own_settings(folder, eos_token_id="</s>"))
+        "stop_ids.*whole numbers", lambda: sampling_for(own_settings(folder, eos_token_id="</s>"))
     )
     (folder / "generation_config.json").write_text("{")
     one_sentence(
         "generation_config.json is not valid JSON",
-        lambda: g.sampling_for(Qwen.from_pretrained(folder)),
+        lambda: sampling_for(Qwen.from_pretrained(folder)),
     )
 
 
@@ -534,7 +548,7 @@ def check_streamed_text(tokenizer, library, seed):
         ids = library.encode("".join(rng.choice("aé→𒀭🎉👩‍👩‍👧 \n.�") for _ in range(40))).ids
     whole = tokenizer.decode(ids)
     for stop in (None, whole[20:23], [whole[9:11], whole[30:32], "never"], "\ufffd"):
-        text, shown = g.TextStream(tokenizer, stop), ""
+        text, shown = TextStream(tokenizer, stop), ""
         stops = [stop] if isinstance(stop, str) else stop or []
         cut = min((at for s in stops if (at := whole.find(s)) >= 0), default=len(whole))
         for i in ids:
@@ -547,7 +561,7 @@ def check_streamed_text(tokenizer, library, seed):
 
 def test_whole_characters_are_shown_at_once(tokenizer):
     for char in ("a", "é", "→", "🎉"):
-        ids, text = tokenizer.encode(char).ids, g.TextStream(tokenizer)
+        ids, text = tokenizer.encode(char).ids, TextStream(tokenizer)
         assert [text.add(i) for i in ids] == [""] * (len(ids) - 1) + [char] and not text.held
 
 
@@ -560,7 +574,7 @@ def test_a_long_text_is_not_decoded_again_and_again():
             return "ab " * len(ids)
 
     counts = Counts()
-    text = g.TextStream(counts, "stop")
+    text = TextStream(counts, "stop")
     assert (
         "".join([text.add(i) for i in range(1000)] + [text.end()]) == "ab " * 1000
         and counts.decoded == 1000
@@ -577,7 +591,7 @@ def test_stop_strings(packaged, tokenizer):
         assert torch.equal(got, reference(theirs, ids, 30, stop_strings=stop, tokenizer=auto))
         first = stop if isinstance(stop, str) else stop[0]
         kw = dict(temperature=0.0, stop_ids=())
-        assert "".join(g.stream(model, ids, 30, tokenizer, stop, **kw)) == free[: free.find(first)]
+        assert "".join(stream(model, ids, 30, tokenizer, stop, **kw)) == free[: free.find(first)]
     two = torch.cat([ids, ids])
     assert torch.equal(
         ours(model, two, 30, stop=free[11:14], tokenizer=tokenizer)[1],
@@ -588,19 +602,19 @@ def test_stop_strings(packaged, tokenizer):
 def test_stream(packaged, tokenizer):
     model, _ = packaged
     ids = torch.tensor([tokenizer.encode("Max is in the kitchen.\nMax has the ball.\n").ids])
-    at_once = g.generate(model, ids, 150, temperature=1.0, seed=3)[0, ids.shape[1] :].tolist()
-    assert list(g.stream(model, ids, 150, temperature=1.0, seed=3)) == at_once
-    stops = g.sampling_for(model).stop_ids
-    pieces = list(g.stream(model, ids, 150, tokenizer, temperature=1.0, seed=3))
+    at_once = generate(model, ids, 150, temperature=1.0, seed=3)[0, ids.shape[1] :].tolist()
+    assert list(stream(model, ids, 150, temperature=1.0, seed=3)) == at_once
+    stops = sampling_for(model).stop_ids
+    pieces = list(stream(model, ids, 150, tokenizer, temperature=1.0, seed=3))
     assert all(pieces) and "".join(pieces) == tokenizer.decode(
         [i for i in at_once if i not in stops]
     )
     end = at_once[min(5, len(at_once) - 1)]
     assert "".join(
-        g.stream(model, ids, 150, tokenizer, temperature=1.0, seed=3, stop_ids=end)
+        stream(model, ids, 150, tokenizer, temperature=1.0, seed=3, stop_ids=end)
     ) == tokenizer.decode(at_once[: at_once.index(end)])
-    with g.count_rows(model) as rows:
-        few = g.stream(model, ids, 50, temperature=1.0, stop_ids=())
+    with count_rows(model) as rows:
+        few = stream(model, ids, 50, temperature=1.0, stop_ids=())
         for _ in range(3):
             next(few)
         few.close()
@@ -615,55 +629,55 @@ def test_refused(packaged, tokenizer):
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     right = torch.tensor([[1, 1, 1], [1, 1, 0]])
     for match, call in (
-        (r"input_ids is \(3,\); expected", lambda: g.generate(model, ids[0], 5)),
-        ("input_ids is list; expected", lambda: g.generate(model, [[1, 2]], 5)),
-        ("input_ids is .*; expected", lambda: g.generate(model, ids.float(), 5)),
-        ("prompt is empty", lambda: g.generate(model, ids[:, :0], 5)),
-        ("prompt is empty", lambda: g.generate(model, ids[:0], 5)),
-        ("input_ids go from 5 to 9999", lambda: g.generate(model, torch.tensor([[5, 9999]]), 5)),
-        ("padded on the right", lambda: g.generate(model, ids, 5, right)),
-        ("attention_mask has shape", lambda: g.generate(model, ids, 5, right[:, :2])),
-        ("max_new_tokens is 0", lambda: g.generate(model, ids, 0)),
-        ("max_new_tokens is 2.5", lambda: g.generate(model, ids, 2.5)),
-        ("num_beams is 0", lambda: g.generate(model, ids, 5, num_beams=0)),
-        ("prefill_chunk is -1", lambda: g.generate(model, ids, 5, prefill_chunk=-1)),
+        (r"input_ids is \(3,\); expected", lambda: generate(model, ids[0], 5)),
+        ("input_ids is list; expected", lambda: generate(model, [[1, 2]], 5)),
+        ("input_ids is .*; expected", lambda: generate(model, ids.float(), 5)),
+        ("prompt is empty", lambda: generate(model, ids[:, :0], 5)),
+        ("prompt is empty", lambda: generate(model, ids[:0], 5)),
+        ("input_ids go from 5 to 9999", lambda: generate(model, torch.tensor([[5, 9999]]), 5)),
+        ("padded on the right", lambda: generate(model, ids, 5, right)),
+        ("attention_mask has shape", lambda: generate(model, ids, 5, right[:, :2])),
+        ("max_new_tokens is 0", lambda: generate(model, ids, 0)),
+        ("max_new_tokens is 2.5", lambda: generate(model, ids, 2.5)),
+        ("num_beams is 0", lambda: generate(model, ids, 5, num_beams=0)),
+        ("prefill_chunk is -1", lambda: generate(model, ids, 5, prefill_chunk=-1)),
         (
             "temperature is -1; expected a number from 0",
-            lambda: g.generate(model, ids, 5, temperature=-1),
+            lambda: generate(model, ids, 5, temperature=-1),
         ),
-        ("temperature is True", lambda: g.generate(model, ids, 5, temperature=True)),
+        ("temperature is True", lambda: generate(model, ids, 5, temperature=True)),
         (
             "top_k is 2.5; expected a whole number",
-            lambda: g.generate(model, ids, 5, temperature=1.0, top_k=2.5),
+            lambda: generate(model, ids, 5, temperature=1.0, top_k=2.5),
         ),
-        ("repetition_penalty is 0", lambda: g.generate(model, ids, 5, repetition_penalty=0)),
+        ("repetition_penalty is 0", lambda: generate(model, ids, 5, repetition_penalty=0)),
         (
             "presence_penalty is inf",
-            lambda: g.generate(model, ids, 5, presence_penalty=float("inf")),
+            lambda: generate(model, ids, 5, presence_penalty=float("inf")),
         ),
         (
             "top_p and min_p given, but the temperature is 0",
-            lambda: g.generate(model, ids, 5, temperature=0.0, top_p=0.5, min_p=0.1),
+            lambda: generate(model, ids, 5, temperature=0.0, top_p=0.5, min_p=0.1),
         ),
         (
             "beam search neither samples",
-            lambda: g.generate(model, ids, 5, num_beams=2, temperature=1.0),
+            lambda: generate(model, ids, 5, num_beams=2, temperature=1.0),
         ),
         (
             "beam search neither samples",
-            lambda: g.generate(model, ids, 5, num_beams=2, stop="x", tokenizer=tokenizer),
+            lambda: generate(model, ids, 5, num_beams=2, stop="x", tokenizer=tokenizer),
         ),
-        ("tokenizer is None; expected", lambda: g.generate(model, ids, 5, stop="x")),
+        ("tokenizer is None; expected", lambda: generate(model, ids, 5, stop="x")),
         (
             "stop is .*not empty",
-            lambda: g.generate(model, ids, 5, stop=["a", ""], tokenizer=tokenizer),
+            lambda: generate(model, ids, 5, stop=["a", ""], tokenizer=tokenizer),
         ),
-        ("has 2 rows; expected 1", lambda: g.stream(model, ids, 5)),
-        ("stop strings need a tokenizer", lambda: g.stream(model, ids[:1], 5, stop="x")),
+        ("has 2 rows; expected 1", lambda: stream(model, ids, 5)),
+        ("stop strings need a tokenizer", lambda: stream(model, ids[:1], 5, stop="x")),
     ):
         one_sentence(match, call)
     with pytest.raises(TypeError, match="heat"):
-        g.stream(model, ids[:1], 5, heat=1.0)
+        stream(model, ids[:1], 5, heat=1.0)
 
 
 def test_logits_that_are_no_numbers(packaged):
@@ -671,3 +685,13 @@ def test_logits_that_are_no_numbers(packaged):
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     one_sentence("the model gave NaN", lambda: ours(model, torch.tensor([[5, 6]]), 5))
+
+
+def test_the_longest_prompt_decides_how_much_can_follow():
+    "Not the shortest: a long row beside a short one would run past the last position."
+    model = Qwen.from_pretrained(dtype="float32")
+    known = max_positions(model.config)
+    ids, mask = pad_left([[1] * 3, [1] * (known - 2)])
+    assert check_prompt(model, ids, None, mask)[0] == 3
+    assert check_prompt(model, ids, 3, mask)[0] == 3
+    one_sentence("at most 3", lambda: check_prompt(model, ids, 4, mask))

@@ -1,4 +1,5 @@
-"""`find_model` against a hub on this machine: what it fetches, what it keeps, and what it says when something is wrong."""
+"""`find_model` against a hub on this machine: what it fetches, what it keeps, and what it says when
+something is wrong."""
 
 import os
 import socket
@@ -12,7 +13,7 @@ from hub import Hub
 from huggingface_hub import constants, utils
 from safetensors.torch import save
 
-from qwen_nb.weights import find_model, open_weights, read_json
+from qwen_nb.hub import find_model, open_weights, read_json
 
 torch.manual_seed(0)
 WEIGHTS = {f"model.layers.{i}.weight": torch.randn(64, 256).bfloat16() for i in range(3)}
@@ -228,7 +229,7 @@ def test_a_corrupted_shard_is_seen_deleted_and_fetched_again(hub, tmp_path):
 
 def test_without_our_check_nobody_sees_it(hub, monkeypatch):
     hub.add("org/flipped", sharded(), corrupt={SHARDS[1]})
-    monkeypatch.setattr("qwen_nb.weights.verify_download", lambda *_: None)
+    monkeypatch.setattr("qwen_nb.hub.verify_download", lambda *_: None)
     found = open_weights(
         find_model("org/flipped")
     )  # huggingface_hub compares lengths, not contents
@@ -296,7 +297,7 @@ def test_a_login_page_instead_of_a_hub(hub):
 
 def test_HF_ENDPOINT_in_a_fresh_process(hub, tmp_path):
     hub.add("org/shards", sharded())
-    code = "from qwen_nb.weights import *; print(len(open_weights(find_model('org/shards'))))"
+    code = "from qwen_nb.hub import *; print(len(open_weights(find_model('org/shards'))))"
     env = os.environ | dict(
         HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_PROGRESS_BARS="1"
     )

@@ -9,9 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_nb.inspect import packaged_model
-from qwen_nb.model import Qwen, QwenConfig, parse_config
+from qwen_nb.model import Qwen, QwenConfig, positions
+from qwen_nb.loading import parse_config
 
 transformers = pytest.importorskip("transformers")
+
+
+def draw_vectors(reference):
+    "Biases and norms start as zeros and ones, which would hide a mistake: draw them."
+    for name, weight in reference.named_parameters():
+        if weight.dim() == 1:
+            mean = 1.0 if "norm" in name else 0.0
+            torch.nn.init.normal_(weight, mean, 0.5)
 
 
 def random_checkpoint(folder, seed):
@@ -46,10 +55,7 @@ def random_checkpoint(folder, seed):
         rope |= dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
     config = getattr(transformers, f"{family}Config")(**size, rope_parameters=rope)
     reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake
-        for p in reference.parameters():
-            if p.dim() == 1:
-                p.normal_(1 if "norm" in str(p) else 0, 0.5)
+    draw_vectors(reference)
     reference.save_pretrained(folder)
     ids = torch.randint(0, size["vocab_size"], (2, 40))
     with torch.no_grad():
@@ -62,6 +68,78 @@ def test_equals_transformers(tmp_path, seed):
     with torch.no_grad():
         ours = Qwen.from_pretrained(tmp_path, dtype="float32")(ids)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_norms_are_drawn_around_one_and_biases_around_zero():
+    config = transformers.Qwen3Config(
+        vocab_size=11,
+        hidden_size=256,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        attention_bias=True,
+    )
+    torch.manual_seed(0)
+    reference = transformers.Qwen3ForCausalLM(config)
+    draw_vectors(reference)
+    means = {n: p.mean().item() for n, p in reference.named_parameters() if p.dim() == 1}
+    assert len(means) == 9
+    for name, mean in means.items():
+        assert abs(mean - ("norm" in name)) < 0.3, (name, mean)
+
+
+def test_positions_count_tokens_not_columns():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 0, 1, 0]])
+    want = [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2], [0, 0, 0, 0, 0], [0, 1, 1, 2, 2]]
+    for seq in range(1, 6):
+        assert positions(mask, seq).tolist() == [row[-seq:] for row in want]
+        assert positions(mask.bool(), seq).tolist() == [row[-seq:] for row in want]
+
+
+class Spy:
+    "In place of a model's rotary: keeps the positions it was asked for."
+
+    def __init__(self, rotary):
+        self.rotary, self.asked = rotary, []
+
+    def __call__(self, position_ids, dtype, cache):
+        self.asked.append(position_ids.tolist())
+        return self.rotary(position_ids, dtype, cache)
+
+
+class Cache:
+    "Keys and values of every layer."
+
+    def __init__(self):
+        self.kv, self.length = {}, 0
+
+    def update(self, layer_idx, k, v):
+        if layer_idx in self.kv:
+            old_k, old_v = self.kv[layer_idx]
+            k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
+        self.kv[layer_idx] = k, v
+        return k, v
+
+
+@torch.no_grad()
+def test_the_model_uses_positions_of_tokens():
+    "No logit shows it: RoPE sees distances only. So it is looked at where positions are used."
+    model = Qwen.from_pretrained(dtype="float32")
+    spy = model.model.rotary = Spy(model.model.rotary)
+    ids = torch.randint(0, 512, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
+    model(ids, attention_mask=mask)
+    model(ids)
+    assert spy.asked == [[[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2]], [[0, 1, 2, 3, 4, 5]]]
+
+    for mask, want in ((None, [[4, 5]]), (mask, [[4, 5], [1, 2]])):
+        cache = Cache()
+        model(ids[:, :4], None if mask is None else mask[:, :4], cache=cache)
+        cache.length = 4
+        model(ids[:, 4:], mask, cache=cache)
+        assert spy.asked[-1] == want
 
 
 def test_the_check_above_can_fail(tmp_path):

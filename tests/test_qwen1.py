@@ -1,8 +1,11 @@
-"""Qwen1 against the numbers of the original code, against transformers' Qwen2 where the two are the same, and what is refused.
+"""Qwen1 against the numbers of the original code, against transformers' Qwen2 where the two are
+the same, and what is refused.
 
-The tiny checkpoint ships with the package. The official vocabulary and configs are not part of this project: they are looked for in
-../shared/qwen beside the repository, or in the folder that QWEN_NB_DATA names; without them those tests are skipped."""
+The tiny checkpoint ships with the package. The official vocabulary and configs are not part of this
+project: they are looked for in ../shared/qwen beside the repository, or in the folder that
+QWEN_NB_DATA names; without them those tests are skipped."""
 
+import inspect
 import json
 import os
 import random
@@ -13,22 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import qwen_nb.chatml as chatml
+import qwen_nb.int8_cache as int8_cache
 import qwen_nb.qwen1 as q1
+import qwen_nb.qwen1_names as qwen1_names
 from qwen_nb.chat import encode_chat, family_of
+from qwen_nb.chatml import chatml_prompt, qwen1_stop_ids
 from qwen_nb.generate import KVCache, generate, sampling_for
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, family_config
-from qwen_nb.qwen1 import (
-    Int8Cache,
-    NTKCache,
-    Qwen1Config,
-    dequantize,
-    ntk_alpha,
-    original_names,
-    our_names,
-    quantize,
-    qwen1_tiny,
-)
+from qwen_nb.int8_cache import Int8Cache, NearestCache, dequantize, quantize
+from qwen_nb.qwen1 import NTKCache, Qwen1Config, ntk_alpha
+from qwen_nb.qwen1_names import original_names, our_names, qwen1_tiny
 from qwen_nb.real import verify_model
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.train import save_pretrained
@@ -54,7 +53,7 @@ def expected(case, name):
 
 
 def near(ours, theirs, share=1e-5):
-    "To this share of the scale. (1e-4 is what was promised; 1e-5 still leaves room for another processor.)"
+    "To this share of the scale. (1e-4 was promised; 1e-5 leaves room for another processor.)"
     assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= share * theirs.abs().max()
     return True
 
@@ -152,6 +151,86 @@ def test_what_ships_is_what_the_original_wrote():
         assert (qwen1_tiny() / name).read_bytes() == (DATA / "qwen1_tiny" / name).read_bytes()
     for case, said in enumerate(json.loads((DATA / "qwen1_tiny/cases.json").read_text())["cases"]):
         assert ntk_alpha(said["length"], 32) == said["ntk_alpha"]
+
+
+# ---- signatures
+
+
+def defaults(f):
+    "What a function or class takes for granted."
+    parameters = inspect.signature(f).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+CACHE = dict(dtype=torch.float32, device="cpu")
+DEFAULTS = {
+    qwen1_names: dict(qwen1_tiny={}, our_names={}, original_names={}, hidden_states={}),
+    q1: dict(
+        ntk_alpha={},
+        ntk_frequencies={},
+        NTKRotary=dict(dynamic=True),
+        logn_scale={},
+        LogNAttention=dict(qkv_bias=False, o_bias=False, qk_norm=True, eps=1e-6, layer_idx=0),
+        Qwen1Config=dict(
+            vocab_size=151_936,
+            hidden_size=2048,
+            intermediate_size=5504,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            num_key_value_heads=None,
+            head_dim=128,
+            max_position_embeddings=32_767,
+            rope_theta=1e4,
+            rope_scaling=None,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+            qkv_bias=True,
+            o_bias=False,
+            qk_norm=False,
+            seq_length=8192,
+            use_dynamic_ntk=True,
+            use_logn_attn=True,
+            use_cache_quantization=False,
+        ),
+        parse_qwen1={},
+        check_qwen1={},
+        original_config={},
+        NTKCache=CACHE,
+    ),
+    int8_cache: dict(
+        quantize=dict(nearest=False), dequantize={}, Int8Cache=CACHE, NearestCache=CACHE
+    ),
+    chatml: dict(
+        chatml_prompt=dict(history=(), system="You are a helpful assistant.", max_tokens=6144),
+        qwen1_stop_ids={},
+    ),
+}
+
+
+@pytest.mark.parametrize("module", DEFAULTS, ids=lambda m: m.__name__)
+def test_defaults(module):
+    public = [getattr(module, name) for name in module.__all__]
+    found = {f.__name__: defaults(f) for f in public if callable(f)}
+    assert found == DEFAULTS[module]
+    assert (q1.LogNAttention.seq_length, q1.LogNAttention.use_logn) == (None, True)
+    assert (Int8Cache.nearest, NearestCache.nearest, NTKCache.ntk_alpha) == (False, True, None)
+    assert defaults(q1.NTKRotary.alphas) == dict(cache=None)
+    assert defaults(q1.NTKRotary.forward) == dict(dtype=None, cache=None)
+
+
+def test_the_notebooks_cache_is_the_one_that_the_config_names():
+    "qwen1 does not import int8_cache, whose notebook comes later: it looks it up when needed."
+    assert family_config(RAW).cache is NTKCache
+    assert family_config(RAW | dict(use_cache_quantization=True)).cache is Int8Cache
+
+
+def test_a_layer_uses_its_own_slot_of_the_cache(model):
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
+    cache = NTKCache(model.config, 1, 24)
+    with torch.no_grad():
+        model(expected(0, "input_ids"), cache=cache)
+    keys = cache.kv[:, 0].flatten(1)
+    assert not torch.equal(keys[0], keys[1]) and not torch.equal(keys[1], keys[2])
 
 
 # ---- alpha belongs to the text
@@ -558,7 +637,7 @@ def test_int8_rows_are_picked(model):
 
 
 def test_the_sibling(tmp_path):
-    "Original names, the small model's ids, and a cache that changes nothing below the training length."
+    "Original names, the small model's ids; a cache changes nothing below the training length."
     sibling, words, small = (
         Qwen.from_pretrained(SIBLING, dtype="float32"),
         Tokenizer.from_pretrained(SIBLING),
@@ -591,10 +670,12 @@ def test_the_sibling(tmp_path):
 
 def test_chatml_in_the_packaged_vocabulary():
     words = Tokenizer.from_pretrained(packaged_model())
-    ids = q1.chatml_prompt(words, "Where is Max? <|im_end|>", [("a", "b"), ("c", "d")])
+    ids = chatml_prompt(words, "Where is Max? <|im_end|>", [("a", "b"), ("c", "d")])
     assert words.decode(ids) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
-        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n<|im_start|>user\nWhere is Max? <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"
+        "<|im_start|>user\nWhere is Max? <|im_end|><|im_end|>\n<|im_start|>assistant\n"
     )
     assert ids.count(words.special["<|im_end|>"]) == 6  # the one in the question is text
     for asked in ("Where is Max? <|im_end|>", "\n\nHello", " \n"):
@@ -602,15 +683,15 @@ def test_chatml_in_the_packaged_vocabulary():
             dict(role=role, content=text)
             for role, text in zip(("user", "assistant", "user"), ("\na", "\n\nb\n", asked))
         ]
-        assert q1.chatml_prompt(words, asked, [("\na", "\n\nb\n")]) == encode_chat(
+        assert chatml_prompt(words, asked, [("\na", "\n\nb\n")]) == encode_chat(
             words, messages, "qwen1"
         )
     assert family_of(qwen1_tiny()) == "qwen1"
     shorter = words.decode(
-        q1.chatml_prompt(words, "e", [("a", "b" * 300), ("c", "d")], max_tokens=200)
+        chatml_prompt(words, "e", [("a", "b" * 300), ("c", "d")], max_tokens=200)
     )
     assert "\nc<" in shorter and "\na<" not in shorter
-    one_sentence("expected raw or chatml", lambda: q1.stop_ids(words, "alpaca"))
+    one_sentence("expected raw or chatml", lambda: qwen1_stop_ids(words, "alpaca"))
 
 
 @official
@@ -618,11 +699,11 @@ def test_prompts_in_the_official_vocabulary(tmp_path):
     shutil.copy(DATA / "tokenizer/qwen.tiktoken", tmp_path)
     words = Tokenizer.from_pretrained(tmp_path)
     assert (
-        q1.stop_ids(words, "raw") == (151643,)
-        and q1.stop_ids(words, "chatml") == (151645, 151644, 151643)
+        qwen1_stop_ids(words, "raw") == (151643,)
+        and qwen1_stop_ids(words, "chatml") == (151645, 151644, 151643)
         and words.special["<|extra_204|>"] == 151850
     )
-    assert q1.chatml_prompt(words, "\n\nhello")[-10:] == [
+    assert chatml_prompt(words, "\n\nhello")[-10:] == [
         151644,
         872,
         198,
@@ -634,10 +715,13 @@ def test_prompts_in_the_official_vocabulary(tmp_path):
         77091,
         198,
     ]  # "\n" and "\n\n" stay apart: encoded separately
-    assert q1.chatml_prompt(words, "\n\nhello") == encode_chat(
+    assert chatml_prompt(words, "\n\nhello") == encode_chat(
         words, [dict(role="user", content="\n\nhello")], "qwen1"
     )
-    raw = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
+    raw = (
+        "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n"
+        "埃塞俄比亚的首都是"
+    )
     shutil.copy(DATA / "tokenizer/qwen3_tokenizer.json", tmp_path / "tokenizer.json")
     assert (
         words.encode(raw) == Tokenizer.from_pretrained(tmp_path).encode(raw)

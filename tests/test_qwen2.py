@@ -1,7 +1,10 @@
-"""Qwen1.5, 2 and 2.5: the released tensors, the reference with YaRN and with sliding windows, and what is refused. tests/test_family.py has random configs.
+"""Qwen1.5, 2 and 2.5: the released tensors, the reference with YaRN and with sliding windows, and
+what is refused. tests/test_family.py has random configs.
 
-The official files are not part of this project. They are looked for in ../shared/qwen beside the repository, or in the folder that QWEN_NB_DATA names."""
+The official files are not part of this project. They are looked for in ../shared/qwen beside the
+repository, or in the folder that QWEN_NB_DATA names."""
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import qwen_nb.qwen2 as q2
 from qwen_nb.attention import Attention, causal_mask
 from qwen_nb.generate import KVCache, generate, pad_left
 from qwen_nb.model import Qwen, QwenConfig, family_config
@@ -110,6 +114,82 @@ def test_yarn_as_the_model_cards_write_it():
     assert not torch.allclose(ours(far)[0], family_config(raw).rotary()(far)[0], atol=0.1)
 
 
+# What the lesson's table says of windows: layers, max_window_layers, windowed layers if turned on.
+# (Of Qwen2.5-0.5B, whose base and Instruct differ, only the Instruct's file is there to be read.)
+WINDOWED = {
+    "Qwen2.5-0.5B": (24, 21, 3),
+    "Qwen2.5-1.5B": (28, 21, 7),
+    "Qwen2.5-3B": (36, 70, 0),
+    "Qwen2.5-7B": (28, 28, 0),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_the_table_of_windows(name):
+    layers, first, windowed = WINDOWED[name]
+    raw = dict(use_sliding_window=True, max_window_layers=first)
+    if FACTS.is_dir():
+        raw = json.loads((FACTS / f"{name}-Instruct.config.json").read_text())
+        assert (raw["num_hidden_layers"], raw["max_window_layers"]) == (layers, first)
+    found = layer_windows(raw | dict(use_sliding_window=True), layers)
+    assert sum(window is not None for window in found) == windowed
+    lesson = (Path(__file__).resolve().parent.parent / "nbs/12_qwen2.ipynb").read_text("utf-8")
+    assert f"| {name}-Instruct | {layers} | {first} | {windowed or 'none'} |" in lesson
+
+
+# ---- biases, padding, signatures
+
+
+@pytest.mark.parametrize("family, has_bias", [("qwen2", True), ("qwen3", False)])
+def test_biases_of_a_family(family, has_bias):
+    "The config does not say it: the family's name does, with and without windows."
+    for window in ({}, dict(use_sliding_window=True, sliding_window=4, max_window_layers=0)):
+        names = dict(small(model_type=family, **window).named_parameters())
+        biases = {name.split(".")[-2] for name in names if name.endswith("bias")}
+        assert biases == ({"q_proj", "k_proj", "v_proj"} if has_bias else set())
+
+
+@pytest.mark.parametrize("left_out", ["q", "k", "v"])
+def test_each_bias_counts(left_out):
+    model, ids = small(), torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(ids)
+        for layer in model.model.layers:
+            getattr(layer.self_attn, f"{left_out}_proj").bias.zero_()
+        assert (model(ids) - before).abs().max() > 1e-2 * before.abs().max()
+
+
+@pytest.mark.parametrize("theta", [100.0, 1e6])
+def test_padding_and_base_as_the_reference(theta):
+    transformers = pytest.importorskip("transformers")
+    rope = dict(rope_parameters=dict(rope_type="default", rope_theta=theta))
+    model = small(**rope)
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL | rope)).eval()
+    state = model.state_dict()
+    theirs.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    texts = [torch.randint(97, (n,), generator=torch.Generator().manual_seed(n)) for n in (30, 11)]
+    ids, mask = pad_left(texts)
+    real = mask.bool()
+    with torch.no_grad():
+        ours, want = model(ids, mask), theirs(ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours[real], want[real], rtol=1e-4, atol=1e-4)
+
+
+def test_defaults():
+    def defaults(f):
+        parameters = inspect.signature(f).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    public = [getattr(q2, name) for name in q2.__all__]
+    assert {f.__name__: defaults(f) for f in public if callable(f)} == dict(
+        layer_windows={},
+        window_mask=dict(device=None),
+        WindowAttention={},
+        WindowConfig=defaults(QwenConfig) | dict(windows=None),
+    )
+    assert defaults(WindowAttention.forward) == dict(mask=None, cache=None)
+
+
 # ---- windows
 
 
@@ -126,7 +206,7 @@ def test_mask_in_words(q_len, k_len, window):
 @pytest.mark.parametrize("window", [1, 2, 5, 40])
 @pytest.mark.parametrize("cached", [0, 1, 9])
 def test_attention_equals_full_attention_under_the_mask(window, cached):
-    "Keys out of sight are cut off before the product; the result must be that of all keys under a mask, also with padding."
+    "Keys out of sight are cut off early; the result is that of all keys under a mask, padded too."
     torch.manual_seed(0)
     args = 24, 4, 2, 8
     near, full = WindowAttention(window, *args), Attention(*args)

@@ -1,7 +1,10 @@
-"""Qwen3: the released sizes, the bound on the scores, and what scales with the weights. tests/test_family.py compares random configs with the reference.
+"""Qwen3: the released sizes, the bound on the scores, and what scales with the weights.
+tests/test_family.py compares random configs with the reference.
 
-The official files are not part of this project. They are looked for in ../shared/qwen beside the repository, or in the folder that QWEN_NB_DATA names."""
+The official files are not part of this project. They are looked for in ../shared/qwen beside the
+repository, or in the folder that QWEN_NB_DATA names."""
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import qwen_nb.qwen3 as q3
 from qwen_nb.attention import attend_explicit, causal_mask, record_attention
 from qwen_nb.inspect import QWEN_CONFIGS, count_parameters, load_reference
 from qwen_nb.model import Qwen, QwenConfig, family_config
@@ -90,6 +94,45 @@ def test_largest_scores_are_the_references():
         assert ours == pytest.approx(
             (t["q"] @ k.mT * model.config.head_dim**-0.5).tril().abs().max().item(), rel=1e-4
         )
+
+
+def test_defaults():
+    for name in q3.__all__:
+        parameters = inspect.signature(getattr(q3, name)).parameters.values()
+        assert all(p.default is p.empty for p in parameters), name
+    parameters = inspect.signature(QwenConfig).parameters.values()
+    assert {p.name: p.default for p in parameters} == dict(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        rope_theta=1e6,
+        rope_scaling=None,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        qkv_bias=False,
+        o_bias=False,
+        qk_norm=True,
+    )
+
+
+def test_scores_ahead_of_a_query_do_not_count():
+    "A key that nobody may see yet can be as large as it likes."
+    model = small(qk_norm=False)
+    attn = model.model.layers[0].self_attn
+    ids = torch.arange(8)[None]
+    x = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
+    q, k, v = attn.qkv(x, *model.config.rotary()(torch.arange(8)[None]))
+    want = 0.0
+    for head in range(6):
+        for i in range(8):
+            scores = q[0, head, i] @ k[0, head // 3, : i + 1].mT
+            want = max(want, scores.abs().max().item() / 16**0.5)
+    assert largest_scores(model, ids)[0] == pytest.approx(want, rel=1e-4)
 
 
 def test_largest_scores_leave_no_hooks():

@@ -1,4 +1,5 @@
-"""Our safetensors reader against the library on mutated files, the loader on damaged folders, and bfloat16."""
+"""Our safetensors reader against the library on mutated files, the loader on damaged folders, and
+bfloat16."""
 
 import io
 import json
@@ -12,17 +13,9 @@ import torch
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save, save_file
 
-from qwen_nb.weights import (
-    DTYPES,
-    bf16_to_float32,
-    find_model,
-    float32_to_bf16,
-    open_weights,
-    read_header,
-    read_json,
-    read_safetensors,
-    save_shards,
-)
+from qwen_nb.weights import DTYPES, is_sizes, parse_json, read_header, read_safetensors
+from qwen_nb.bfloat16 import bf16_to_float32, float32_to_bf16
+from qwen_nb.hub import find_model, open_weights, read_json, save_shards
 
 
 # --- 10,000 mutated files, each read by both ---
@@ -120,7 +113,8 @@ NAMES = [
 
 
 class File:
-    "A safetensors file taken apart: pieces of JSON text, so that anything can be written, and the data."
+    """A safetensors file taken apart: pieces of JSON text, so that anything can be written, and the
+    data."""
 
     def __init__(self, rng):
         self.notes = rng.choice(
@@ -679,3 +673,21 @@ def test_bfloat16_both_ways():
         a.view(torch.int16)[~b.isnan()], b.view(torch.int16)[~b.isnan()]
     )
     assert float32_to_bf16(torch.randn(6, 4).T).shape == (4, 6)
+
+
+def test_sizes_are_whole_numbers_of_64_bits():
+    for good in ([], [3, 2**64 - 1]):
+        assert is_sizes(good), f"{good} is a list of sizes"
+    for bad in ([2.0], [True], [-1], [2**64], ["2"], [None], (2, 3)):
+        assert not is_sizes(bad), f"{bad} is no list of sizes"
+
+
+def test_the_bits_of_every_dtype():
+    for word, (bits, name) in DTYPES.items():
+        there = getattr(torch, name or "", None)
+        if there is not None and word != "F4":  # two numbers in a byte
+            assert bits == 8 * there.itemsize, word
+
+
+def test_a_repeated_key_stays_visible():
+    assert parse_json('{"a": [1, 2.0], "a": null}') == [("a", [1, 2.0]), ("a", None)]
