@@ -28,7 +28,7 @@ from qwen_nb.tokenizer import (
     library_tokenizer,
     read_vocabulary,
 )
-from qwen_nb.weights import find_model
+from qwen_nb.hub import find_model
 
 LINES = [
     "Max ist in der Küche, und Anna hat den Schlüssel.",

@@ -20,33 +20,48 @@ def layer_windows(
 ) -> list:
     """For each layer how many positions a token sees, itself included; None: all.
 
-    Raises ValueError for a setting that makes no sense. Source: `Qwen2Config` in transformers, whose defaults it takes."""
-    on, width, first = raw.get("use_sliding_window", False), raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
-    if type(on) is not bool: raise ValueError(f"config.json: use_sliding_window is {on!r}; expected true or false")
-    if on and width is not None and (type(width) is not int or width < 1): raise ValueError(f"config.json: sliding_window is {width!r}; expected a whole number above 0, or null")
-    if type(first) is not int or first < 0: raise ValueError(f"config.json: max_window_layers is {first!r}; expected a whole number from 0")
+    Raises ValueError for a setting that makes no sense. Source: `Qwen2Config` in transformers,
+    whose defaults it takes."""
+    on, width = raw.get("use_sliding_window", False), raw.get("sliding_window", 4096)
+    first = raw.get("max_window_layers", 28)
+    def expect(right, key, value, expected):
+        if not right: raise ValueError(f"config.json: {key} is {value!r:.60}; expected {expected}")
+    expect(type(on) is bool, "use_sliding_window", on, "true or false")
+    if on and width is not None:
+        right = type(width) is int and width > 0
+        expect(right, "sliding_window", width, "a whole number above 0, or null")
+    right = type(first) is int and first >= 0
+    expect(right, "max_window_layers", first, "a whole number from 0")
     kinds = raw.get("layer_types")
-    if kinds is None: kinds = [KINDS[on and width is not None and i >= first] for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in KINDS for kind in kinds):
-        raise ValueError(f"config.json: layer_types is {str(kinds):.60}; expected {layers} times {' or '.join(KINDS)}")
-    if KINDS[1] in kinds and not (on and width): raise ValueError("config.json: layer_types asks for sliding_attention, but use_sliding_window and sliding_window give no window")
+    if kinds is None:
+        kinds = [KINDS[on and width is not None and i >= first] for i in range(layers)]
+    right = isinstance(kinds, list) and len(kinds) == layers
+    right = right and all(kind in KINDS for kind in kinds)
+    expect(right, "layer_types", kinds, f"{layers} times {' or '.join(KINDS)}")
+    if KINDS[1] in kinds and not (on and width):
+        raise ValueError("config.json: layer_types asks for sliding_attention, but "
+                         "use_sliding_window and sliding_window give no window")
     return [width if kind == KINDS[1] else None for kind in kinds]
 
 # %% ../nbs/12_qwen2.ipynb #2c90a70b
 def window_mask(
-    q_len:int,   # number of queries: the last q_len of the k_len positions
-    k_len:int,   # number of keys
-    window:int,  # how many positions a query sees, itself included
+    q_len:int,    # number of queries: the last q_len of the k_len positions
+    k_len:int,    # number of keys
+    window:int,   # how many positions a query sees, itself included
     device=None,
-):
-    "True where a query may look: at itself and the `window - 1` positions before. `(1, 1, q_len, k_len)`."
+) -> torch.Tensor:
+    """True where a query may look: at itself and the `window - 1` positions before.
+
+    `(1, 1, q_len, k_len)`."""
     query = torch.arange(k_len - q_len, k_len, device=device)[:, None]
     key = torch.arange(k_len, device=device)[None, :]
     return causal_mask(q_len, k_len, device=device) & (query - key < window)
 
 # %% ../nbs/12_qwen2.ipynb #451a67b3
 class WindowAttention(Attention):
-    "`Attention` that sees only the last `window` positions, itself included. Source: `sliding_window` in Qwen2Attention and masking_utils of transformers."
+    """`Attention` that sees only the last `window` positions, itself included.
+
+    Source: `sliding_window` in Qwen2Attention and masking_utils of transformers."""
     def __init__(self,
                  window:int,   # positions a token sees
                  *args, **kw): # of `Attention`
@@ -57,10 +72,11 @@ class WindowAttention(Attention):
         "As `Attention.forward`. `mask` may forbid more, such as padding."
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None: k, v = cache.update(self.layer_idx, k, v)
-        near = min(k.shape[2], q.shape[2] + self.window - 1)  # no query sees further back
+        near = min(k.shape[2], q.shape[2] + self.window - 1)          # no query sees further back
         band = window_mask(q.shape[2], near, self.window, q.device)
         if mask is not None: band = band & mask[..., -near:]
-        return self.o_proj(attend(q, k[:, :, -near:], v[:, :, -near:], band).transpose(1, 2).flatten(-2))
+        mix = attend(q, k[:, :, -near:], v[:, :, -near:], band)  # (batch, heads, q_len, head_dim)
+        return self.o_proj(mix.transpose(1, 2).flatten(-2))
 
 # %% ../nbs/12_qwen2.ipynb #5a7170e9
 @dataclass
@@ -77,7 +93,8 @@ class WindowConfig(QwenConfig):
     def attention(self, layer_idx):
         window = self.windows and self.windows[layer_idx]
         if window is None: return super().attention(layer_idx)
-        return WindowAttention(window, self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim,
-                               self.qkv_bias, self.o_bias, self.qk_norm, self.rms_norm_eps, layer_idx)
+        return WindowAttention(
+            window, self.hidden_size, self.num_attention_heads, self.num_key_value_heads,
+            self.head_dim, self.qkv_bias, self.o_bias, self.qk_norm, self.rms_norm_eps, layer_idx)
 
 CONFIGS = {"qwen2": WindowConfig, "qwen3": WindowConfig}

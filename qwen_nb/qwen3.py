@@ -14,19 +14,28 @@ def largest_scores(
     model,  # one of ours
     ids,    # (batch, seq)
 ) -> list:
-    "The largest absolute score of each layer, before the softmax; what lies ahead of a query is not counted."
+    """The largest absolute score of each layer, before the softmax.
+
+    What lies ahead of a query is not counted."""
     found = []
     def measure(attn, args, out):
-        q, k, v = attn.qkv(*args[:3])                                                          # x, cos, sin
-        found.append((q @ repeat_kv(k, q.shape[1] // k.shape[1]).mT).tril().abs().max().item() / attn.head_dim**.5)
+        x, cos, sin = args[:3]
+        q, k, v = attn.qkv(x, cos, sin)                    # (batch, heads, seq, head_dim) each
+        k = repeat_kv(k, q.shape[1] // k.shape[1])
+        scores = (q @ k.mT).tril()                         # (batch, heads, seq, seq)
+        found.append(scores.abs().max().item() / attn.head_dim**.5)
     hooks = [layer.self_attn.register_forward_hook(measure) for layer in model.model.layers]
     try: model(ids)
-    finally: [hook.remove() for hook in hooks]
+    finally:
+        for hook in hooks: hook.remove()
     return found
 
 def score_bound(
     attn,  # an `Attention`
 ) -> float:
-    "No score of this layer can be larger: √d · max|w_q| · max|w_k|. Infinite without q/k norm."
+    """No score of this layer can be larger: √d · max|w_q| · max|w_k|.
+
+    Infinite without q/k norm."""
     if not hasattr(attn.q_norm, "weight"): return float("inf")
-    return attn.head_dim**.5 * (attn.q_norm.weight.abs().max() * attn.k_norm.weight.abs().max()).item()
+    w_q, w_k = attn.q_norm.weight, attn.k_norm.weight      # (head_dim,) each
+    return attn.head_dim**.5 * (w_q.abs().max() * w_k.abs().max()).item()

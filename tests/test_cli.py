@@ -18,7 +18,8 @@ import torch
 from qwen_nb import cli
 from qwen_nb.chat import Chat, Scripted
 from qwen_nb.inspect import packaged_model
-from qwen_nb.model import DTYPES, Qwen
+from qwen_nb.weights import DTYPES
+from qwen_nb.model import Qwen
 from qwen_nb.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -178,7 +179,7 @@ def test_generate(capsys, monkeypatch, folders):
 
 
 def test_generate_writes_what_stream_yields(capsys, monkeypatch, folders):
-    from qwen_nb.generate import stream
+    from qwen_nb.generation import stream
     from qwen_nb.model import Qwen
 
     model, tokenizer = (

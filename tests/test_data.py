@@ -18,7 +18,7 @@ from pypdf.errors import DependencyError
 from tqdm.auto import tqdm
 
 from qwen_nb import data
-from qwen_nb.chat import encode_chat
+from qwen_nb.prompt import encode_chat
 from qwen_nb.data import (
     Packed,
     Shards,

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from qwen_nb.generate import generate
+from qwen_nb.generation import generate
 from qwen_nb.model import Qwen
 
 transformers = pytest.importorskip("transformers")

@@ -26,9 +26,11 @@ from qwen_nb.family import (
     relative,
     traits,
 )
-from qwen_nb.generate import Context, KVCache
+from qwen_nb.cache import KVCache
+from qwen_nb.writing import Context
 from qwen_nb.hybrid import HybridConfig, cache_parts
-from qwen_nb.model import Qwen, QwenConfig, family_config
+from qwen_nb.model import Qwen, QwenConfig
+from qwen_nb.loading import family_config
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.qwen2 import WindowConfig
 

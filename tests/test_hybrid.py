@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from qwen_nb import hybrid as h
 from qwen_nb.attention import causal_mask
-from qwen_nb.generate import generate, pad_left
+from qwen_nb.writing import pad_left
+from qwen_nb.generation import generate
 from qwen_nb.inspect import load_reference, packaged_model
-from qwen_nb.model import Qwen, family_config
+from qwen_nb.model import Qwen
+from qwen_nb.loading import family_config
 from qwen_nb.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")

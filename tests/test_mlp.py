@@ -1,13 +1,19 @@
-"""SwiGLU against the reference's MLPs, on pretrained and on random weights; the mistakes it must tell apart."""
+"""SwiGLU against the reference's MLPs, on pretrained and random weights; graders of 07."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from qwen_nb.inspect import load_reference
+from qwen_nb.inspect import QWEN_CONFIGS, count_parameters, load_reference
 from qwen_nb.mlp import SwiGLU
-from qwen_nb.verify import record, rounding_steps
+from qwen_nb.verify import check, record, rounding_steps
 
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "nbs" / "07_swiglu.ipynb"
+CONFIGS = ROOT.parent / "shared" / "qwen" / "configs"
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
@@ -91,3 +97,81 @@ def test_names_and_count():
     }
     with pytest.raises(RuntimeError, match="bias"):
         mlp.load_state_dict({**mlp.state_dict(), "gate_proj.bias": torch.zeros(40)}, strict=True)
+
+
+def lesson():
+    "The names that the exercises of 07 need, from the notebook's own cells."
+    torch.manual_seed(0)
+    layers = [SwiGLU(16, 24), SwiGLU(16, 24)]
+    blocks = [type("Block", (), {"mlp": m}) for m in layers]
+    reference = type("Model", (), {"model": type("Decoder", (), {"layers": blocks})})
+    names = dict(torch=torch, F=F, check=check, rounding_steps=rounding_steps, layer=1)
+    gate, up, down = (p.detach() for p in layers[1].parameters())
+    names |= dict(x=torch.randn(1, 5, 16), W_gate=gate, W_up=up, W_down=down)
+    names["reference"] = reference
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if text.startswith(("def mlp_by_hand", "def grade_width", "def fused_mlp", "def gated_")):
+            exec(text, names)
+    return names
+
+
+def fused(x, W, W_down):
+    gate, up = (x @ W.T).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ W_down.T
+
+
+@torch.no_grad()
+def test_the_grader_of_the_fused_mlp():
+    "Wrong: sizes in the code, matrices from elsewhere, halves in the wrong order, one dtype."
+    names = lesson()
+    grade, by_hand = names["grade_fused"], names["mlp_by_hand"]
+    grade(fused)
+    grade(lambda x, W, down: x.copy_(fused(x, W, down)))
+    a, b, c = names["W_gate"], names["W_up"], names["W_down"]
+    for wrong in (
+        names["fused_mlp"],
+        lambda x, W, down: by_hand(x, a, b, down),
+        lambda x, W, down: fused(x, W, c),
+        lambda x, W, down: fused(x, W.roll(len(W) // 2, 0), down),
+        lambda x, W, down: (F.silu((x @ W.T)[..., :24]) * (x @ W.T)[..., 24:]) @ down.T,
+        lambda x, W, down: fused(x.float(), W.float(), down.float()),
+        lambda x, W, down: F.gelu(x @ W[: len(W) // 2].T) * (x @ W[len(W) // 2 :].T) @ down.T,
+    ):
+        with pytest.raises((AssertionError, RuntimeError)):
+            grade(wrong)
+
+
+def test_the_grader_of_the_width():
+    names = lesson()
+    right = lambda h: -(-8 * h // 384) * 128
+    names["grade_width"](right)
+    for wrong in (names["gated_width"], lambda h: float(right(h)), lambda h: 4 * h):
+        with pytest.raises(AssertionError):
+            names["grade_width"](wrong)
+    with pytest.raises(AssertionError, match="expected an int, got 5504.0"):
+        names["grade_width"](lambda h: right(h) * 1.0)
+
+
+def test_the_mlps_share_is_told_as_it_is():
+    "In Qwen3-0.6B less than half of the weights sit in the MLPs."
+    parts = count_parameters(QWEN_CONFIGS["Qwen3-0.6B"])
+    assert round(100 * parts["mlp"] / sum(parts.values())) == 44
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    assert "most of a model's weights" not in text
+    assert "Qwen3-0.6B     44%" in text and "it is 44 %" in text
+
+
+@pytest.mark.skipif(not CONFIGS.exists(), reason="no released configs here")
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-4B"])
+def test_the_chart_has_the_released_widths(name):
+    found = next(CONFIGS.glob(f"{name}*.config.json"))
+    config = json.loads(found.read_text(encoding="utf-8"))
+    for key in ("hidden_size", "intermediate_size"):
+        assert config[key] == QWEN_CONFIGS[name][key]
+
+
+@pytest.mark.skipif(not CONFIGS.exists(), reason="no released configs here")
+def test_the_first_qwens_width():
+    found = json.loads((CONFIGS / "Qwen-1_8B.qwen_config_dict.json").read_text(encoding="utf-8"))
+    assert (found["hidden_size"], found["intermediate_size"]) == (2048, 2 * 5504)

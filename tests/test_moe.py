@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from qwen_nb.generate import generate
+from qwen_nb.generation import generate
 from qwen_nb.inspect import packaged_model
 from qwen_nb.mlp import SwiGLU
-from qwen_nb.model import Qwen, QwenConfig, family_config
+from qwen_nb.model import Qwen, QwenConfig
+from qwen_nb.loading import family_config
 from qwen_nb.moe import (
     CONFIGS,
     MoEConfig,

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm  # noqa: E402
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm  # noqa: E402
 
+NOTEBOOK = Path(__file__).parent.parent / "nbs/04_rmsnorm.ipynb"
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES = (1, 1, 64), (2, 7, 64), (64,), (2, 3, 4, 64), (0, 5, 64), (3, 5, 1), (2, 5, 1000)
 
@@ -95,28 +96,75 @@ def test_eps_is_used():
     check_fails(RMSNorm(4, 1e-5)(x), torch.full((4,), 0.5**0.5))
 
 
-def test_the_exercise_fails_on_its_stub():
-    nb = json.loads(
-        (Path(__file__).parent.parent / "nbs/04_rmsnorm.ipynb").read_text(encoding="utf-8")
-    )
-    cells = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    stub, grader = (
-        next(c for c in cells if c.startswith(f"def {n}(")) for n in ("norm_heads", "grade")
-    )
+def notebook_code():
+    nb = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    return ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    "The names of 04 that its exercise needs, from its own cells."
     reference = type("Reference", (), {"model": type("Model", (), {"norm": Qwen3RMSNorm(2)})})
-    names = dict(torch=torch, check=check, reference=reference)
-    exec(stub, names)
-    exec(grader.split("\ntry:")[0], names)
-    early = lambda x, w, eps: (
-        (
-            w
-            * torch.nn.functional.rms_norm(
-                x.unflatten(-1, (-1, len(w))).float(), (len(w),), None, eps
-            )
-        )
-        .to(x.dtype)
-        .flatten(-2)
-    )
-    for bad in names["norm_heads"], lambda x, w, eps: None, early:
-        with pytest.raises(AssertionError):
-            names["grade"](bad)
+    f32, b16, f64 = torch.float32, torch.bfloat16, torch.float64
+    names = dict(torch=torch, F=torch.nn.functional, check=check, reference=reference)
+    names |= dict(f32=f32, b16=b16, f64=f64)
+    for start in ("def ms(", "def no_weight(", "def sqrt_and", "def norm_heads(", "def same_norm("):
+        cell = next(c for c in notebook_code() if c.startswith(start))
+        exec(cell.split("def worst_of")[0], names)
+    return names
+
+
+def by_heads(f):
+    "An answer from a function that norms the last axis."
+
+    def answer(x, weight, eps):
+        return f(x.unflatten(-1, (-1, len(weight))), weight, eps).flatten(-2)
+
+    return answer
+
+
+def in_double(x, weight, eps):
+    h = x.double()
+    h = h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    return weight * h.to(x.dtype)
+
+
+def in_place(x, weight, eps):
+    return x.copy_(RMSNorm(x.shape[-1], eps)(x.float()).detach()).mul_(weight)
+
+
+@pytest.mark.parametrize("right", ["sqrt_and_divide", in_double, in_place])
+def test_the_grader_accepts_every_right_answer(lesson, right):
+    "A rounding in float32 is no mistake, and neither is writing into what was handed over."
+    right = lesson[right] if isinstance(right, str) else right
+    lesson["grade_norm_heads"](by_heads(right))
+
+
+def test_the_grader_refuses_every_mistake_of_the_lesson(lesson):
+    assert len(lesson["mistakes"]) == 8
+    wrong = [by_heads(f) for f in lesson["mistakes"].values()]
+    wrong += [lesson["norm_heads"], lesson["all_together"], lambda x, weight, eps: None]
+    wrong += [lambda x, weight, eps: x.float(), lambda x, weight, eps: x[..., :8]]
+    for f in wrong:
+        with pytest.raises(AssertionError) as e:
+            lesson["grade_norm_heads"](f)
+        assert len(str(e.value)) > 20
+
+
+def test_the_text_names_both_defaults_of_eps():
+    "The default eps of nn.RMSNorm changed with PyTorch 2.7; settings.ini allows older ones."
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    assert "up to 2.6" in text and "from 2.7" in text and "142848" in text
+    x = torch.full((1, 64), 0.01, dtype=torch.bfloat16)
+    got = torch.nn.functional.rms_norm(x, (64,))
+    version = tuple(int(n) for n in torch.__version__.split(".")[:2])
+    rule = torch.float32 if version >= (2, 7) else torch.bfloat16
+    want = torch.nn.functional.rms_norm(x, (64,), None, torch.finfo(rule).eps)
+    assert torch.equal(got, want)
+
+
+def test_what_without_norms_means_is_told():
+    "Both ways to take them out are measured: the stream's alone, and q_norm and k_norm too."
+    outputs = NOTEBOOK.read_text(encoding="utf-8")
+    assert "the stream's  " in outputs and "all, q_norm and k_norm too  " in outputs
+    assert "times as much" in outputs

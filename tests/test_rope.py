@@ -1,26 +1,24 @@
 "RoPE against transformers over random settings, and the things a notebook is too short for."
 
 import copy
+import inspect
 import json
+import math
 import pickle
 import random
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from qwen_nb.rope import (
-    Rotary,
-    apply_rope,
-    cos_sin,
-    inverse_frequencies,
-    read_scaling,
-    rotate_half,
-    yarn_frequencies,
-)
+from qwen_nb.inspect import load_reference
+from qwen_nb.model import Qwen
+from qwen_nb.rope import apply_rope, cos_sin, inverse_frequencies, rotate_half
+from qwen_nb.verify import check, check_fails, first_difference, record
+from qwen_nb.yarn import Rotary, read_scaling, yarn_frequencies, yarn_ramp
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "05_rope.ipynb"
+YARN_NOTEBOOK = NOTEBOOK.with_name("05a_yarn.ipynb")
 
 
 def reference(head_dim, theta, scaling, max_position_embeddings=32_768):
@@ -227,7 +225,7 @@ def test_positions_of_another_shape_or_dtype_are_refused(positions):
 
 
 def test_frequencies_are_real_float32_numbers_wherever_they_are_made():
-    "A model is planned on the meta device, under bfloat16, or in inference mode: the frequencies must not follow."
+    "A model may be planned on the meta device or under bfloat16: the frequencies must not follow."
     want = Rotary(64, 1e6, YARN).inv_freq
     before = torch.get_default_dtype()
     try:
@@ -304,13 +302,170 @@ def test_gradients_flow():
     assert torch.autograd.gradcheck(lambda x: apply_rope(x, cos, sin), x)
 
 
-def test_the_notebooks_folded_solutions_are_the_ones_it_runs():
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    text = {
-        kind: "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == kind)
-        for kind in ("markdown", "code")
-    }
-    folded = re.findall(
-        r"<summary>Solution</summary>\s*```python\n(.*?)\n```", text["markdown"], re.S
-    )
-    assert len(folded) == 2 and all(solution in text["code"] for solution in folded)
+# The formulas of the lessons, typed from their text and from nothing else.
+
+
+def typed_speeds(d, theta):
+    "05: the exponent, the power, one divided by it; float32."
+    j = torch.arange(d // 2)
+    return 1 / theta ** (2 * j / d)
+
+
+def typed_yarn(d, theta, s, L):
+    "05a: the ramp's ends at whole pairs, what is kept of the speed, the mix, the factor."
+
+    def pair_with(r):
+        return d * math.log(L / (r * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(32)), 0)
+    high = min(math.ceil(pair_with(1)), d - 1)
+    j = torch.arange(d // 2)
+    gamma = torch.clamp((j - low) / (high - low), 0, 1)
+    kappa = 1 - gamma
+    slowed = 1 / (s * theta ** (2 * j / d))
+    return slowed * (1 - kappa) + 1 / theta ** (2 * j / d) * kappa, 0.1 * math.log(s) + 1
+
+
+def typed_tables(speeds, factor, positions):
+    "Angles in float32, times the factor, then the dtype of a float64 model."
+    angles = positions[..., None].float() * speeds
+    angles = torch.cat([angles, angles], dim=-1)
+    return torch.stack([angles.cos() * factor, angles.sin() * factor]).double()
+
+
+@pytest.mark.parametrize("d, theta", [(128, 1e6), (64, 1e6), (32, 1e4), (128, 1e4), (256, 5e6)])
+def test_the_printed_formula_of_rope_is_what_is_computed(d, theta):
+    "With 0 rounding steps in the tables of a float64 model, as 05 and 08 compare them."
+    positions = torch.arange(0, 40_960, 13)[None]
+    printed = typed_tables(typed_speeds(d, theta), 1.0, positions)
+    ours = torch.stack(Rotary(d, theta)(positions, torch.float64))
+    theirs = torch.stack(reference(d, theta, {})(torch.zeros(1, dtype=torch.float64), positions))
+    check(printed, ours, steps=0)
+    check(printed, theirs, steps=0)
+
+
+@pytest.mark.parametrize("d", [128, 64])
+def test_the_printed_formulas_of_yarn_are_what_is_computed(d):
+    "With the numbers of Qwen's model cards, on our code and on the reference: 0 steps, float64."
+    positions = torch.arange(0, 131_072, 31)[None]
+    printed = typed_tables(*typed_yarn(d, 1e6, 4.0, 32_768), positions)
+    ours = torch.stack(Rotary(d, 1e6, YARN)(positions, torch.float64))
+    module = reference(d, 1e6, dict(YARN))
+    theirs = torch.stack(module(torch.zeros(1, dtype=torch.float64), positions))
+    check(printed, ours, steps=0)
+    check(printed, theirs, steps=0)
+
+
+@pytest.mark.parametrize("scaling", [{}, {"type": "yarn", "factor": 4.0}], ids=["rope", "yarn"])
+@torch.no_grad()
+def test_a_whole_float64_model_turns_by_the_printed_formulas(scaling):
+    "As 08 compares it, at every module; with the power taken in one step it would not pass."
+    theirs, _ = load_reference(None, torch.float64, "sdpa")
+    theirs.model.rotary_emb = reference(32, 1e6, scaling, max_position_embeddings=512)
+    ours = Qwen.from_pretrained(dtype=torch.float64)
+    decoder = next(m for m in ours.modules() if hasattr(m, "rotary"))
+    ids = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
+    want = record(theirs, ids)
+    rotary = decoder.rotary
+    rotary.inv_freq = typed_speeds(32, 1e6)
+    if scaling:
+        rotary.inv_freq, rotary.attention_factor = typed_yarn(32, 1e6, 4.0, 512)
+    assert first_difference(record(ours, ids), want, steps=32) is None
+    rotary.inv_freq = rotary.inv_freq * (1 + 2**-23)
+    assert first_difference(record(ours, ids), want, steps=32)
+
+
+def test_details_that_a_text_is_tempted_to_leave_out_are_seen():
+    "Each was printed otherwise once: the rounding of the ramp's ends, and the order of operations."
+    right, _ = yarn_frequencies(128, 1e6, 4.0, 32_768)
+    check_fails(yarn_frequencies(128, 1e6, 4.0, 32_768, truncate=False)[0], right)
+    one_step = 1e6 ** (-torch.arange(0, 128, 2) / 128)
+    check_fails(one_step.double(), inverse_frequencies(128, 1e6).double())
+
+
+def test_the_lessons_print_these_formulas():
+    rope, yarn = (notebook_text(path, "markdown") for path in (NOTEBOOK, YARN_NOTEBOOK))
+    assert r"\omega_j=\frac{1}{\theta^{\,2j/d}}" in rope
+    assert r"\omega_j=\theta^{-2j/d}" not in rope + yarn
+    for formula in (
+        r"j_r=\frac{d\,\ln\!\big(L/(r\cdot 2\pi)\big)}{2\ln\theta}",
+        r"\text{low}=\max\!\big(\lfloor j_{32}\rfloor,\,0\big)",
+        r"\text{high}=\min\!\big(\lceil j_{1}\rceil,\,d-1\big)",
+        r"\kappa_j=1-\gamma_j",
+        r"\omega'_j=\frac{1}{s\,\theta^{\,2j/d}}\,(1-\kappa_j)+\frac{1}{\theta^{\,2j/d}}\,\kappa_j",
+        r"a=0.1\,\ln s+1",
+    ):
+        assert formula in yarn, formula
+
+
+def notebook_cells(path, kind):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == kind]
+
+
+def notebook_text(path, kind):
+    return "\n".join(notebook_cells(path, kind))
+
+
+def cell_with(start, path=NOTEBOOK):
+    return next(text for text in notebook_cells(path, "code") if text.startswith(start))
+
+
+def test_a_base_fixed_in_the_code_fails_at_the_first_check_of_its_own_lesson():
+    "The packaged model's base is 10,000, so a check with its own base alone would pass."
+    model = load_reference()[0]
+    names = dict(copy=copy, config=model.config, reference=model, check=check)
+    names |= dict(check_fails=check_fails, head_dim=32, theta=10_000.0)
+    names["inverse_frequencies"] = inverse_frequencies
+    exec(cell_with("def their_rotary(base)"), names)
+    names["inverse_frequencies"] = lambda d, theta: inverse_frequencies(d, 10_000.0)
+    with pytest.raises(AssertionError, match="base 1,000,000"):
+        exec(cell_with("def their_rotary(base)"), names)
+
+
+def test_the_positions_of_padding_must_be_0_as_the_text_says():
+    names = dict(torch=torch)
+    exec(cell_with("def grade_positions"), names)
+    grade = names["grade_positions"]
+    grade(lambda m: (m.cumsum(-1) - 1) * m)
+    grade(lambda m: (m.cumsum(-1) - 1).masked_fill_(m == 0, 0))
+    for fill in (1, -1, 7):
+        with pytest.raises(AssertionError, match="padding should get 0"):
+            grade(lambda m, fill=fill: (m.cumsum(-1) - 1).masked_fill(m == 0, fill))
+
+
+def test_solutions_are_folded():
+    for path in (NOTEBOOK, YARN_NOTEBOOK):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        found = [c for c in cells if "".join(c["source"]).startswith("#@title Solution")]
+        assert found
+        for cell in found:
+            assert cell["metadata"]["jupyter"]["source_hidden"]
+
+
+def defaults(f):
+    empty = inspect.Parameter.empty
+    parameters = inspect.signature(f).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not empty}
+
+
+def test_defaults_are_those_of_the_configs():
+    "What a config leaves out; a changed default would change models without any message."
+    yarn = dict(beta_fast=32, beta_slow=1, truncate=True)
+    more = dict(attention_factor=None, mscale=None, mscale_all_dim=None)
+    scaling = dict(scaling=None, max_position_embeddings=None)
+    assert defaults(inverse_frequencies) == dict(theta=10_000.0, factor=1.0)
+    assert defaults(cos_sin) == dict(dtype=torch.float32, attention_factor=1.0)
+    assert defaults(yarn_ramp) == yarn
+    assert defaults(yarn_frequencies) == yarn | more
+    assert defaults(Rotary) == dict(theta=10_000.0) | scaling
+    assert defaults(Rotary.__call__) == dict(dtype=torch.float32, cache=None)
+    assert defaults(read_scaling) == dict(theta=None, max_position_embeddings=None)
+
+
+def test_yarn_without_optional_settings_is_the_cards():
+    full = dict(beta_fast=32, beta_slow=1, truncate=True)
+    plain, spelled = Rotary(128, 1e6, YARN), Rotary(128, 1e6, YARN | full)
+    assert torch.equal(plain.inv_freq, spelled.inv_freq)
+    assert (yarn_ramp(128, 1e6, 32_768) == 0).sum() == 24
+    assert (yarn_ramp(128, 1e6, 32_768) == 1).sum() == 24

@@ -29,7 +29,8 @@ import torch
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
-from qwen_nb.chat import SMALL_TEMPLATE, quiz
+from qwen_nb.prompt import SMALL_TEMPLATE
+from qwen_nb.chat import quiz
 from qwen_nb.inspect import packaged_model
 from qwen_nb.lessons import cut_course
 from qwen_nb.model import Qwen
