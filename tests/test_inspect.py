@@ -1,4 +1,5 @@
-"""qwen_nb.inspect where a notebook would be the wrong place: broken files, missing libraries, other families."""
+"""Opening a model and taking it apart, where a notebook would be the wrong place: broken files,
+missing libraries, other families."""
 
 import json
 import os
@@ -12,30 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from families import tiny
+
 from qwen_nb.inspect import (
-    QWEN_CONFIGS,
     ancestry,
-    component_sizes,
-    count_parameters,
+    caught,
     decoder_layers,
-    draw_architecture,
-    draw_tree,
-    heads_off,
+    defined_in,
     load_reference,
-    next_token_loss,
     outline,
     packaged_model,
-    parameter_shapes,
-    read_config,
     source,
-    trace_shapes,
     tree,
-)
-
-ROOT = Path(__file__).resolve().parents[1]
-FACTS = ROOT.parent / "shared" / "qwen" / "configs"
-needs_facts = pytest.mark.skipif(
-    not FACTS.is_dir(), reason=f"the official configs are not in {FACTS}"
 )
 
 
@@ -110,8 +99,28 @@ def test_without_transformers(monkeypatch):
 
 
 def test_import_needs_no_transformers():
-    code = "import sys; sys.modules['transformers'] = None; import qwen_nb.inspect as i; i.draw_architecture(i.QWEN_CONFIGS['Qwen3-0.6B'])"
+    code = (
+        "import sys; sys.modules['transformers'] = None; import qwen_nb.memory as m; "
+        "import qwen_nb.architecture as a; a.draw_architecture(m.QWEN_CONFIGS['Qwen3-0.6B'])"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"MPLBACKEND": "agg"})
+
+
+def test_import_is_light():
+    "The tokenizer imports this module: no torch, no numpy, no matplotlib may come with it."
+    code = (
+        "import sys; import qwen_nb.inspect; "
+        "print(sorted({'torch', 'numpy', 'matplotlib', 'safetensors'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", f"import qwen_nb.inspect brings {done.stdout}"
+
+
+def test_default_dtype_is_float32():
+    model, _ = load_reference()
+    assert next(model.parameters()).dtype == torch.float32
+    half, _ = load_reference(dtype=torch.bfloat16)
+    assert next(half.parameters()).dtype == torch.bfloat16
 
 
 def test_unknown_id_without_network():
@@ -127,117 +136,50 @@ def test_unknown_id_without_network():
     assert done.stderr.strip().splitlines()[-1].startswith("OSError: no-such-user/no-such-model: ")
 
 
-def tiny(family):
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    if family == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(n_layer=3, n_head=4, n_embd=48, vocab_size=60, n_positions=32)
-        ).eval()
-    return LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            hidden_size=48,
-            intermediate_size=80,
-            vocab_size=60,
-            tie_word_embeddings=False,
-        )
-    ).eval()
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_any_causal_lm(family):
-    model, ids = tiny(family), torch.arange(5).repeat(2, 1)
+    model = tiny(family)
     total = sum(p.numel() for p in model.parameters())
-    assert outline(model).count == total and f"{total:,}" in tree(model, depth=1)
-    assert sum(component_sizes({n: p.shape for n, p in model.named_parameters()}).values()) == total
-    assert "0…2: 3 × " in tree(model) and len(decoder_layers(model)) == 3
-    steps = trace_shapes(model, ids)
-    assert steps[0].takes == (2, 5) and steps[0].gives == (2, 5, 60)
-    blocks = [s for s in steps if s.kind == type(decoder_layers(model)[0]).__name__]
-    assert len(blocks) == 3 and all(s.takes == s.gives == (2, 5, 48) for s in blocks)
-    assert torch.nn.Module in ancestry(model) and source(type(model)).startswith(
-        f"# transformers/models/{family}/"
-    )
-    draw_tree(model)
+    assert outline(model).count == total
+    assert f"{total:,}" in tree(model, depth=1)
+    assert "0…2: 3 × " in tree(model)
+    assert len(decoder_layers(model)) == 3
+    assert torch.nn.Module in ancestry(model)
+    assert source(type(model)).startswith(f"# transformers/models/{family}/")
+
+
+def test_depth_counts_the_levels():
+    assert outline(torch.nn.Linear(2, 2)).depth() == 1
+    assert outline(torch.nn.Sequential(torch.nn.Linear(2, 2))).depth() == 2
 
 
 def test_tied_head_counts_once_and_says_so():
-    assert "tied" in tree(tiny("gpt2")) and "tied" not in tree(tiny("llama"))
+    assert "tied" in tree(tiny("gpt2"))
+    assert "tied" not in tree(tiny("llama"))
 
 
-def test_heads_of_llama_can_be_switched_off_and_gpt2_says_no():
-    llama, ids = tiny("llama"), torch.arange(8)[None]
-    before = next_token_loss(llama, ids)
-    with heads_off(llama, 1, [0, 3]):
-        assert next_token_loss(llama, ids) != before
-    assert next_token_loss(llama, ids) == before
-    for layer, heads, words in [
-        (3, [0], "layers 0 to 2"),
-        (0, [4], "heads 0 to 3"),
-        (-1, [0], "layers 0 to 2"),
-    ]:
-        with pytest.raises(ValueError, match=words), heads_off(llama, layer, heads):
-            pass
-    with pytest.raises(ValueError, match="o_proj"), heads_off(tiny("gpt2"), 0, [0]):
-        pass
-
-
-def test_no_hook_survives_a_failure():
+def test_layers_are_found_by_their_number():
     model = tiny("llama")
-    with pytest.raises(IndexError):
-        trace_shapes(model, torch.tensor([[10_000]]))
-    with pytest.raises(KeyboardInterrupt), heads_off(model, 0, [0]):
-        raise KeyboardInterrupt
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    model.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match="no list of 5 layers"):
+        decoder_layers(model)
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
-        ({"model_type": None}, "None"),
-        ({"hidden_size": None}, "hidden_size"),
-    ],
-)
-def test_configs_of_other_families_are_refused(change, words):
-    for fn in (read_config, parameter_shapes, count_parameters, draw_architecture):
-        with pytest.raises(ValueError, match=words):
-            fn(QWEN_CONFIGS["Qwen3-0.6B"] | change)
+def test_who_defines_a_name():
+    model = tiny("llama")
+    assert defined_in(model, "forward") is type(model)
+    assert defined_in(type(model), "state_dict") is torch.nn.Module
+    with pytest.raises(AttributeError, match="frobnicate"):
+        defined_in(model, "frobnicate")
 
 
-@needs_facts
-def test_the_table_is_the_official_configs():
-    for name, ours in QWEN_CONFIGS.items():
-        file = FACTS / f"{name}{'-Instruct' if 'Qwen2.5' in name else ''}.config.json"
-        theirs = read_config(json.loads(file.read_text()))
-        assert {k: theirs[k] for k in ours} == ours, name
-        assert parameter_shapes(theirs) == parameter_shapes(ours), name
+def test_caught_sees_only_the_expected_kind(capsys):
+    def fails():
+        raise ValueError("a sentence")
 
-
-@needs_facts
-def test_every_tensor_of_the_real_file_is_predicted():
-    rows = (FACTS / "Qwen2.5-0.5B.tensors.txt").read_text().splitlines()
-    real = {
-        m[1]: tuple(map(int, re.findall(r"\d+", m[2])))
-        for r in rows
-        if (m := re.match(r"(model\.\S+|lm_head\S+)\s+\S*?\s*[\[(]([\d, ]+)[\])]", r))
-    }
-    assert len(real) == 290 and real == parameter_shapes(QWEN_CONFIGS["Qwen2.5-0.5B"])
-
-
-def test_folded_solutions_are_the_tested_ones():
-    cells = json.loads((ROOT / "nbs" / "00_inspect.ipynb").read_text(encoding="utf-8"))["cells"]
-    text = {
-        kind: ["".join(c["source"]) for c in cells if c["cell_type"] == kind]
-        for kind in ("markdown", "code")
-    }
-    folded = [
-        s.strip()
-        for md in text["markdown"]
-        for s in re.findall(r"Solution</summary>\s*```python\n(.*?)```", md, re.S)
-    ]
-    assert len(folded) == 2 and all(any(s == code.strip() for code in text["code"]) for s in folded)
+    caught(fails, error=ValueError)
+    assert capsys.readouterr().out == "✗ caught, a sentence\n"
+    with pytest.raises(ValueError):
+        caught(fails)
+    with pytest.raises(AssertionError, match="cannot see the mistake"):
+        caught(print)

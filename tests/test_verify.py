@@ -1,22 +1,25 @@
-"Edge cases of the ruler that would bore a reader of notebook 01."
+"Edge cases of the ruler and of the graders that would bore a reader of notebook 01."
 
 import json
 import math
+from functools import partial, wraps
 from pathlib import Path
 
-import matplotlib
 import pytest
 import torch
 from torch import nn
 
+from qwen_nb.inspect import load_reference
 from qwen_nb.verify import (
+    back_to_front,
     check,
     check_fails,
-    first_difference,
-    plot_errors,
-    record,
+    must_accept,
+    must_refuse,
+    planted,
     rounding_steps,
-    worst_steps,
+    told,
+    try_answer,
 )
 
 FLOATS = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -132,128 +135,164 @@ def test_check_fails_fails():
         check_fails(torch.ones(2), torch.ones(2))
 
 
-class Odd(nn.Module):
-    "Gives all the kinds of output that `record` may meet."
-
-    def __init__(self):
-        super().__init__()
-        self.pair, self.none, self.empty, self.linear = (
-            Const((torch.ones(2), None)),
-            Const(None),
-            Const(()),
-            nn.Linear(2, 2),
-        )
-
-    def forward(self, x, scale=1):
-        self.pair(x), self.none(x), self.empty(x)
-        return (
-            self.linear(x).mul_(scale).add_(1)
-        )  # in place: what was recorded must not change with it
+def test_five_for_one_beside_an_infinity():
+    "An infinity in the mean would make every step of its vector infinite, and hide this."
+    ours, theirs = torch.tensor([INF, 5.0]), torch.tensor([INF, 1.0])
+    assert rounding_steps(ours, theirs)[1] > 1e6
+    check_fails(ours, theirs, steps=1e6)
+    check_fails(torch.tensor([-INF, 5.0]), torch.tensor([-INF, 1.0]), steps=1e6)
 
 
-class Const(nn.Module):
-    def __init__(self, out):
-        super().__init__()
-        self.out = out
-
-    def forward(self, x):
-        return self.out
-
-
-def test_record():
-    model, x = Odd(), torch.ones(1, 2)
-    seen = record(model, x, scale=2)
-    assert list(seen) == ["pair", "linear", ""]
-    assert not any(t.requires_grad for t in seen.values())
-    check(seen["linear"] * 2 + 1, seen[""], steps=0)
+def test_hooks_are_taken_out():
+    model, _ = load_reference()
+    with pytest.raises(KeyboardInterrupt), back_to_front(model):
+        assert any(m._forward_hooks for m in model.modules())
+        raise KeyboardInterrupt
     assert not any(m._forward_hooks for m in model.modules())
+    with planted():
+        pass
 
 
-def test_record_takes_its_hooks_out_after_an_error():
-    model = Odd()
-    with pytest.raises(RuntimeError):
-        record(model, torch.ones(1, 5))
-    assert not any(m._forward_hooks for m in model.modules())
+# graders
 
 
-def runs():
-    theirs = {"a": torch.ones(2), "wrapped": torch.ones(2), "b": torch.ones(2), "": torch.ones(2)}
-    return {k: v.clone() for k, v in theirs.items()}, theirs
+def add(a, b):
+    mean = b.mean(-1)
+    return a + mean
 
 
-def test_first_difference():
-    ours, theirs = runs()
-    assert first_difference(ours, theirs, steps=0) is None
-    del ours["wrapped"]
-    ours["extra"] = torch.zeros(1)
-    assert first_difference(ours, theirs, steps=0) is None and list(worst_steps(ours, theirs)) == [
-        "a",
-        "b",
-        "",
-    ]
-    for wrong in (
-        torch.tensor([1, NAN]),
-        torch.ones(3),
-        torch.ones(2).double(),
-        torch.ones(2) * 1.1,
-    ):
-        assert first_difference(ours | {"b": wrong}, theirs) == "b"
-    assert (
-        first_difference(ours | {"": torch.zeros(2)}, theirs) == ""
-    )  # not None: a name, and a false one
+class Layer:
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, x):
+        return x.view(self.size)
 
 
-def test_nothing_in_common():
-    ours, theirs = runs()
-    for bad in ({}, {"a": theirs["a"]}, {"model." + k: v for k, v in ours.items()}):
-        with pytest.raises(ValueError, match="no output named ''"):
-            first_difference(bad, theirs)
-    with pytest.raises(ValueError):
-        first_difference(ours, {})
+def decorated(f):
+    @wraps(f)
+    def inner(*args):
+        return f(*args)
+
+    return inner
 
 
-def test_modules_without_elements_are_equal():
-    none = {
-        "expert": torch.empty(0, 3),
-        "": torch.ones(1),
-    }  # an expert of a mixture to which no token was sent
-    assert first_difference(none, none, steps=0) is None
+def grade_add(answer):
+    got = answer(torch.ones(3, 4), torch.ones(3, 4))
+    if got is None:  # no assert: pytest would write more lines into its message
+        raise AssertionError("the function returns None: it is still empty")
+    if got.shape != (3, 4):
+        raise AssertionError(f"shape {tuple(got.shape)}, expected (3, 4)")
 
 
-def test_plot_errors_draws_any_error():
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    ours, theirs = runs()
-    fig, ax = plt.subplots()
-    for wrong in 1.0, 1 + 1e-6, 1.5, NAN, INF:
-        for steps in 0, 64, INF:
-            plot_errors(ours | {"b": ours["b"] * wrong}, theirs, steps, ax)
-            found = first_difference(ours | {"b": ours["b"] * wrong}, theirs, steps)
-            assert ("No module" in ax.get_title()) == (found is None) and [
-                t.get_text() for t in ax.texts
-            ] == [found] * (found is not None)
-            fig.canvas.draw()
-            ax.clear()
-    plt.close("all")
+def grade_layer(answer):
+    answer(5)(torch.ones(4))
 
 
-def test_the_exercise_fails_on_its_stub():
-    nb = json.loads(
-        (Path(__file__).parent.parent / "nbs/01_verify.ipynb").read_text(encoding="utf-8")
+def failure(grader, answer):
+    with pytest.raises(Exception) as info:
+        grader(answer)
+    return told(info.value, answer)
+
+
+@pytest.mark.parametrize("answer", [add, decorated(add), torch.no_grad()(add)])
+def test_a_slip_in_a_shape_names_the_line(answer):
+    said = failure(grade_add, answer)
+    assert said.startswith("your code stopped at `return a + mean` with RuntimeError: The size of")
+    assert "\n" not in said
+
+
+def test_a_slip_in_a_class_names_the_line():
+    said = failure(grade_layer, Layer)
+    assert said.startswith("your code stopped at `return x.view(self.size)` with RuntimeError")
+    same = failure(lambda layer: layer(torch.ones(4)), Layer(5))
+    assert same == said
+
+
+def test_the_learners_line_is_named_though_the_grader_stands_in_the_same_file():
+    def helped(a, b):
+        return add(a, b)
+
+    assert "`return add(a, b)`" in failure(grade_add, helped)
+
+
+def test_what_the_grader_cannot_use_is_no_line_of_the_learner():
+    said = failure(grade_add, lambda a, b: 3)
+    assert said.startswith("the grader could not go on with what your code gave it, AttributeError")
+    assert failure(grade_add, 3).startswith("the grader could not go on")  # no function at all
+    assert failure(grade_add, partial(max, 1)).startswith("the grader could not go on")
+
+
+def test_sentences_of_the_grader_are_kept():
+    assert failure(grade_add, lambda a, b: None).endswith("it is still empty")
+
+    def empty(a, b):
+        raise AssertionError
+
+    said = failure(grade_add, empty)
+    assert said == "your code stopped at `raise AssertionError` with AssertionError"
+
+
+def test_code_without_a_file_still_has_a_line():
+    names = {}
+    exec("def f(a, b):\n    return a + b.mean(-1)", names)
+    assert failure(grade_add, names["f"]).startswith(
+        "your code stopped at line 2 with RuntimeError"
     )
-    cells = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    names = dict(torch=torch, math=math, rounding_steps=rounding_steps)
-    stub, grader = (
-        next(c for c in cells if c.startswith(f"def {n}(")) for n in ("first_bad_position", "grade")
-    )
-    exec(stub, names)
-    exec(grader.split("\ntry:")[0], names)
-    for bad in (
-        names["first_bad_position"],
-        lambda *a, **k: 0,
-        lambda a, b, steps=8: 7,
-        lambda a, b, steps=8: int(rounding_steps(a, b).amax((0, 2, 3)).argmax()),
-    ):
-        with pytest.raises(AssertionError):
-            names["grade"](bad)
+
+
+def test_only_the_first_line_of_a_long_message():
+    def long(a, b):
+        raise ValueError("first\nsecond")
+
+    assert failure(grade_add, long).endswith("with ValueError: first")
+
+
+def test_try_answer_never_raises(capsys):
+    assert try_answer(grade_add, lambda a, b: a) is True
+    for wrong in (add, lambda a, b: None, None, lambda: None, "text"):
+        assert try_answer(grade_add, wrong) is False
+    right, *rest = capsys.readouterr().out.splitlines()
+    assert right == "✓ right"
+    assert len(rest) == 5 and all(line.startswith("not yet: ") for line in rest)
+
+
+def test_graders_are_tested_both_ways(capsys):
+    must_accept(grade_add, lambda a, b: a)
+    must_refuse(grade_add, add, "the axis lost")
+    assert capsys.readouterr().out.startswith("✗ the axis lost: your code stopped at")
+    with pytest.raises(AssertionError, match="refuses the solution: .*still empty"):
+        must_accept(grade_add, lambda a, b: None, "the solution")
+    with pytest.raises(AssertionError, match="the grader accepts a wrong sum"):
+        must_refuse(grade_add, lambda a, b: a, "a wrong sum")
+
+
+def cells_of(name):
+    path = Path(__file__).parent.parent / f"nbs/{name}.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return ["".join(cell["source"]) for cell in code]
+
+
+def exercise():
+    "Stub, grader and solution of the exercise, out of their cells."
+    names = dict(torch=torch, rounding_steps=rounding_steps, try_answer=lambda *a: None)
+    for cell in cells_of("01_verify"):
+        if "def my_steps" in cell or "def grade_my_steps" in cell:
+            exec(cell, names)
+    return names
+
+
+def test_the_exercise_takes_every_way_to_write_it():
+    names = exercise()
+
+    def by_hand(ours, theirs):
+        eps = torch.finfo(theirs.dtype).eps
+        ours.sub_(0)  # in place: the grader hands over copies
+        a, b = ours.to(torch.float64), theirs.to(torch.float64)
+        mean = b.abs().sum(-1)[..., None] / b.shape[-1]
+        return torch.abs(b - a) / eps / (torch.abs(b) + mean)
+
+    must_accept(names["grade_my_steps"], by_hand)
+    must_accept(names["grade_my_steps"], names["my_steps_solution"])
+    must_refuse(names["grade_my_steps"], names["my_steps"], "the stub")
