@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Does the time of a mixture of experts follow the experts that are used? And how does it compare with transformers?
+"""Does the time of a mixture of experts follow the experts that are used? And how does it compare
+with transformers?
 
-    python benchmarks/moe.py          # makes a random Qwen3-MoE in a temporary folder, measures, deletes it
-    python benchmarks/moe.py --busy   # one thread, and its processor time in place of the clock: for a machine that has other work
+    python benchmarks/moe.py          # a random Qwen3-MoE in a temporary folder, deleted at the end
+    python benchmarks/moe.py --busy   # one thread, its processor time in place of the clock:
+                                      # for a machine that has other work
 
-First the whole model: reading a prompt (prefill) and writing (decode), ours against transformers.generate, asked in turn, the
-same files, the same prompt, greedy. Then one layer by itself: the experts in it doubled again and again, with as many for each
-token as before, and the other way round. A dense MLP of all the experts' units stands beside, as what the layer would cost if
-every expert worked for every token. Figures are medians over the runs, the ratio's range is that of the pairs.
+First the whole model: reading a prompt (prefill) and writing (decode), ours against
+transformers.generate, asked in turn, the same files, the same prompt, greedy. Then one layer by
+itself: the experts in it doubled again and again, with as many for each token as before, and the
+other way round. A dense MLP of all the experts' units stands beside, as what the layer would cost
+if every expert worked for every token. Figures are medians over the runs, the ratio's range is
+that of the pairs.
 """
 
 import argparse
@@ -41,7 +45,7 @@ SIZES = dict(
 
 
 def make_checkpoint(folder):
-    "A random Qwen3-MoE with the proportions of Qwen3-30B-A3B, a quarter as wide, in the reference's own files."
+    "A random Qwen3-MoE with the proportions of Qwen3-30B-A3B, a quarter as wide."
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     torch.manual_seed(0)
@@ -60,7 +64,7 @@ def whole_model(folder, dtype, prompt, new, runs):
     from transformers import AutoModelForCausalLM
 
     from qwen_nb.model import Qwen
-    from qwen_nb.moe import count_active
+    from qwen_nb.mixture import count_active
 
     ours, theirs = (
         Qwen.from_pretrained(folder, dtype),
@@ -90,13 +94,17 @@ def whole_model(folder, dtype, prompt, new, runs):
     )
     total, active = count_active(ours.config)
     print(
-        f"\n{str(dtype).removeprefix('torch.')}: {total / 1e6:.0f} M parameters, {active / 1e6:.0f} M for a token; prompt of {prompt} tokens, {new} new, the first {same} are the same"
+        f"\n{str(dtype).removeprefix('torch.')}: {total / 1e6:.0f} M parameters, "
+        f"{active / 1e6:.0f} M for a token; prompt of {prompt} tokens, {new} new, "
+        f"the first {same} are the same"
     )
     for j, what in enumerate(("prefill", "decode")):
         a, b = ([t[j] for t in times[name]] for name in ways)
         n = prompt if j == 0 else 1
         print(
-            f"  {what:8} ours {n / statistics.median(a):8.1f} tokens/s, transformers {n / statistics.median(b):8.1f}; speed ours / transformers {spread(b, a)}"
+            f"  {what:8} ours {n / statistics.median(a):8.1f} tokens/s, "
+            f"transformers {n / statistics.median(b):8.1f}; "
+            f"speed ours / transformers {spread(b, a)}"
         )
 
 
@@ -114,7 +122,9 @@ def one_layer(tokens, runs, dtype=torch.float32):
     h, f = SIZES["hidden_size"], SIZES["moe_intermediate_size"]
     cases = [(8, 8), (16, 8), (32, 8), (64, 8), (128, 8), (64, 1), (64, 2), (64, 4), (64, 16)]
     print(
-        f"\none layer, {str(dtype).removeprefix('torch.')}, {tokens} token{'s' * (tokens > 1)}; microseconds\n  experts  used     ours  transformers  theirs / ours          dense MLP of all units"
+        f"\none layer, {str(dtype).removeprefix('torch.')}, {tokens} token{'s' * (tokens > 1)}; "
+        "microseconds\n  experts  used     ours  transformers  theirs / ours          "
+        "dense MLP of all units"
     )
     for E, k in cases:
         torch.manual_seed(0)
@@ -140,8 +150,10 @@ def one_layer(tokens, runs, dtype=torch.float32):
                     if i >= 3:
                         times.setdefault(name, []).append(decode.clock() - start)
         us = {name: 1e6 * statistics.median(t) for name, t in times.items()}
+        ratio = statistics.median(b / a for a, b in zip(times["ours"], times["theirs"]))
         print(
-            f"  {E:7}  {k:4} {us['ours']:8.0f}  {us['theirs']:12.0f}  {statistics.median(b / a for a, b in zip(times['ours'], times['theirs'])):13.2f}  {us['dense']:29.0f}"
+            f"  {E:7}  {k:4} {us['ours']:8.0f}  {us['theirs']:12.0f}  {ratio:13.2f}"
+            f"  {us['dense']:29.0f}"
         )
 
 
@@ -159,12 +171,14 @@ def main():
         "--runs",
         type=int,
         default=7,
-        help="runs of the whole model that count; of a layer ten times as many (default: %(default)s)",
+        help="runs of the whole model that count; of a layer ten times as many "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--busy",
         action="store_true",
-        help="one thread, and its processor time in place of the clock: for a machine that has other work",
+        help="one thread, and its processor time in place of the clock: for a machine that has "
+        "other work",
     )
     args = parser.parse_args()
     import decode
@@ -173,7 +187,8 @@ def main():
         decode.clock = time.thread_time
         torch.set_num_threads(1)
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads{', processor time' * args.busy}, torch {torch.__version__}; {args.runs} runs"
+        f"{platform.machine()}, {torch.get_num_threads()} threads"
+        f"{', processor time' * args.busy}, torch {torch.__version__}; {args.runs} runs"
     )
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder)

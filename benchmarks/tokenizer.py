@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""How fast is the tokenizer? Ours in plain Python, the package's, and the `tokenizers` library alone, in one run.
+"""How fast is the tokenizer? Plain Python, the package's, and the `tokenizers` library alone.
 
-    python benchmarks/tokenizer.py             # Qwen's official tokenizer if it is at hand, else the packaged one
+    python benchmarks/tokenizer.py             # Qwen's official tokenizer if it is at hand
     python benchmarks/tokenizer.py --model DIR
 
-A megabyte of text (English, Python and nine other languages), single "words" of up to 100,000 letters, and training. Every
-encoding is done by a tokenizer that has seen nothing yet, in turn, and the ids must be equal. Times are medians in seconds.
+A megabyte of text (English, Python and nine other languages), single "words" of up to 100,000
+letters, and training. Every encoding is done by a tokenizer that has seen nothing yet, in turn, and
+the ids must be equal. Times are medians in seconds.
 """
 
 import argparse
@@ -26,9 +27,9 @@ from qwen_nb.tokenizer import (
     learn,
     learn_with_library,
     library_tokenizer,
-    read_vocabulary,
 )
-from qwen_nb.hub import find_model
+from qwen_nb.vocabulary import read_vocabulary
+from qwen_nb.weights import find_model
 
 LINES = [
     "Max ist in der Küche, und Anna hat den Schlüssel.",
@@ -44,7 +45,8 @@ LINES = [
 
 
 def megabyte(size=1_000_000):
-    "Text of this many bytes: half English (Python's manual), a third code (its library), the rest other languages. The same in every run of one Python version."
+    """Text of this many bytes: half English (Python's manual), a third code (its library), the
+    rest other languages. The same in every run of one Python version."""
     rng, code = random.Random(0), b""
     for path in sorted(Path(argparse.__file__).parent.glob("[a-t]*.py")):
         code += path.read_bytes()[:8000]
@@ -85,11 +87,10 @@ def compare(name, text, vocabulary, runs):
             ids.append(found)
         assert ids[0] == ids[1] == ids[2], name
     middle = {who: statistics.median(t) for who, t in times.items()}
-    print(
-        f"{name:28}{len(ids[0]):>10,}"
-        + "".join(f"{t:>15.3f}" for t in middle.values())
-        + f"{middle['plain Python'] / middle['library alone']:>14.1f}{middle['package'] / middle['library alone']:>13.2f}"
-    )
+    alone = middle["library alone"]
+    columns = "".join(f"{t:>15.3f}" for t in middle.values())
+    slower, package = middle["plain Python"] / alone, middle["package"] / alone
+    print(f"{name:28}{len(ids[0]):>10,}{columns}{slower:>14.1f}{package:>13.2f}")
 
 
 def train(text, n, runs):
@@ -100,9 +101,8 @@ def train(text, n, runs):
             times.setdefault(who, []).append((seconds, found))
     assert all(a[1] == b[1] for a, b in zip(*times.values()))
     a, b = (statistics.median(s for s, _ in t) for t in times.values())
-    print(
-        f"\n{n:,} merges learned from {len(text.encode()):,} bytes, the same ones: plain Python {a:.2f} s, library {b:.2f} s ({a / b:.1f} times)"
-    )
+    print(f"\n{n:,} merges learned from {len(text.encode()):,} bytes, the same ones:")
+    print(f"plain Python {a:.2f} s, library {b:.2f} s ({a / b:.1f} times)")
 
 
 def main():
@@ -121,20 +121,18 @@ def main():
     )
     at_hand = not args.model and (data / "vocab.json").is_file()
     vocabulary = read_vocabulary(data if at_hand else find_model(args.model))
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, tokenizers {tokenizers.__version__}; medians of {args.runs}"
-    )
-    print(
-        f"{'Qwen2, official' if at_hand else args.model or 'packaged'} tokenizer: {len(vocabulary.tokens):,} tokens, {len(vocabulary.merges):,} merges"
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"tokenizers {tokenizers.__version__}; medians of {args.runs}")
+    which = "Qwen2, official" if at_hand else args.model or "packaged"
+    tokens, merges = len(vocabulary.tokens), len(vocabulary.merges)
+    print(f"{which} tokenizer: {tokens:,} tokens, {merges:,} merges")
     with tempfile.TemporaryDirectory() as tmp:
         Tokenizer(vocabulary).save(tmp)
-        print(
-            f"reading tokenizer.json: package {timed(Tokenizer.from_pretrained, tmp)[0]:.2f} s, library alone {timed(tokenizers.Tokenizer.from_file, tmp + '/tokenizer.json')[0]:.2f} s\n"
-        )
-    print(
-        f"{'':28}{'tokens':>10}{'plain Python':>15}{'package':>15}{'library alone':>15}{'plain/library':>14}{'pkg/library':>13}"
-    )
+        ours, _ = timed(Tokenizer.from_pretrained, tmp)
+        theirs, _ = timed(tokenizers.Tokenizer.from_file, tmp + "/tokenizer.json")
+    print(f"reading tokenizer.json: package {ours:.2f} s, library alone {theirs:.2f} s\n")
+    heads = f"{'plain Python':>15}{'package':>15}{'library alone':>15}"
+    print(f"{'':28}{'tokens':>10}{heads}{'plain/library':>14}{'pkg/library':>13}")
     text, rng = megabyte(), random.Random(0)
     compare("1 MB of text", text, vocabulary, args.runs)
     letters = "".join(rng.choices("eeeetttaaaooniinsshrrdlucmfwypvbgk", k=100_000))

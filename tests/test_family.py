@@ -1,11 +1,12 @@
-"""Every family against transformers on random configs: a small random checkpoint saved by transformers, opened by us."""
+"""Every family against transformers on random configs: a small random checkpoint saved by
+transformers, opened by us."""
 
 import random
 
 import pytest
 import torch
 
-from qwen_nb.generation import generate
+from qwen_nb.generate import generate
 from qwen_nb.model import Qwen
 
 transformers = pytest.importorskip("transformers")
@@ -183,9 +184,9 @@ def checkpoint(folder, family, seed):
         rng.choice([1, 1.5]) / config.hidden_size**0.5
     )  # with the usual 0.02 a tiny model hardly looks at its input
     reference = getattr(transformers, family)(config).float().eval()
-    remembers = (
-        family == "Qwen3NextForCausalLM" or seed % 4 == 0
-    )  # the usual decays forget within a token: the gated norm then sees the sign of q·k, not the state, and where q·k is about 0, rounding
+    remembers = family == "Qwen3NextForCausalLM" or seed % 4 == 0
+    # The usual decays forget within a token: the gated norm then sees the sign of q·k, not the
+    # state, and where q·k is about 0, rounding.
     with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake
         for name, p in reference.named_parameters():
             if p.dim() == 1:
@@ -198,12 +199,14 @@ def checkpoint(folder, family, seed):
 
 
 def can_cache(config):
-    "Not with a window of 1: transformers 5.23's own cache then keeps `keys[:, :, -0:]`, which is everything (cache_utils.py, DynamicSlidingWindowLayer)."
+    """Not with a window of 1: transformers 5.23's own cache then keeps `keys[:, :, -0:]`, which is
+    everything (cache_utils.py, DynamicSlidingWindowLayer)."""
     return getattr(config, "sliding_window", None) != 1
 
 
 def compare(folder, family, seed, length=40, new=12):
-    "Logits to 1e-5 of their scale, cached greedy ids the same, with and without padding on the left. The message names the config."
+    """Logits to 1e-5 of their scale, cached greedy ids the same, with and without padding on the
+    left. The message names the config."""
     reference, rng, config = checkpoint(folder, family, seed)
     ids, mask = (
         torch.randint(0, config.vocab_size, (2, length)),
@@ -212,9 +215,9 @@ def compare(folder, family, seed, length=40, new=12):
     mask[1, : rng.choice([0, 1, length // 2])] = 0
     try:
         ours = Qwen.from_pretrained(folder, dtype="float32")
-        places = (mask.cumsum(-1) - 1).clamp_min(
-            0
-        )  # as the reference's generate counts them; by itself it counts the padding too, which is the same but for rounding
+        places = (mask.cumsum(-1) - 1).clamp_min(0)
+        # So the reference's generate counts them; by itself it counts the padding too, which is
+        # the same but for rounding.
         with torch.no_grad():
             a, b = ours(ids, mask), reference(ids, attention_mask=mask, position_ids=places).logits
         error, scale = (a - b)[mask.bool()].abs().max().item(), b[mask.bool()].abs().max().item()
@@ -225,7 +228,8 @@ def compare(folder, family, seed, length=40, new=12):
                 prompt, attention_mask=m, max_new_tokens=new, use_cache=can_cache(config)
             )
             assert torch.equal(a, b), (
-                f"greedy ids after {prompt.shape[1]} are {a[:, -new:].tolist()}, theirs {b[:, -new:].tolist()}"
+                f"greedy ids after {prompt.shape[1]} are {a[:, -new:].tolist()}, "
+                f"theirs {b[:, -new:].tolist()}"
             )
     except Exception as e:
         raise AssertionError(

@@ -1,6 +1,8 @@
-"""The family picture: sizes, traits, cache and cost of every family against what transformers builds, what generation allocates and what PyTorch counts.
+"""The family picture: sizes, traits, cache and cost of every family against what transformers
+builds, what generation allocates and what PyTorch counts.
 
-The official files are not part of this project. They are looked for in ../shared/qwen beside the repository, or in the folder that QWEN_NB_DATA names."""
+The official files are not part of this project. They are looked for in ../shared/qwen beside the
+repository, or in the folder that QWEN_NB_DATA names."""
 
 import json
 import os
@@ -15,22 +17,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qwen_nb.family import (
-    FAMILY,
-    changes,
-    cost_parts,
-    count,
-    family_table,
-    label_ends,
-    plot_family,
-    relative,
-    traits,
-)
-from qwen_nb.cache import KVCache
-from qwen_nb.writing import Context
-from qwen_nb.hybrid import HybridConfig, cache_parts
-from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.loading import family_config
+from qwen_nb.family import FAMILY, changes, count, family_table, relative, traits
+from qwen_nb.cost import cost_parts, label_ends, plot_family
+from qwen_nb.generate import Context, KVCache
+from qwen_nb.hybrid import cache_parts
+from qwen_nb.qwen3_5 import HybridConfig
+from qwen_nb.model import Qwen, QwenConfig, family_config
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.qwen2 import WindowConfig
 
@@ -66,7 +58,7 @@ def facts(config):
 
 
 def random_config(family, seed):
-    "One of ours without sliding windows, and the reference's, from the generators of test_family.py."
+    "One of ours without sliding windows, and the reference's, drawn as in test_family.py."
     pytest.importorskip("transformers")
     from test_family import FAMILIES
 
@@ -250,7 +242,8 @@ def test_table():
     assert (
         relative(mine) == "Qwen3.5-0.8B"
         and row
-        == "| mine | against Qwen3.5-0.8B: RoPE base: 10,000,000 → 500 | 0.752 B | 0.752 B | 12 KiB and 19 MiB once |"
+        == "| mine | against Qwen3.5-0.8B: RoPE base: 10,000,000 → 500 "
+        "| 0.752 B | 0.752 B | 12 KiB and 19 MiB once |"
     )
 
 

@@ -1,4 +1,5 @@
-"""Training every generation: what is written comes back, runs resume exactly, and a mixture's balancing loss is the reference's."""
+"""Training every generation: what is written comes back, runs resume exactly, and a mixture's
+balancing loss is the reference's."""
 
 import json
 import shutil
@@ -10,9 +11,11 @@ import transformers
 
 from qwen_nb import train as training
 from qwen_nb.data import IGNORED, world_stories, write_shards
-from qwen_nb.hybrid import HybridConfig, NextConfig
+from qwen_nb.qwen3_5 import HybridConfig
+from qwen_nb.qwen3_next import NextConfig
 from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.moe import MoEConfig, unfuse
+from qwen_nb.moe import unfuse
+from qwen_nb.mixture import MoEConfig
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.train import (
@@ -31,7 +34,7 @@ from qwen_nb.train import (
     save_pretrained,
     train,
 )
-from qwen_nb.hub import open_weights
+from qwen_nb.weights import open_weights
 
 
 @pytest.fixture(autouse=True)
@@ -303,7 +306,8 @@ def test_a_run_with_idle_experts_resumes_exactly(tmp_path, family):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3_next"])
 def test_the_balancing_loss_is_trained_on(tmp_path, family):
-    "The reference's loss with its router's, and every gradient of it. A row that was filled up: the filling does not count."
+    """The reference's loss with its router's, and every gradient of it. A row that was filled up:
+    the filling does not count."""
     save_pretrained(init_weights(Qwen(GENERATIONS[family])), tmp_path / "m", dtype=torch.float32)
     ours, theirs = Qwen.from_pretrained(tmp_path / "m").train(), reference(tmp_path / "m")
     ids = torch.randint(0, 97, (2, 21), generator=torch.Generator().manual_seed(1))

@@ -1,19 +1,22 @@
-"""Hybrids: the delta rule both ways, the layer in pieces, the mixed cache, and what is refused. Random configs: test_family.py."""
+"""Hybrids: the delta rule both ways, the layer in pieces, the mixed cache, and what is refused.
+Random configs: test_family.py."""
 
 import copy
+import inspect
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen_nb import hybrid as h
 from qwen_nb.attention import causal_mask
-from qwen_nb.writing import pad_left
-from qwen_nb.generation import generate
+from qwen_nb.delta import delta_rule, delta_rule_chunked, l2_norm
+from qwen_nb.deltanet import GatedDeltaNet, log_decay
+from qwen_nb.generate import generate, pad_left
+from qwen_nb.hybrid import MixedCache, cache_parts, memory_shapes
 from qwen_nb.inspect import load_reference, packaged_model
-from qwen_nb.model import Qwen
-from qwen_nb.loading import family_config
+from qwen_nb.model import Qwen, family_config
+from qwen_nb.qwen3_5 import HybridConfig, layer_kinds
 from qwen_nb.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -102,8 +105,8 @@ def inputs(seed, seq, dtype=torch.float64):
         return torch.randn(2, 3, seq, *shape, generator=g, dtype=dtype)
 
     return [
-        h.l2_norm(randn(6)),
-        h.l2_norm(randn(6)),
+        l2_norm(randn(6)),
+        l2_norm(randn(6)),
         randn(5),
         -randn().abs() * 10.0 ** (seed % 5 - 3),
         randn().sigmoid(),
@@ -116,7 +119,7 @@ def inputs(seed, seq, dtype=torch.float64):
 def test_chunks_equal_the_loop(seed, seq, size):
     a, b = ([x.clone().requires_grad_() for x in inputs(seed, seq)] for _ in "ab")
     state = torch.randn(2, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    for ours, loop in zip(h.delta_rule_chunked(*a, state, size=size), h.delta_rule(*b, state)):
+    for ours, loop in zip(delta_rule_chunked(*a, state, size=size), delta_rule(*b, state)):
         close(ours, loop, 1e-12)
         (ours.sin().sum() + loop.sin().sum()).backward(retain_graph=True)
     for x, y in zip(a, b):
@@ -126,8 +129,8 @@ def test_chunks_equal_the_loop(seed, seq, size):
 @pytest.mark.parametrize(
     "name, ours",
     [
-        ("torch_recurrent_gated_delta_rule", h.delta_rule),
-        ("torch_chunk_gated_delta_rule", h.delta_rule_chunked),
+        ("torch_recurrent_gated_delta_rule", delta_rule),
+        ("torch_chunk_gated_delta_rule", delta_rule_chunked),
     ],
 )
 def test_rule_equals_the_reference(name, ours):
@@ -147,11 +150,12 @@ def test_rule_equals_the_reference(name, ours):
 
 
 def test_chunks_survive_instant_forgetting():
-    "Differences of large cumulated decays overflow if they are not masked before exp, and the gradients become NaN."
+    """Differences of large cumulated decays overflow if they are not masked before exp, and the
+    gradients become NaN."""
     q, k, v, _, beta = inputs(0, 64, torch.float32)
     g = torch.full_like(beta, -40.0, requires_grad=True)
-    read, state = h.delta_rule_chunked(q, k, v, g, beta)
-    close(read.detach(), h.delta_rule(q, k, v, g.detach(), beta)[0])
+    read, state = delta_rule_chunked(q, k, v, g, beta)
+    close(read.detach(), delta_rule(q, k, v, g.detach(), beta)[0])
     (read.sum() + state.sum()).backward()
     assert g.grad.isfinite().all()
 
@@ -178,7 +182,7 @@ def test_cache_in_any_pieces(pair):
     with torch.no_grad():
         whole = ours(ids())
     for lengths in ([1] * 40, [2, 3, 35], [39, 1], [5] * 8):
-        cache = h.MixedCache(ours.config, 2, 40)
+        cache = MixedCache(ours.config, 2, 40)
         with torch.no_grad():
             close(
                 torch.cat([ours(piece, cache=cache) for piece in ids().split(lengths, 1)], 1), whole
@@ -191,7 +195,7 @@ def test_cache_in_any_pieces(pair):
 
 def test_states_do_not_grow(pair):
     ours, _ = pair
-    small, large = (h.MixedCache(ours.config, 1, room, torch.bfloat16) for room in (10, 1000))
+    small, large = (MixedCache(ours.config, 1, room, torch.bfloat16) for room in (10, 1000))
     kinds = ours.config.layer_types
     for a, b, kind in zip(small.layers, large.layers, kinds):
         assert (sum(t.nbytes for t in a) == sum(t.nbytes for t in b)) == (
@@ -200,13 +204,14 @@ def test_states_do_not_grow(pair):
     assert {
         pair[1].dtype for pair, kind in zip(small.layers, kinds) if kind == "linear_attention"
     } == {torch.float32}
-    token, once = h.cache_parts(ours.config)
+    token, once = cache_parts(ours.config)
     assert sum(t.nbytes for pair in large.layers for t in pair) == once + 1000 * token
 
 
 @pytest.mark.parametrize("pad", [1, 5, 11])
 def test_padding_on_the_left(pair, pad):
-    "Equal to the reference and to the row alone, in one go and in pieces, some of which are padding only."
+    """Equal to the reference and to the row alone, in one go and in pieces, some of which are
+    padding only."""
     ours, reference = pair
     prompts = [ids()[0, :12].tolist(), ids()[1, : 12 - pad].tolist()]
     batch, mask = pad_left(prompts, pad_id=3)
@@ -228,7 +233,7 @@ def test_padding_anywhere(pair):
     ours, reference = pair
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[0, 6:9] = mask[1, 15:] = 0
-    where, cache = torch.arange(20)[None], h.MixedCache(ours.config, 2, 20)
+    where, cache = torch.arange(20)[None], MixedCache(ours.config, 2, 20)
     with torch.no_grad():
         b = reference(ids(2, 20), attention_mask=mask, position_ids=where).logits
         close(ours(ids(2, 20), mask, where)[mask.bool()], b[mask.bool()])
@@ -248,7 +253,8 @@ def test_beams(pair):
 
 
 def packed(lengths, rows=1):
-    "Documents of these lengths one behind the other, the same in each row: their mask and positions. Length below 0: padding."
+    """Documents of these lengths one behind the other, the same in each row: their mask and
+    positions. Length below 0: padding."""
     documents = torch.cat([torch.full((abs(n),), i) for i, n in enumerate(lengths)])
     real = torch.cat([torch.full((abs(n),), n > 0) for n in lengths])
     mask = (
@@ -263,7 +269,8 @@ def packed(lengths, rows=1):
     "lengths", [(4, 6), (1, 1, 30), (90, 3, 70), (-5, 20, 8), (12, -4, 7, -3), (66, 66)]
 )
 def test_several_documents_in_a_row(pair, lengths):
-    "Logits of each, and the gradient of all, as if each document were alone, by our model and by the reference."
+    """Logits of each, and the gradient of all, as if each document were alone, by our model and
+    by the reference."""
     ours, reference = copy.deepcopy(pair[0]).train(), copy.deepcopy(pair[1]).train()
     (mask, where), n = packed(lengths, 2), sum(map(abs, lengths))
     rows, ends = ids(2, n), [sum(map(abs, lengths[: i + 1])) for i in range(len(lengths))]
@@ -293,7 +300,7 @@ def test_several_documents_and_a_cache_are_refused(pair):
     mask, where = packed((4, 6))
     one_sentence(
         "several documents",
-        lambda: pair[0].model(ids(1, 10), where, mask, h.MixedCache(pair[0].config, 1, 10)),
+        lambda: pair[0].model(ids(1, 10), where, mask, MixedCache(pair[0].config, 1, 10)),
     )
 
 
@@ -312,9 +319,9 @@ def test_training_in_bfloat16(pair):
 
 
 def test_first_values():
-    layer = h.GatedDeltaNet(32, 4, 256, 8, 8)
+    layer = GatedDeltaNet(32, 4, 256, 8, 8)
     layer.first_values(torch.Generator().manual_seed(0))
-    fade = -h.log_decay(torch.zeros(1, 1, 256), layer.A_log, layer.dt_bias)
+    fade = -log_decay(torch.zeros(1, 1, 256), layer.A_log, layer.dt_bias)
     assert (
         0.0009 < fade.min() < 0.01
         and 0.5 < fade.max() < 1.7
@@ -332,7 +339,8 @@ def edit(folder, change):
 
 
 def test_a_released_file_with_pictures(tmp_path):
-    "Vision tower and multi-token prediction are left out, the text model's settings come from text_config; nothing else may be left over."
+    """Vision tower and multi-token prediction are left out, the text model's settings come from
+    text_config; nothing else may be left over."""
     torch.manual_seed(0)
     vision = dict(
         depth=1,
@@ -449,7 +457,8 @@ def test_config_refused(changes, match):
 
 
 def test_config_that_says_little():
-    "What the reference takes where a file says nothing: one of every four layers is attention, a quarter of each head turns."
+    """What the reference takes where a file says nothing: one of every four layers is attention, a
+    quarter of each head turns."""
     for family, kv in (("qwen3_5_text", 4), ("qwen3_next", 2)):
         c = family_config(
             dict(
@@ -486,7 +495,7 @@ def test_config_that_says_little():
 
 def test_released_size():
     with torch.device("meta"):
-        assert sum(p.numel() for p in Qwen(h.HybridConfig()).parameters()) == 752_393_024
+        assert sum(p.numel() for p in Qwen(HybridConfig()).parameters()) == 752_393_024
 
 
 def test_the_packaged_sibling():
@@ -496,7 +505,8 @@ def test_the_packaged_sibling():
     story = torch.tensor(
         [
             Tokenizer.from_pretrained(folder).encode(
-                "Max is in the attic.\nAnna is in the attic.\nMax has the ball.\nMax gave the ball to Anna.\nWho has the ball?"
+                "Max is in the attic.\nAnna is in the attic.\nMax has the ball.\n"
+                "Max gave the ball to Anna.\nWho has the ball?"
             )
         ]
     )
@@ -504,4 +514,77 @@ def test_the_packaged_sibling():
         close(ours(story), reference(story).logits)
     reference.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
     expected = reference.generate(story, attention_mask=torch.ones_like(story), max_new_tokens=40)
-    assert ours.config.cache is h.MixedCache and torch.equal(write(ours, story, new=40), expected)
+    assert ours.config.cache is MixedCache and torch.equal(write(ours, story, new=40), expected)
+
+
+# ---- holes that reviews found
+
+TOWER = dict(
+    depth=1,
+    hidden_size=16,
+    intermediate_size=16,
+    num_heads=2,
+    out_hidden_size=32,
+    num_position_embeddings=16,
+    patch_size=4,
+)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("at_top", [True, False])
+def test_the_tie_at_the_top_counts(tmp_path, at_top, inside):
+    "A nested config names it twice; the class that reads the whole file goes by the top one."
+    text = SIZES | dict(tie_word_embeddings=inside)
+    config = transformers.Qwen3_5Config(
+        text_config=text, vision_config=TOWER, tie_word_embeddings=at_top
+    )
+    reference = transformers.Qwen3_5ForConditionalGeneration(config).eval()
+    reference.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["tie_word_embeddings"] is at_top
+    assert saved["text_config"]["tie_word_embeddings"] is inside
+    ours = Qwen.from_pretrained(tmp_path, dtype="float32")
+    assert ours.config.tie_word_embeddings is at_top
+    with torch.no_grad():
+        close(ours(ids()), reference(ids()).logits)
+
+
+def test_a_tie_that_only_one_place_names():
+    for at_top, inside, want in ((True, {}, True), (None, dict(tie_word_embeddings=True), True)):
+        text = {k: v for k, v in RAW.items() if k != "tie_word_embeddings"} | inside
+        raw = dict(model_type="qwen3_5", text_config=text)
+        if at_top is not None:
+            raw["tie_word_embeddings"] = at_top
+        assert family_config(raw).tie_word_embeddings is want
+
+
+@pytest.mark.parametrize("rule", [delta_rule, delta_rule_chunked])
+def test_two_tokens_by_hand(rule):
+    "The example of the lesson: 0.15 w1 + w2 = 10, read 11.5."
+    k = torch.tensor([[1, 0], [0.6, 0.8]])[None, None]
+    v, beta = torch.tensor([[[[10.0], [20.0]]]]), torch.tensor([[[1, 0.5]]])
+    read, state = rule(k, k, v, torch.tensor([[[1, 0.5]]]).log(), beta)
+    torch.testing.assert_close(read.flatten(), torch.tensor([10, 11.5]))
+    torch.testing.assert_close(state.flatten(), torch.tensor([10.1, 6.8]))
+
+
+def test_shapes_of_the_memory():
+    config = HybridConfig()
+    assert memory_shapes(config, 7) == dict(
+        full_attention=((2, 7, 256), (2, 7, 256)),
+        linear_attention=((6144, 3), (16, 128, 128)),
+    )
+    assert config.conv_channels() == 6144
+
+
+def test_defaults():
+    def of(f):
+        parameters = inspect.signature(f).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    assert of(delta_rule) == dict(state=None)
+    assert of(delta_rule_chunked) == dict(state=None, size=64)
+    assert of(GatedDeltaNet) == dict(kernel=4, eps=1e-6, layer_idx=0)
+    assert of(layer_kinds) == dict(every=4)
+    assert of(cache_parts) == dict(bytes_per_number=2)
+    assert layer_kinds(5) == ["linear_attention"] * 3 + ["full_attention", "linear_attention"]

@@ -1,32 +1,23 @@
-"""Mixtures of experts against the reference: routing, both layouts, the balancing loss, what is refused; tests/test_family.py varies the rest."""
+"""Mixtures of experts against the reference: routing, both layouts, the balancing loss, what is
+refused; tests/test_family.py varies the rest."""
 
+import inspect
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from qwen_nb.generation import generate
+from qwen_nb.generate import generate
 from qwen_nb.inspect import packaged_model
 from qwen_nb.mlp import SwiGLU
-from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.loading import family_config
-from qwen_nb.moe import (
-    CONFIGS,
-    MoEConfig,
-    SparseMLP,
-    count_active,
-    expert_load,
-    load_balancing_loss,
-    mix_experts,
-    moe_json,
-    route,
-    router_logits,
-    unfuse,
-    upcycle,
-)
+from qwen_nb.model import Qwen, QwenConfig, family_config
+from qwen_nb.moe import SparseMLP, mix_experts, route, unfuse
+from qwen_nb.mixture import CONFIGS, MoEConfig, count_active, expert_windows, moe_json
+from qwen_nb.balance import expert_load, load_balancing_loss, router_logits, upcycle
 from qwen_nb.verify import record, rounding_steps
 
 transformers = pytest.importorskip("transformers")
@@ -449,3 +440,105 @@ def test_upcycled_copies_are_the_dense_model(tmp_path):
     ).read_bytes()
     with pytest.raises(ValueError, match="qwen3_moe.*only a dense qwen3"):
         upcycle(tmp_path / "shaken", tmp_path / "twice")
+
+
+@torch.no_grad()
+def test_an_upcycled_model_opens_as_it_is_stored(tmp_path):
+    "Its router has the dtype of the rest, or a bfloat16 model stops at its first mixture."
+    folder = upcycle(None, tmp_path / "made", num_experts=4)
+    stored = load_file(folder / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    model = Qwen.from_pretrained(folder)
+    assert model(torch.arange(9)[None]).dtype == torch.bfloat16
+
+
+# ---- holes that reviews found
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_a_window_of_null_is_no_window(family):
+    raw = dict(model_type=family, use_sliding_window=True, sliding_window=None)
+    assert expert_windows(raw, 6) == [None] * 6
+    assert expert_windows(raw | dict(sliding_window=5), 2)[0] == 5
+    sizes = SIZE | dict(shared_expert_intermediate_size=28, head_dim=16)
+    assert family_config(sizes | raw).windows == [None] * 3
+
+
+@torch.no_grad()
+def test_a_window_of_null_gives_the_references_logits(tmp_path):
+    reference = random_model("Qwen3Moe", use_sliding_window=True, sliding_window=None)
+    reference.save_pretrained(tmp_path)
+    edit(tmp_path, use_sliding_window=True, sliding_window=None)
+    ids = torch.randint(0, 97, (1, 30))
+    want = reference(ids).logits
+    assert (Qwen.from_pretrained(tmp_path)(ids) - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_an_idle_expert_has_a_gradient_of_zeros():
+    pair = [SwiGLU(8, 6), SwiGLU(8, 6)]
+    chosen = torch.zeros(2, 1, dtype=torch.long)
+    mix_experts(pair, torch.randn(2, 8), torch.ones(2, 1), chosen).sum().backward()
+    for p in pair[1].parameters():
+        assert p.grad is not None and not p.grad.any()
+
+
+def defaults(f):
+    parameters = inspect.signature(f).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def test_defaults():
+    assert defaults(upcycle) == dict(
+        num_experts=8, num_experts_per_tok=2, every=1, noise=0.5, seed=0
+    )
+    layer = dict(norm_topk_prob=False, shared_expert_intermediate_size=None)
+    assert defaults(SparseMLP) == layer
+    assert defaults(load_balancing_loss) == defaults(expert_load) == dict(attention_mask=None)
+    own = set(defaults(MoEConfig)) - set(defaults(QwenConfig))
+    assert {name: defaults(MoEConfig)[name] for name in own} == dict(
+        windows=None,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+        shared_expert_intermediate_size=None,
+        decoder_sparse_step=1,
+        mlp_only_layers=(),
+        router_aux_loss_coef=0.001,
+    )
+
+
+NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs" / "14_moe.ipynb"
+RETURNED = "    return weights.to("
+WRONG_ROUTES = {
+    "always normed": ("    if norm_topk_prob:", "    if True:"),
+    "never normed": ("    if norm_topk_prob:", "    if False:"),
+    "softmax over the chosen": (
+        RETURNED,
+        "    weights = logits.gather(-1, chosen).softmax(-1)\n" + RETURNED,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ROUTES)
+def test_the_lesson_catches_a_wrong_router(name, monkeypatch):
+    "In the check after `route`, which names the setting: not in a later one that blames itself."
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.delenv("QWEN_NB_MODEL", raising=False)
+    before, after = WRONG_ROUTES[name]
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    names, seen = {}, False
+    for cell in cells:
+        text = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "google.colab" in text or "interact(" in text:
+            continue
+        if "def route(" in text:
+            assert before in text
+            text, seen = text.replace(before, after), True
+        if "their_weights = " in text:
+            with pytest.raises(AssertionError, match="weights, norm_topk_prob (True|False)"):
+                exec(text, names)
+            assert seen
+            return
+        exec(text, names)
+    raise AssertionError("the lesson has no check after `route`")

@@ -1,18 +1,17 @@
-"""The tokenizer against the official one and against the `tokenizers` library, and the things a notebook is too short for.
+"""The tokenizer against the official one and against the `tokenizers` library.
 
-The official files are not part of this project. They are looked for in ../shared/qwen beside the repository, or in the folder that
-QWEN_NB_DATA names (it holds `tokenizer/qwen3_tokenizer.json` and so on). Without them those tests are skipped, and the packaged
-tokenizer, made in the same way, stands in for the rest."""
+The official files are not part of this project. They are looked for in ../shared/qwen beside the
+repository, or in the folder that QWEN_NB_DATA names (it holds `tokenizer/qwen3_tokenizer.json` and
+so on). Without them those tests are skipped, and the packaged tokenizer, made in the same way,
+stands in for the rest."""
 
-import base64
 import copy
-import json
 import os
 import pickle
 import random
-import re
+import subprocess
+import sys
 import unicodedata
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,35 +19,35 @@ import tokenizers
 import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-import qwen_nb.tokenizer as module
-from qwen_nb.inspect import packaged_model
-from qwen_nb.tokenizer import (
-    BYTE_OF,
+from qwen_nb.bpe import (
     CHAR_OF,
     KINDS,
-    QWEN_ADDED,
     SPLIT,
     SPLIT_MARKS,
     CharKinds,
+    draw_tokens,
+    nfc,
+    split,
+)
+from qwen_nb.encode import (
+    YOUNG_KINDS,
+    YOUNG_MARKS,
+    hex_range,
+    library_kinds,
+    library_nfc,
+    merge_piece,
+)
+from qwen_nb.inspect import packaged_model
+from qwen_nb.tokenizer import (
     PlainTokenizer,
     Tokenizer,
     check_text,
-    draw_tokens,
     learn,
     learn_with_library,
-    merge_piece,
-    nfc,
-    read_tiktoken,
-    read_vocabulary,
-    spell,
-    split,
-    tokenizer_json,
-    unspell,
 )
-from qwen_nb.world import SPECIAL, TAGS, Chooser, make_tokenizer, story
+from qwen_nb.vocabulary import read_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / "nbs/03_tokenizer.ipynb"
 DATA = Path(os.environ.get("QWEN_NB_DATA") or ROOT.parent / "shared" / "qwen") / "tokenizer"
 official = pytest.mark.skipif(
     not (DATA / "qwen3_tokenizer.json").is_file(),
@@ -57,7 +56,7 @@ official = pytest.mark.skipif(
 EVERYTHING = [chr(n) for n in range(0x110000) if not 0xD800 <= n < 0xE000]
 
 
-# where the library's Unicode tables differ from Python's
+# the library's Unicode tables
 
 
 def their_kind(pattern, chars=EVERYTHING):
@@ -93,29 +92,36 @@ def their_kinds():
     return TheirKinds()
 
 
-@pytest.fixture(scope="module")
-def odd(their_kinds):
-    "The characters that Python's tables and the library's know differently: a regular expression."
-    kinds = {c for c in EVERYTHING if KINDS[ord(c)] != their_kinds[ord(c)]}
-    around = "\u0301\u0316\u0334\u0345\u05b0\u093c\u094d\u3099"
-    marks = {
-        c
-        for c in EVERYTHING
-        if unicodedata.combining(c)
-        and any(nfc(t) != their_nfc(t) for d in around for t in ("x" + c + d, "x" + d + c))
-    }
-    composed = {
-        c
-        for c in EVERYTHING
-        if unicodedata.decomposition(c)[:1] not in ("", "<")
-        and nfc(d := unicodedata.normalize("NFD", c)) != their_nfc(d)
-    }
-    parts = {x for c in composed for x in c + unicodedata.normalize("NFD", c)}
-    young = their_kind(r"\p{Cn}")
-    assert all(unicodedata.category(c) == "Cn" or c in young for c in kinds), (
-        "a character that both know is of another kind"
+def test_our_tables_are_the_librarys(their_kinds):
+    """Whatever this Python's Unicode: no character is of another kind. If the library has grown,
+    this says where."""
+    ours = library_kinds()
+    differ = [c for c in EVERYTHING if ours[ord(c)] != their_kinds[ord(c)]]
+    assert not differ, (
+        f"{len(differ)} characters, U+{ord(differ[0]):04X} to U+{ord(differ[-1]):04X}"
     )
-    return re.compile("[" + "".join(map(re.escape, kinds | marks | parts)) + "]")
+
+
+def test_the_tables_are_in_order():
+    for table, skip in ((YOUNG_KINDS, 1), (YOUNG_MARKS, 0)):
+        last = -1
+        for entry in table.split():
+            numbers = hex_range(entry[skip:])
+            assert last < numbers[0] <= numbers[-1] < 0x110000, entry
+            last = numbers[-1]
+
+
+def test_nfc_of_every_mark_and_every_composed_character():
+    """Also of those that this Python does not know: the library does not move them, and neither
+    do we."""
+    around = "\u0301\u0316\u0334\u0345\u05b0\u093c\u094d\u3099\u08d2"
+    young = [chr(n) for entry in YOUNG_MARKS.split() for n in hex_range(entry)]
+    marks = [c for c in EVERYTHING if unicodedata.combining(c)] + young
+    texts = ["x" + c + d for c in marks for d in around]
+    texts += ["x" + d + c + "e" for c in marks for d in around]
+    texts += [unicodedata.normalize("NFD", c) for c in EVERYTHING if unicodedata.decomposition(c)]
+    same(texts, [library_nfc(t) for t in texts], [their_nfc(t) for t in texts])
+    assert sum(nfc(t) != their_nfc(t) for t in texts) > 100  # Python's own would not do
 
 
 # strings to try
@@ -140,8 +146,12 @@ BLANKS = [
     "\u3000",
     "\ufeff",
 ]
-WORDS = """It's they'LL we'Ve 'tis I'm O'Re Max kitchen Küche está ¿Quién кухне المطبخ रसोई 厨房里 台所にいます 부엌에 กำลัง Việt café naïve ǅ ﬁ Ⅷ ½ 42 3.14 1e-5
- <|im_end|> <|im_start|> <think> </think> <tool_call> <| |> im_end <|endoftext x== != -> // /* */ {} [] () __init__ self.x #!/bin/sh & && ::""".split()
+WORDS = """
+It's they'LL we'Ve 'tis I'm O'Re Max kitchen Küche está ¿Quién кухне المطبخ रसोई 厨房里
+台所にいます 부엌에 กำลัง Việt café naïve ǅ ﬁ Ⅷ ½ 42 3.14 1e-5 <|im_end|> <|im_start|> <think>
+</think> <tool_call> <| |> im_end <|endoftext x== != -> // /* */ {} [] () __init__
+self.x #!/bin/sh & && ::
+""".split()
 CODE = [
     "def f(x):\n    return x**2\n",
     "for (int i = 0; i < n; ++i) {\n\t\tsum += a[i];\n}\n",
@@ -153,7 +163,8 @@ EMOJI = ["🦙", "👨‍👩‍👧‍👦", "👍🏽", "🏴󠁧󠁢󠁥󠁮�
 
 
 def broken(rng):
-    "Text in which U+FFFD stands for half characters: from UTF-16 with lone surrogates, and from cut UTF-8."
+    """Text in which U+FFFD stands for half characters: from UTF-16 with lone surrogates, and
+    from cut UTF-8."""
     units = [
         rng.choice([0x41, 0xD83E, 0xDD99, 0xDC00, 0xD800, 0x4E2D, 0xFFFD])
         for _ in range(rng.randint(1, 8))
@@ -226,6 +237,16 @@ def words(rng):
     )
 
 
+def young(rng):
+    "Characters younger than somebody's tables, in company."
+    table = rng.choice([YOUNG_KINDS, YOUNG_MARKS]).split()
+    some = [hex_range(entry.lstrip("LNM-")) for entry in rng.choices(table, k=3)]
+    chars = [chr(rng.choice(numbers)) for numbers in some]
+    return "".join(
+        rng.choice(["", " ", "\n", "a", "e\u0301", "1", "\u0323\u0301", "'"]) + c for c in chars
+    ) + rng.choice(["", "\u0301", "\n\n", " x"])
+
+
 def run(rng):
     return rng.choice([*"aé中 \n\t.='1", "🦙", "ab", " \n", "\u0301", "hello", "=-"]) * rng.choice(
         [1, 7, 64, 65, 257, 1000, 3000]
@@ -234,7 +255,9 @@ def run(rng):
 
 def mixed(rng):
     return "".join(
-        rng.choice([anything, ascii_text, blanks, code, emoji, words, window, accents, broken])(rng)
+        rng.choice(
+            [anything, ascii_text, blanks, code, emoji, words, window, accents, broken, young]
+        )(rng)
         for _ in range(3)
     )
 
@@ -249,6 +272,7 @@ PLAN = {
     words: 2500,
     accents: 2500,
     broken: 1000,
+    young: 3000,
     mixed: 2500,
     run: 300,
 }
@@ -302,7 +326,8 @@ def same(texts, a, b):
 
 
 def test_package_on_every_string(ours, theirs, strings):
-    "With names of added tokens allowed it is the official tokenizer, text for text; and every text comes back that comes back there."
+    """With names of added tokens allowed it is the official tokenizer, text for text; and every
+    text comes back that comes back there."""
     expected = their_ids(theirs, strings)
     same(strings, [ours.encode(s, allow_special=True) for s in strings], expected)
     back = theirs.decode_batch(expected, skip_special_tokens=False)
@@ -311,34 +336,42 @@ def test_package_on_every_string(ours, theirs, strings):
     assert all(b == their_nfc(s) for s, b in zip(strings, back))
 
 
-def test_plain_python_on_every_string(plain, theirs, strings, odd):
-    "Ours with Python's tables: equal once the characters are left out that its tables and the library's know differently."
-    texts = list(dict.fromkeys(odd.sub("", s) for s in strings))
-    assert len(texts) > 19_000
-    same(texts, [plain.encode(s, allow_special=True) for s in texts], their_ids(theirs, texts))
+def test_plain_python_on_every_string(plain, theirs, strings):
+    "Ours in plain Python, on all of Unicode: nothing is left out."
+    same(
+        strings,
+        [plain.encode(s, allow_special=True) for s in strings],
+        their_ids(theirs, strings),
+    )
 
 
-def test_the_tables_are_the_whole_difference(
-    folder, theirs, strings, odd, their_kinds, monkeypatch
-):
-    "With the library's tables, ours is equal on all of Unicode."
-    monkeypatch.setattr(module, "KINDS", their_kinds)
-    monkeypatch.setattr(module, "nfc", their_nfc)
-    texts = [s for s in strings if odd.search(s)]
-    assert len(texts) > 100
-    plain = PlainTokenizer.from_pretrained(folder)
-    same(texts, [plain.encode(s, allow_special=True) for s in texts], their_ids(theirs, texts))
+def test_with_pythons_own_tables_ids_would_differ(plain, strings, monkeypatch):
+    "So the test above is about something."
+    import qwen_nb.tokenizer as module
+
+    right = [plain.encode(s) for s in strings]
+    before_2021 = CharKinds()
+    for entry in YOUNG_KINDS.split():
+        before_2021.update(dict.fromkeys(hex_range(entry[1:]), "."))
+    changes = {"library_nfc": nfc}
+    if len(plain) > 100_000:  # the small vocabulary joins nothing across such a cut
+        changes["library_kinds"] = lambda: before_2021
+    for name, old in changes.items():
+        monkeypatch.setattr(module, name, old)
+        again = PlainTokenizer(plain.vocabulary)
+        assert sum(again.encode(s) != ids for s, ids in zip(strings, right)) > 3, name
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("pattern", [SPLIT, SPLIT_MARKS])
-def test_split_of_every_character(pattern, odd):
+def test_split_of_every_character(pattern):
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
-    chars = [
-        c for c in EVERYTHING if unicodedata.category(c) not in ("Cn", "Co") and not odd.match(c)
-    ]
-    for i in range(0, len(chars), 128):
-        text = "".join(f"a{c}b '{c} b'{c}x b'v{c} 1{c}\n{c}  {c}" for c in chars[i : i + 128])
-        assert split(text, pattern) == [piece for piece, _ in cut.pre_tokenize_str(text)]
+    for i in range(0, len(EVERYTHING), 128):
+        text = "".join(
+            f"a{c}b '{c} b'{c}x b'v{c} 1{c}\n{c}  {c}" for c in EVERYTHING[i : i + 128]
+        )
+        ours = split(text, pattern, library_kinds())
+        assert ours == [piece for piece, _ in cut.pre_tokenize_str(text)], hex(ord(EVERYTHING[i]))
 
 
 def test_split_notices_its_parts(monkeypatch):
@@ -456,336 +489,6 @@ def test_vectors():
         same(texts, [tok.encode(t) for t in texts], expected)
 
 
-@official
-def test_three_forms_are_one_vocabulary(tmp_path):
-    (tmp_path / "tokenizer.json").symlink_to(DATA / "qwen3_tokenizer.json")
-    one, two, three = (
-        read_vocabulary(tmp_path),
-        read_vocabulary(DATA),
-        read_tiktoken(DATA / "qwen.tiktoken"),
-    )
-    assert len(one.tokens) == 151_643 and len(one.merges) == 151_387
-    assert one.tokens == two.tokens == three.tokens
-    assert one.merges == two.merges == three.merges
-    assert [len(v.added) for v in (one, two, three)] == [26, 3, 208]
-    assert (
-        [t.name for t in one.added[:3]]
-        == [t.name for t in two.added]
-        == [t.name for t in three.added[:3]]
-        == QWEN_ADDED
-    )
-    assert [len(Tokenizer(v)) for v in (one, two, three)] == [151_669, 151_646, 151_851]
-    assert {t.name: t.id for t in one.added}["<|im_end|>"] == 151_645
-
-
-@official
-def test_tokens_that_no_text_reaches():
-    "The numbers that the notebook states."
-    tok = Tokenizer(read_vocabulary(DATA))
-    cut, scripts, numbers = Counter(), Counter(), []
-    for i in range(151_643):
-        try:
-            text = tok.token_bytes(i).decode()
-        except UnicodeDecodeError:
-            cut["part of a character"] += 1
-        else:
-            if sum(unicodedata.category(c)[0] == "N" for c in text) > 1:
-                numbers.append(text)
-            if tok.encode(text) == [i]:
-                continue
-            why = (
-                "NFC" if their_nfc(text) != text else "split" if len(split(text)) > 1 else "merges"
-            )
-            cut[why] += 1
-            if why == "split":
-                scripts[unicodedata.name(text.lstrip()[0]).split()[0]] += 1
-    assert cut == {"part of a character": 1448, "NFC": 248, "split": 1661}
-    assert numbers == ["１０", "２０"] and not any(
-        n.encode() in map(tok.token_bytes, tok.encode(n)) for n in numbers
-    )
-    assert scripts["THAI"] == 1578 and scripts["ARABIC"] == 73
-    thai = tok.vocabulary.tokens[spell("ได้".encode())]
-    assert tok.encode("ได้") != [thai] and tok.encode(" ได้ ").count(thai) == 0
-
-
-# files
-
-
-def write_forms(tok, tmp_path):
-    "The same tokenizer in the three forms, each in a folder of its own."
-    v, folders = tok.vocabulary, [tmp_path / name for name in ("json", "pair", "tiktoken")]
-    for f in folders:
-        f.mkdir()
-    (folders[0] / "tokenizer.json").write_text(json.dumps(tokenizer_json(v)), encoding="utf-8")
-    (folders[1] / "vocab.json").write_text(json.dumps(v.tokens), encoding="utf-8")
-    (folders[1] / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in v.merges), encoding="utf-8"
-    )
-    (folders[2] / "qwen.tiktoken").write_text(
-        "".join(f"{base64.b64encode(unspell(t)).decode()} {i}\n" for t, i in v.tokens.items())
-    )
-    listed = {
-        str(t.id): dict(
-            content=t.name,
-            special=t.control,
-            lstrip=False,
-            rstrip=False,
-            normalized=False,
-            single_word=False,
-        )
-        for t in v.added
-    }
-    for f in folders[1:]:
-        (f / "tokenizer_config.json").write_text(
-            json.dumps({"added_tokens_decoder": listed}), encoding="utf-8"
-        )
-    return folders
-
-
-def test_three_forms(tmp_path):
-    tok = Tokenizer.from_pretrained()
-    for f in write_forms(tok, tmp_path):
-        again = Tokenizer.from_pretrained(f)
-        assert (
-            again.vocabulary == tok.vocabulary
-            and again.special == tok.special
-            and again.control == tok.control
-        ), f
-
-
-def test_saved_file_opens_elsewhere(tmp_path):
-    tok = Tokenizer.train(["the cat sat on the mat"] * 3, 300, ["<|end|>", "<|end|>>"], ["<a>"])
-    tok.save(tmp_path / "new")
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["tokenizer.json"]
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "new/tokenizer.json"))
-    text = "the<|end|> mat <a>\u0301é<|end|>>"
-    assert tok.encode(text, True) == theirs.encode(text).ids and tok.decode(
-        tok.encode(text, True), True
-    ) == theirs.decode(theirs.encode(text).ids)
-    assert Tokenizer.from_pretrained(tmp_path / "new").vocabulary == tok.vocabulary
-    transformers = pytest.importorskip("transformers")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "new/tokenizer.json"))
-    assert fast(text).input_ids == tok.encode(text, True)
-
-
-def test_older_spellings_of_merges(tmp_path):
-    'Merges as "a b", the way files were written until 2024; and Windows line ends in merges.txt.'
-    tok = Tokenizer.from_pretrained()
-    one, two, _ = write_forms(tok, tmp_path)
-    file = tokenizer_json(tok.vocabulary)
-    file["model"]["merges"] = [" ".join(pair) for pair in tok.vocabulary.merges]
-    (one / "tokenizer.json").write_text(json.dumps(file))
-    (two / "merges.txt").write_bytes(
-        (two / "merges.txt").read_text(encoding="utf-8").replace("\n", "\r\n").encode()
-    )
-    assert read_vocabulary(one) == read_vocabulary(two) == tok.vocabulary
-
-
-def change(**kw):
-    def f(file):
-        for path, value in kw.items():
-            *parents, last = path.split("__")
-            at = file
-            for p in parents:
-                at = at[int(p) if p.isdigit() else p]
-            at[last] = value
-        return file
-
-    return f
-
-
-BROKEN = {
-    "no model": lambda f: {k: v for k, v in f.items() if k != "model"},
-    "a list": lambda f: [f],
-    "other model": change(model__type="Unigram"),
-    "dropout": change(model__dropout=0.1),
-    "ignore_merges": change(model__ignore_merges=True),
-    "byte_fallback": change(model__byte_fallback=True),
-    "no normalizer": change(normalizer=None),
-    "NFKC": change(normalizer={"type": "NFKC"}),
-    "other split": change(pre_tokenizer__pretokenizers__0__pattern={"Regex": r"\w+|\s+"}),
-    "split given as text": change(pre_tokenizer__pretokenizers__0__pattern={"String": " "}),
-    "inverted": change(pre_tokenizer__pretokenizers__0__invert=True),
-    "prefix space": change(pre_tokenizer__pretokenizers__1__add_prefix_space=True),
-    "GPT-2's split": change(
-        pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    ),
-    "other decoder": change(decoder={"type": "Metaspace"}),
-    "tokens as a list": change(model__vocab=[["a", 0]]),
-    "id as text": change(model__vocab__Max="7"),
-    "fractional id": change(model__vocab__Max=7.5),
-    "id true": change(model__vocab__Max=True),
-    "negative id": change(model__vocab__Max=-1),
-    "huge id": change(model__vocab__Max=2**40),
-    "two with one id": change(model__vocab__Max=300),
-    "no stand-in": change(model__vocab={"Max ": 0}),
-    "merge of nothing": change(model__merges=[["Max", "imum"]]),
-    "merge of three": change(model__merges=[["a", "b", "c"]]),
-    "merge of numbers": change(model__merges=[[1, 2]]),
-    "merge twice": change(model__merges=[["h", "e"], ["h", "e"]]),
-    "merges missing": lambda f: change(
-        model={k: v for k, v in f["model"].items() if k != "merges"}
-    )(f),
-    "added without id": change(added_tokens=[{"content": "<x>"}]),
-    "added without name": change(added_tokens=[{"id": 448, "content": None}]),
-    "added empty": change(added_tokens=[{"id": 448, "content": ""}]),
-    "added twice": change(
-        added_tokens=[{"id": 448, "content": "<x>"}, {"id": 449, "content": "<x>"}]
-    ),
-    "added on a token": change(added_tokens=[{"id": 7, "content": "<x>"}]),
-    "added with a fractional id": change(added_tokens=[{"id": 448.5, "content": "<x>"}]),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_tokenizer_json(name, tmp_path):
-    file = json.loads(json.dumps(tokenizer_json(Tokenizer.from_pretrained().vocabulary)))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(BROKEN[name](file)))
-    with pytest.raises(ValueError) as error:
-        Tokenizer.from_pretrained(tmp_path)
-    message = str(error.value)
-    assert "tokenizer.json" in message and "\n" not in message and len(message) < 300
-
-
-def test_mutated_files_are_refused_or_work(tmp_path):
-    "A thousand damaged files: each is refused in one sentence, or what it gives encodes and decodes."
-    raw, rng, refused = (
-        json.dumps(tokenizer_json(learned().vocabulary), ensure_ascii=False).encode(),
-        random.Random(0),
-        0,
-    )
-    for i in range(1000):
-        bad = bytearray(raw)
-        for _ in range(rng.randint(1, 3)):
-            at = rng.randrange(len(bad))
-            rng.choice(
-                [
-                    lambda: bad.__delitem__(slice(at, at + rng.randint(1, 9))),
-                    lambda: bad.__setitem__(at, rng.randrange(256)),
-                    lambda: bad.insert(at, rng.choice(b'0"[]{},x')),
-                    lambda: bad.__delitem__(slice(at, None)),
-                ]
-            )()
-        (tmp_path / "tokenizer.json").write_bytes(bad)
-        try:
-            tok = Tokenizer.from_pretrained(tmp_path)
-        except ValueError as e:
-            refused += 1
-            assert "tokenizer.json" in str(e) and "\n" not in str(e)
-        else:
-            assert tok.decode(tok.encode("Max is here.\n")) == "Max is here.\n"
-    assert refused > 500
-
-
-def learned():
-    return Tokenizer.train(["Max is here. Anna is there.\n"] * 5, 290)
-
-
-@pytest.mark.parametrize(
-    "files, error, what",
-    [
-        ({}, FileNotFoundError, "no tokenizer in"),
-        ({"config.json": "{}"}, FileNotFoundError, "config.json"),
-        ({"vocab.json": "{}"}, FileNotFoundError, "merges.txt"),
-        ({"merges.txt": "a b"}, FileNotFoundError, "vocab.json"),
-        ({"vocab.json": "{}", "merges.txt": ""}, ValueError, "256 of the 256 bytes"),
-        ({"vocab.json": '{"a": [1]}', "merges.txt": ""}, ValueError, "id"),
-        ({"vocab.json": "[]", "merges.txt": ""}, ValueError, "list"),
-        (
-            {
-                "vocab.json": json.dumps({c: i for i, c in enumerate(BYTE_OF)}),
-                "merges.txt": "a b c",
-            },
-            ValueError,
-            "merge 'a b c'",
-        ),
-        (
-            {"vocab.json": json.dumps({c: i for i, c in enumerate(BYTE_OF)}), "merges.txt": "a b"},
-            ValueError,
-            "merge 'a b'",
-        ),
-        (
-            {
-                "vocab.json": json.dumps({c: i for i, c in enumerate(BYTE_OF)}),
-                "merges.txt": "",
-                "tokenizer_config.json": '{"added_tokens_decoder": {"x": {}}}',
-            },
-            ValueError,
-            "tokenizer_config.json",
-        ),
-        (
-            {
-                "vocab.json": json.dumps({c: i for i, c in enumerate(BYTE_OF)}),
-                "merges.txt": "",
-                "tokenizer_config.json": '{"added_tokens_decoder": {"3": {"content": "<x>"}}}',
-            },
-            ValueError,
-            "<x>",
-        ),
-        ({"qwen.tiktoken": "x"}, ValueError, "line 'x'"),
-        ({"qwen.tiktoken": "IQ== a"}, ValueError, "IQ== a"),
-        ({"qwen.tiktoken": "IQ== 0"}, ValueError, "255 of the 256 bytes"),
-        (
-            {
-                "qwen.tiktoken": "".join(
-                    f"{base64.b64encode(bytes([b])).decode()} {i}\n" for i, b in enumerate(CHAR_OF)
-                )
-                + "YWJj 256"
-            },
-            ValueError,
-            "abc",
-        ),
-        ({"tokenizer.json": "{" * 100_000}, ValueError, "JSON"),
-    ],
-)
-def test_broken_folders(files, error, what, tmp_path):
-    for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(error) as raised:
-        Tokenizer.from_pretrained(tmp_path)
-    assert (
-        what in str(raised.value)
-        and str(tmp_path) in str(raised.value)
-        and "\n" not in str(raised.value)
-    )
-
-
-def test_merges_that_are_no_text(tmp_path):
-    (tmp_path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(BYTE_OF)}))
-    (tmp_path / "merges.txt").write_bytes(b"\xff\xfe\0")
-    with pytest.raises(ValueError, match="UTF-8"):
-        Tokenizer.from_pretrained(tmp_path)
-
-
-def test_a_folder_that_is_not_there():
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        Tokenizer.from_pretrained("./nowhere")
-
-
-def test_added_tokens_of_other_makes(tmp_path):
-    "An added token that swallows blanks is refused where it would be looked for; ordinary text is encoded all the same."
-    file = tokenizer_json(Tokenizer.from_pretrained().vocabulary)
-    file["added_tokens"].append(
-        dict(
-            id=457,
-            content="<mask>",
-            special=True,
-            lstrip=True,
-            rstrip=False,
-            normalized=False,
-            single_word=False,
-        )
-    )
-    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    tok = Tokenizer.from_pretrained(tmp_path)
-    assert (
-        tok.encode("a <mask>") == Tokenizer.from_pretrained().encode("a <mask>")
-        and tok.special["<mask>"] == 457
-    )
-    with pytest.raises(ValueError, match="<mask>"):
-        tok.encode("a <mask>", allow_special=True)
-
-
 # training
 
 
@@ -808,30 +511,8 @@ def test_training_equals_the_library(seed):
             lambda rng: [run(rng) for _ in range(6)],
         ]
     )(rng)
-    texts = [
-        t
-        if unicodedata.is_normalized("NFC", t) and their_nfc(t) == t
-        else t.encode("ascii", "ignore").decode()
-        for t in texts
-    ]
-    texts = [t for t in texts if all(unicodedata.category(c) != "Cn" for c in t)]
     for n in (1, 20, 300):
         assert learn(texts, n) == learn_with_library(texts, n), texts
-
-
-def test_training_on_stories_gives_the_packaged_kind():
-    texts = [
-        "\n".join(line.text for line in story(Chooser(random.Random(seed)))) for seed in range(300)
-    ]
-    made = make_tokenizer(texts, 400)
-    tok = Tokenizer.train(texts, 400, SPECIAL, TAGS)
-    model = json.loads(made.to_str())["model"]
-    assert tok.vocabulary.tokens == model["vocab"] and tok.vocabulary.merges == [
-        tuple(m) for m in model["merges"]
-    ]
-    assert tok.special == {t.content: i for i, t in made.get_added_tokens_decoder().items()}
-    assert (tok.vocabulary.tokens, tok.vocabulary.merges) == learn(texts, 400 - 256 - 9)
-    assert tok.control == {tok.special[name] for name in SPECIAL}
 
 
 @pytest.mark.parametrize(
@@ -860,7 +541,8 @@ def test_training_on_nothing():
 
 
 def test_a_word_of_any_length(plain, ours):
-    "The number of looks into the ranks grows with the length, not with its square; the ids are the library's."
+    """The number of looks into the ranks grows with the length, not with its square; the ids are
+    the library's."""
 
     class Counted(dict):
         looks = 0
@@ -910,13 +592,17 @@ def test_pictures_are_whole_xml():
     )
 
 
-def test_the_notebooks_folded_solutions_are_the_ones_it_runs():
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    text = {
-        kind: "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == kind)
-        for kind in ("markdown", "code")
-    }
-    folded = re.findall(
-        r"<summary>Solution</summary>\s*```python\n(.*?)\n```", text["markdown"], re.S
-    )
-    assert len(folded) == 2 and all(solution in text["code"] for solution in folded)
+# what it needs
+
+
+def test_it_needs_neither_torch_nor_matplotlib():
+    """`import qwen_nb.tokenizer` and the modules that it is made of: a server that only counts
+    tokens has no torch."""
+    code = """
+import sys
+import qwen_nb.bpe, qwen_nb.encode, qwen_nb.vocabulary, qwen_nb.tokenizer, qwen_nb.world
+heavy = {"torch", "matplotlib", "numpy", "transformers", "IPython"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -14,11 +14,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from qwen_nb.floor import SPECIAL, TAGS, encode_story, make_tokenizer, measure
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
+from qwen_nb.tokenizer import learn
 from qwen_nb.train import OneProcess, Run, TrainConfig, optimizer_step, read_config, train
-from qwen_nb.world import PEOPLE, Chooser, conversation, encode_story, measure, story
+from qwen_nb.world import PEOPLE, Chooser, conversation, story
 
 ROOT = Path(__file__).parent.parent
 TOLD = [
@@ -49,7 +51,8 @@ def test_package_is_small_enough():
 
 
 def test_a_sharper_floor_is_impossible():
-    "A reader who knows the generator by heart pays the floor; one who expects other event weights pays more."
+    """A reader who knows the generator by heart pays the floor; one who expects other event
+    weights pays more."""
 
     class Wrong(Chooser):
         def __call__(self, options, weights=None):
@@ -108,7 +111,8 @@ def test_transformers_opens_it():
 
 
 def test_the_model_can_be_made_again(tmp_path):
-    "Its tokenizer is byte for byte what the script writes; its first loss is the stored one (the whole run takes too long for a test)."
+    """Its tokenizer is byte for byte what the script writes; its first loss is the stored one
+    (the whole run takes too long for a test)."""
     script = [sys.executable, str(ROOT / "tools" / "make_model.py")]
     subprocess.run(
         [*script, "tokenizer", "--out", str(tmp_path / "model")], check=True, capture_output=True
@@ -296,3 +300,18 @@ def test_every_answer_of_a_conversation_is_right():
                 if right.startswith("In"):
                     assert thought.endswith(right.removeprefix("In "))
     assert seen == {"told", "unknown", "person", "who", "lying", "carried"}
+
+
+def test_training_on_stories_gives_the_packaged_kind():
+    texts = [
+        "\n".join(line.text for line in story(Chooser(random.Random(seed)))) for seed in range(300)
+    ]
+    made = make_tokenizer(texts, 400)
+    tok = ChatTokenizer.train(texts, 400, SPECIAL, TAGS)
+    model = json.loads(made.to_str())["model"]
+    assert tok.vocabulary.tokens == model["vocab"] and tok.vocabulary.merges == [
+        tuple(m) for m in model["merges"]
+    ]
+    assert tok.special == {t.content: i for i, t in made.get_added_tokens_decoder().items()}
+    assert (tok.vocabulary.tokens, tok.vocabulary.merges) == learn(texts, 400 - 256 - 9)
+    assert tok.control == {tok.special[name] for name in SPECIAL}
