@@ -29,7 +29,7 @@ from qwen_nb.tokenizer import (
     library_tokenizer,
 )
 from qwen_nb.vocabulary import read_vocabulary
-from qwen_nb.weights import find_model
+from qwen_nb.hub import find_model
 
 LINES = [
     "Max ist in der Küche, und Anna hat den Schlüssel.",

@@ -88,7 +88,7 @@ def load(args):
     "Model and tokenizer."
     from qwen_nb.model import Qwen
     from qwen_nb.tokenizer import Tokenizer
-    from qwen_nb.weights import find_model
+    from qwen_nb.hub import find_model
     folder = find_model(args.model)
     return Qwen.from_pretrained(folder, dtype=args.dtype), Tokenizer.from_pretrained(folder)
 
@@ -103,7 +103,7 @@ def generate(args):
     "Stream what the model writes after a text."
     text = read_text(args.text)
     import torch
-    from qwen_nb.generate import max_positions, stream
+    from qwen_nb.generation import max_positions, stream
     model, tokenizer = load(args)
     ids = torch.tensor([tokenizer.encode(text, allow_special=args.allow_special)])
     room = max(1, max_positions(model.config) - ids.shape[1] + 1)
@@ -244,7 +244,7 @@ def report_data(folder, index, args):
     "What was made, how it begins, and what to type next."
     from qwen_nb.data import Shards
     from qwen_nb.train import TrainConfig
-    from qwen_nb.weights import find_model
+    from qwen_nb.hub import find_model
     parts, default = index["parts"], TrainConfig()
     talks = {name: p.get("conversations", 0) for name, p in parts.items()}
     print(f"{folder} is ready: {sum(p['documents'] for p in parts.values()) - sum(talks.values()):,} documents, {f'{sum(talks.values()):,} conversations about them, ' if any(talks.values()) else ''}"

@@ -23,8 +23,9 @@ from pypdf.errors import DependencyError
 from tqdm.auto import tqdm
 
 from .attention import causal_mask
-from .chat import encode_chat
-from .tokenizer import Tokenizer, nfc, tokenizer_json
+from .prompt import encode_chat
+from .bpe import nfc
+from .tokenizer import Tokenizer, tokenizer_json
 from .world import Chooser, story
 
 # %% ../nbs/20_data.ipynb #e20c94a7

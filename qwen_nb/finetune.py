@@ -9,7 +9,9 @@ import random
 
 import torch
 
-from .chat import encode_chat, quiz, read_messages
+from .template import read_messages
+from .prompt import encode_chat
+from .chat import quiz
 from .data import IGNORED
 from .train import forward, learning_rate, next_token_loss, parameter_groups
 from .world import Chooser, World, ask, opening, tell

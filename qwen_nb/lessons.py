@@ -11,7 +11,7 @@ from random import Random
 
 import torch
 
-from .chat import encode_chat
+from .prompt import encode_chat
 from .data import END, IGNORED
 from .world import PEOPLE, PLACES, THINGS, Chooser, Line, World, ask, conversation, opening, pick, story
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .train import write_folder
-from .weights import open_file, read_json
+from .hub import open_file, read_json
 
 # %% ../nbs/22a_lora.ipynb #0f6b3305
 class LoRALinear(nn.Module):

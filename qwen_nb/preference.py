@@ -11,10 +11,12 @@ import copy
 import torch
 from torch.nn import functional as F
 
-from .chat import encode_chat, stop_ids
+from .prompt import encode_chat
+from .chat import stop_ids
 from .data import IGNORED
 from .finetune import answer_example, beside, make_step
-from .generate import generate, pad_left
+from .writing import pad_left
+from .generation import generate
 from .train import forward, parameter_groups
 from .world import PEOPLE, PLACES
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from .weights import read_json
+from .hub import read_json
 
 # %% ../nbs/09_generate.ipynb #d4dd559f
 def keep_top_k(

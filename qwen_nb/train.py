@@ -29,15 +29,16 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from .attention import attend_explicit, causal_mask
-from .chat import SMALL_TEMPLATE
+from .prompt import SMALL_TEMPLATE
 from .data import IGNORED, Packed, Shards, digest, document_mask, what_to_do, write_file
-from .family import cost_parts
-from .generate import generate
+from .cost import cost_parts
+from .generation import generate
 from .inspect import OURS, QUIET, packaged_model
 from .lessons import STORIES, WorldRows, cut_course
-from .model import Qwen, QwenConfig, family_config
+from .model import Qwen, QwenConfig
+from .loading import family_config
 from .tokenizer import Tokenizer, tokenizer_json
-from .weights import find_model, read_json
+from .hub import find_model, read_json
 from .world import PEOPLE, Chooser, story
 
 # %% ../nbs/21_train.ipynb #d86f7b6c
@@ -70,7 +71,7 @@ def init_weights(
             if p.dim() > 1: p.copy_(std * torch.randn(p.shape, generator=generator))
             else: p.fill_(0.0 if name.endswith("bias") else 1.0)
         for m in model.modules():
-            if hasattr(m, "first_values"): m.first_values(generator)  # a part that knows better, as in 15_hybrid
+            if hasattr(m, "first_values"): m.first_values(generator)  # a part that knows better, as in 15b_hybrid
     return model
 
 # %% ../nbs/21_train.ipynb #0d11cbed

@@ -15,7 +15,7 @@ from qwen_nb.architecture import (
     read_config,
     trace_shapes,
 )
-from qwen_nb.heads import heads_off
+from qwen_nb.ablation import heads_off
 from qwen_nb.inspect import decoder_layers
 from qwen_nb.memory import QWEN_CONFIGS, count_parameters
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from qwen_nb.generate import generate
+from qwen_nb.generation import generate
 from qwen_nb.model import Qwen
 
 transformers = pytest.importorskip("transformers")
@@ -248,7 +248,7 @@ def test_equals_transformers(tmp_path, family, seed):
 
 def test_the_comparison_can_fail(tmp_path, monkeypatch):
     "And then names the config."
-    from qwen_nb.rope import Rotary
+    from qwen_nb.yarn import Rotary
 
     monkeypatch.setattr(
         "qwen_nb.model.Rotary", lambda head_dim, theta, *rest: Rotary(head_dim, 2 * theta, *rest)

@@ -19,10 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_nb.family import FAMILY, changes, count, family_table, relative, traits
 from qwen_nb.cost import cost_parts, label_ends, plot_family
-from qwen_nb.generate import Context, KVCache
+from qwen_nb.cache import KVCache
+from qwen_nb.writing import Context
 from qwen_nb.hybrid import cache_parts
 from qwen_nb.qwen3_5 import HybridConfig
-from qwen_nb.model import Qwen, QwenConfig, family_config
+from qwen_nb.model import Qwen, QwenConfig
+from qwen_nb.loading import family_config
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.qwen2 import WindowConfig
 

@@ -34,7 +34,7 @@ from qwen_nb.train import (
     save_pretrained,
     train,
 )
-from qwen_nb.weights import open_weights
+from qwen_nb.hub import open_weights
 
 
 @pytest.fixture(autouse=True)

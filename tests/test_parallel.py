@@ -15,7 +15,7 @@ import torch
 from qwen_nb import parallel
 from qwen_nb.data import world_stories, write_shards
 from qwen_nb.model import Qwen
-from qwen_nb.moe import MoEConfig
+from qwen_nb.mixture import MoEConfig
 from qwen_nb.parallel import many
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.train import (

@@ -36,7 +36,8 @@ from qwen_nb.lessons import cut_course
 from qwen_nb.model import Qwen
 from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
 from qwen_nb.train import checkpoints, read_config, read_log
-from qwen_nb.world import Chooser, conversation, make_tokenizer, measure, story
+from qwen_nb.world import Chooser, conversation, story
+from qwen_nb.floor import make_tokenizer, measure
 
 # stories and conversations from this seed on mark the model; training draws from another generator
 HELD_OUT = 1_000_000_000
