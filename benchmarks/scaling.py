@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Loss against compute: four widths, each trained for several numbers of steps, one schedule each.
 
-    python benchmarks/scaling.py            # some 20 to 60 minutes on one core; goes on where it was stopped
+    # some 20 to 60 minutes on one core; goes on where it was stopped
+    python benchmarks/scaling.py
     python benchmarks/scaling.py --out FILE
 
-The code that runs a point is `qwen_nb.scaling.run_point`, explained in nbs/21b_scaling.ipynb, which draws the result. Writes
-a JSON file with the machine, the date and one record a point; the file is written anew after each of them.
+The code that runs a point is `qwen_nb.scaling.run_point`, explained in nbs/21b_scaling.ipynb, which
+draws the result. Writes a JSON file with the machine, the date and one record a point; the file is
+written anew after each of them.
 """
 
 import argparse
@@ -50,7 +52,8 @@ def main():
                 continue
             found["points"].append(point := run_point(hidden, steps))
             print(
-                f"width {hidden:3}, {steps:4} steps: {point['flops']:.2e} operations, loss {point['loss']:.4f}, floor {point['floor']:.4f}",
+                f"width {hidden:3}, {steps:4} steps: {point['flops']:.2e} operations, loss "
+                f"{point['loss']:.4f}, floor {point['floor']:.4f}",
                 flush=True,
             )
             write_file(out, (json.dumps(found, indent=1) + "\n").encode())

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""How many tokens a second in training? Ours against transformers' Qwen3ForCausalLM (sdpa attention), in one loop and one run.
+"""How many tokens a second in training? Ours against transformers' Qwen3ForCausalLM (sdpa
+attention), in one loop and one run.
 
     python benchmarks/train.py                  # the packaged size, then 12 layers of width 512
     python benchmarks/train.py --small          # the packaged size alone
@@ -7,18 +8,22 @@
     python benchmarks/train.py --seq 256        # shorter rows than the 512 of configs/packaged.toml
     python benchmarks/train.py --profile        # and where the time of a step goes
 
-Both begin with the same weights and get the same batch, loss (float32), clipping and fused AdamW; only the model differs. Each
-size runs in float32 and in bfloat16 autocast, on plain rows (one document each, causal attention) and on packed rows (several
-documents that must not see each other: both get the same mask and positions). Steps are timed in turn. Figures are medians
-over the steps, the ratio's range is that of the pairs.
+Both begin with the same weights and get the same batch, loss (float32), clipping and fused AdamW;
+only the model differs. Each size runs in float32 and in bfloat16 autocast, on plain rows (one
+document each, causal attention) and on packed rows (several documents that must not see each other:
+both get the same mask and positions). Steps are timed in turn. Figures are medians over the steps,
+the ratio's range is that of the pairs.
 
-Before the clock runs, both must give the same loss and the same gradient of every weight. In float32 they are compared with
-each other. In bfloat16 each rounds in its own places, so both are compared with float32, and ours may be at most 15 % further
-from it than theirs, all weights together and the worst of them. After the last step in float32 the losses must still agree, so that nobody was faster by training less.
+Before the clock runs, both must give the same loss and the same gradient of every weight. In
+float32 they are compared with each other. In bfloat16 each rounds in its own places, so both are
+compared with float32, and ours may be at most 15 % further from it than theirs, all weights
+together and the worst of them. After the last step in float32 the losses must still agree, so that
+nobody was faster by training less.
 
-"of peak" is the floating-point operations that a step needs (the causal half of attention counted, twice as much back as
-forward) over what a large square product of the same dtype reaches on this machine, measured just before: while both models wait
-for the same products, the rest is all that can be gained. The path for a CUDA device is written but was not tested.
+"of peak" is the floating-point operations that a step needs (the causal half of attention counted,
+twice as much back as forward) over what a large square product of the same dtype reaches on this
+machine, measured just before: while both models wait for the same products, the rest is all that
+can be gained. The path for a CUDA device is written but was not tested.
 """
 
 import argparse
@@ -175,7 +180,8 @@ class Side:
 
 
 def off(ours, theirs):
-    "How far the gradients are from those of the other, length of the difference over the length: all together, and the worst of all weights."
+    """How far the gradients are from those of the other, length of the difference over the length:
+    all together, and the worst of all weights."""
     pairs = [((g - t).norm(), t.norm()) for (_, g), (_, t) in zip(ours, theirs, strict=True)]
     lengths = torch.tensor(pairs).square().sum(0).sqrt()
     return (lengths[0] / lengths[1]).item(), max((d / n).item() for d, n in pairs)
@@ -200,7 +206,10 @@ def check_same(sides, exact, batch):
     assert all(a <= 1.15 * b <= 0.115 for a, b in zip(ours, theirs)), (
         f"gradients {ours} from float32's, theirs {theirs}"
     )
-    return f"loss {a:.4f} and {b:.4f} ({c:.4f} in float32), gradients {ours[0]:.1%} and {theirs[0]:.1%} from float32's (the worst weight's {ours[1]:.1%} and {theirs[1]:.1%})"
+    return (
+        f"loss {a:.4f} and {b:.4f} ({c:.4f} in float32), gradients {ours[0]:.1%} and "
+        f"{theirs[0]:.1%} from float32's (the worst weight's {ours[1]:.1%} and {theirs[1]:.1%})"
+    )
 
 
 def shares(side, batch):
@@ -221,13 +230,16 @@ def shares(side, batch):
         reverse=True,
     )[:5]
     return (
-        f"products {products / all_of_it:.0%}, attention kernel {kernel / all_of_it:.0%}, the rest {1 - (products + kernel) / all_of_it:.0%}: "
+        f"products {products / all_of_it:.0%}, attention kernel {kernel / all_of_it:.0%}, the "
+        f"rest {1 - (products + kernel) / all_of_it:.0%}: "
         + ", ".join(f"{name} {t / all_of_it:.1%}" for t, name in rest)
     )
 
 
 def compare(name, config, rows, packed, bfloat16, args):
-    from qwen_nb.train import cast_once, flops_per_token, forward, measure_peak
+    from qwen_nb.train import forward
+    from qwen_nb.budget import cast_once
+    from qwen_nb.log import flops_per_token, measure_peak
 
     dtype, batch = (
         "bfloat16" if bfloat16 else "float32",
@@ -242,7 +254,8 @@ def compare(name, config, rows, packed, bfloat16, args):
         transformers=Side(theirs, theirs_forward, bfloat16, args.compile),
     )
     print(
-        f"\n{name}, {dtype}{' autocast' * bfloat16}, {rows} rows of {args.seq}, {'packed' if packed else 'plain'}"
+        f"\n{name}, {dtype}{' autocast' * bfloat16}, {rows} rows of {args.seq}, "
+        f"{'packed' if packed else 'plain'}"
     )
     print("  " + check_same(sides, exact, batch))
     peak, seconds, losses = (
@@ -263,11 +276,13 @@ def compare(name, config, rows, packed, bfloat16, args):
     for who, s in seconds.items():
         speed = tokens / statistics.median(s)
         print(
-            f"  {who:14}{speed:12,.0f} tokens/s{speed * flops / 1e9:10,.0f} GFLOP/s, {speed * flops / peak:.0%} of peak ({peak / 1e9:,.0f})"
+            f"  {who:14}{speed:12,.0f} tokens/s{speed * flops / 1e9:10,.0f} GFLOP/s, "
+            f"{speed * flops / peak:.0%} of peak ({peak / 1e9:,.0f})"
         )
     ratios = sorted(b / a for a, b in zip(*seconds.values()))
     print(
-        f"  ours / transformers: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        f"  ours / transformers: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to "
+        f"{ratios[-1]:.2f})"
     )
     if args.profile:
         for who, side in sides.items():
@@ -305,7 +320,10 @@ def main():
     parser.add_argument(
         "--busy",
         action="store_true",
-        help="one thread, and its processor time in place of the clock: for a machine that has other work",
+        help=(
+            "one thread, and its processor time in place of the clock: for a machine that has "
+            "other work"
+        ),
     )
     args = parser.parse_args()
     if args.busy:
@@ -322,7 +340,8 @@ def main():
     import transformers
 
     print(
-        f"{device}{', processor time' * args.busy}, torch {torch.__version__}, transformers {transformers.__version__}; {args.runs} pairs of steps{', compiled' * args.compile}"
+        f"{device}{', processor time' * args.busy}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; {args.runs} pairs of steps{', compiled' * args.compile}"
     )
     sizes = [("packaged size", packaged_config(), 16)] * (not args.wide) + [
         ("12 layers of width 512", wide_config(), 4)

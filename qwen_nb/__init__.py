@@ -33,7 +33,8 @@ if TYPE_CHECKING:  # for editors: what `__getattr__` finds
     from .lora import load_lora
     from .model import Qwen, QwenConfig
     from .durable import save_pretrained
-    from .template import render_chat, render_folder
+    from .prompt import render_folder
+    from .template import render_chat
     from .tokenizer import Tokenizer
 
 _HOME = {
@@ -46,7 +47,7 @@ _HOME = {
     "max_positions": "generation",
     "packaged_model": "inspect",
     "render_chat": "template",
-    "render_folder": "template",
+    "render_folder": "prompt",
     "save_pretrained": "durable",
     "stream": "generation",
 }

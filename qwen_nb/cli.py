@@ -243,7 +243,7 @@ def data(args):
 def report_data(folder, index, args):
     "What was made, how it begins, and what to type next."
     from qwen_nb.data import Shards
-    from qwen_nb.train import TrainConfig
+    from qwen_nb.settings import TrainConfig
     from qwen_nb.hub import find_model
     parts, default = index["parts"], TrainConfig()
     talks = {name: p.get("conversations", 0) for name, p in parts.items()}
@@ -296,7 +296,7 @@ def settings_help():
 # %% ../nbs/90_cli.ipynb #c82dea26
 def config_of(words):
     "The config that the words of the command line ask for: at most one file, the rest key=value."
-    from qwen_nb.train import read_config
+    from qwen_nb.architecture import read_config
     for word in words:
         if word.startswith("--"): raise ValueError(f"there is no option {word.partition('=')[0]}; a setting is written without dashes, such as lr=5e-4")
     files = [word for word in words if "=" not in word]
@@ -343,7 +343,7 @@ def engine_for(kind, config):
 # %% ../nbs/90_cli.ipynb #b342b849
 def report_training(config, final):
     "The last losses, and the command that shows what came of it."
-    from qwen_nb.train import read_log
+    from qwen_nb.log import read_log
     if not (log := read_log(config.out)): return print(f"The model is {final}. (Its log is gone.)")
     held = [(line["held_out"], line["step"]) for line in log if "held_out" in line]
     print(f"Step {log[-1]['step']}: loss {log[-1]['loss']:.3f}" + (f", held-out {held[-1][0]:.3f}" if held else "") + f". The model is {final}, the log {Path(config.out) / 'log.jsonl'}.")

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
-from .train import write_folder
+from .durable import write_folder
 from .hub import open_file, read_json
 
 # %% ../nbs/22a_lora.ipynb #0f6b3305

@@ -8,25 +8,24 @@ import time
 
 from tqdm.auto import tqdm
 
+OPERATIONS = "open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"
+
 
 def killed(work, folder, at=None, after=None):
-    "Run `work` in a child that is killed with -9 before its file operation number `at` in the folder, or `after` seconds. Whether it was."
+    """Run `work` in a child that is killed with -9, and say whether it was.
+
+    Before its file operation number `at` in the folder, or `after` seconds. The child is a fork:
+    where `work` uses torch's models, hide the GPUs from the parent, for CUDA cannot be used after
+    a fork."""
     child = os.fork()
     if not child:
-        tqdm.set_lock(
-            threading.RLock()
-        )  # its usual one is shared with the parent, and who is killed while he holds it takes it with him
+        # The usual lock of progress bars is shared with the parent: who is killed while holding it
+        # takes it with him.
+        tqdm.set_lock(threading.RLock())
         seen = [0]
 
         def hook(event, args):
-            if event in (
-                "open",
-                "os.rename",
-                "os.remove",
-                "os.mkdir",
-                "os.rmdir",
-                "shutil.rmtree",
-            ) and str(folder) in str(args[0]):
+            if event in OPERATIONS and str(folder) in str(args[0]):
                 seen[0] += 1
                 if seen[0] == at:
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from qwen_nb.attention import attend, attend_explicit, causal_mask, record_attention, repeat_kv
-from qwen_nb.gqa import Attention, attend_blocks
+from qwen_nb.gqa import Attention
+from qwen_nb.budget import attend_blocks
 from qwen_nb.heads import copied_heads
 from qwen_nb.inspect import load_reference
 from qwen_nb.yarn import Rotary

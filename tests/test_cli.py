@@ -535,7 +535,7 @@ def test_the_made_up_world_by_default(capsys, monkeypatch, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that only one process gets")
 def test_ctrl_c_and_on(capsys, monkeypatch, book, tmp_path):
     "A run that was stopped says how to go on, goes on, and comes to the same losses as one that was not."
-    from qwen_nb.train import read_log
+    from qwen_nb.log import read_log
 
     words = ["train", f"data={book[0]}", *TINY, "steps=40", "save_every=5"]
     p = subprocess.Popen(
@@ -573,7 +573,7 @@ def test_ctrl_c_and_on(capsys, monkeypatch, book, tmp_path):
 def test_under_torchrun(book, tmp_path):
     "Two processes come to the losses of one, and one of them reports."
     pytest.importorskip("qwen_nb.parallel")
-    from qwen_nb.train import read_log
+    from qwen_nb.log import read_log
 
     words = ["train", f"data={book[0]}", *TINY, "steps=4", "eval_every=0"]
     env = ENV | dict(CUDA_VISIBLE_DEVICES="")
@@ -698,7 +698,7 @@ def test_the_settings_in_the_help(capsys, monkeypatch):
     import inspect
     from dataclasses import fields
     from qwen_nb.data import prepare
-    from qwen_nb.train import TrainConfig
+    from qwen_nb.settings import TrainConfig
 
     assert [(name, value) for name, value, _ in cli.settings_of()] == [
         (f.name, f.default) for f in fields(TrainConfig)
@@ -720,7 +720,7 @@ def test_the_settings_in_the_help(capsys, monkeypatch):
 
 
 def test_the_example_config():
-    from qwen_nb.train import read_config
+    from qwen_nb.architecture import read_config
 
     path = Path(__file__).resolve().parent.parent / "configs/mine.toml"
     config = read_config(path)

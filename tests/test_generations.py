@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from qwen_nb import train as training
+from qwen_nb.settings import model_config
 from qwen_nb.data import IGNORED, world_stories, write_shards
 from qwen_nb.qwen3_5 import HybridConfig
 from qwen_nb.qwen3_next import NextConfig
@@ -18,22 +18,17 @@ from qwen_nb.moe import unfuse
 from qwen_nb.mixture import MoEConfig
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.train import (
-    Objective,
-    OneProcess,
-    Run,
-    TrainConfig,
-    checkpoints,
-    config_json,
-    forward,
-    init_weights,
-    label_weight,
-    load_checkpoint,
-    next_token_loss,
-    read_log,
-    save_pretrained,
-    train,
-)
+from qwen_nb.hub import open_weights
+from qwen_nb.log import read_log
+from qwen_nb.resume import OneProcess, Run
+from qwen_nb.run import train
+from qwen_nb.train import forward, init_weights, next_token_loss
+from qwen_nb.budget import Objective, label_weight
+from qwen_nb.durable import checkpoints, config_json, load_checkpoint, save_pretrained
+from qwen_nb.settings import TrainConfig
+from qwen_nb.log import read_log
+from qwen_nb.resume import OneProcess, Run
+from qwen_nb.run import train
 from qwen_nb.hub import open_weights
 
 
@@ -151,7 +146,7 @@ def test_a_written_model_of_any_generation_comes_back(tmp_path, family):
     again = Qwen.from_pretrained(tmp_path / "m")
     with torch.no_grad():
         assert type(again.config) is type(model.config) and torch.equal(again(ids), model(ids))
-    assert again.config == training.model_config(tmp_path / "m" / "config.json") and vars(
+    assert again.config == model_config(tmp_path / "m" / "config.json") and vars(
         again.config
     ) == vars(model.config) | {k: v for k, v in vars(again.config).items() if k == "windows"}
     stored = set(open_weights(tmp_path / "m"))

@@ -22,7 +22,7 @@ from qwen_nb.lessons import (
     talk_row,
 )
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.train import TrainConfig, open_data
+from qwen_nb.settings import TrainConfig, open_data
 from qwen_nb.world import PEOPLE, PLACES, THINGS, Chooser, conversation
 
 TOKENIZER = Tokenizer.from_pretrained(packaged_model())

@@ -1,4 +1,5 @@
-"""Many processes: DDP and FSDP give the losses of one, their checkpoints are one ordinary folder, and the death of one loses nothing that was saved."""
+"""Many processes: DDP and FSDP give the losses of one, their checkpoints are one ordinary folder,
+and the death of one loses nothing that was saved."""
 
 import json
 import os
@@ -18,16 +19,11 @@ from qwen_nb.model import Qwen
 from qwen_nb.mixture import MoEConfig
 from qwen_nb.parallel import many
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.train import (
-    MODEL_KEYS,
-    TrainConfig,
-    checkpoints,
-    config_json,
-    latest_checkpoint,
-    load_checkpoint,
-    read_log,
-    train,
-)
+from qwen_nb.durable import checkpoints, config_json, load_checkpoint
+from qwen_nb.settings import MODEL_KEYS, TrainConfig
+from qwen_nb.log import read_log
+from qwen_nb.resume import latest_checkpoint
+from qwen_nb.run import train
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or os.name == "nt",
@@ -38,15 +34,19 @@ LOST = "another process of this run died or was stopped"
 SCRIPT = """
 import json, os, sys, time
 from qwen_nb.parallel import DDP, FSDP, held, many
-from qwen_nb.train import Run, TrainConfig, optimizer_step, train
+from qwen_nb.settings import TrainConfig
+from qwen_nb.resume import Run, optimizer_step
+from qwen_nb.run import train
 
 def own_count(run):
     "The mistake: every process divides by its own number of labels."
     total = run.total
-    run.total = lambda x: total(x) if isinstance(x, float) else x * run.engine.world_size  # a loss is a float, a count is not
+    # a loss is a float, a count is not
+    run.total = lambda x: total(x) if isinstance(x, float) else x * run.engine.world_size
     return run
 
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and os.environ["RANK"] == "1": time.sleep(2)  # the other is there first, and must not look for the dead one
+# the other is there first, and must not look for the dead one
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and os.environ["RANK"] == "1": time.sleep(2)
 jobs, found = json.load(open(sys.argv[1])), {}
 try:
     with many("ddp", jobs[-1][1]["out"]) as engine:
@@ -80,7 +80,8 @@ def one_thread():
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder, words = tmp_path_factory.mktemp("data"), Tokenizer.from_pretrained()
-    # documents of very different lengths in short rows: the processes have unequal numbers of labels
+    # documents of very different lengths in short rows: the processes have unequal numbers of
+    # labels
     write_shards(
         folder / "shards",
         [text[:n] for n, text in zip([8, 300, 20, 900] * 60, world_stories(240, seed=5))],
@@ -204,7 +205,8 @@ def test_bit_for_bit_where_the_sums_are_the_same(runs):
 
 
 def test_experts_that_one_process_does_not_use(tmp_path, settings):
-    "A mixture of more experts than a few rows choose: every process has a gradient of every weight all the same."
+    """A mixture of more experts than a few rows choose: every process has a gradient of every
+    weight all the same."""
     sizes = MoEConfig(
         512,
         32,
@@ -338,7 +340,8 @@ def test_three_processes_that_do_not_divide_the_matrices(runs, settings, tmp_pat
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_process_that_dies(runs, settings, tmp_path, kind):
-    "Kill -9 of either process at random moments: the other stops with a sentence, the checkpoints are whole, the run comes out bit for bit."
+    """Kill -9 of either process at random moments: the other stops with a sentence, the checkpoints
+    are whole, the run comes out bit for bit."""
     out, rng, said = tmp_path / "run", random.Random(kind), 0
     slow = settings | dict(steps=12, save_every=2)
     for life in range(2):

@@ -33,7 +33,7 @@ from qwen_nb.qwen1 import NTKCache, Qwen1Config, ntk_alpha
 from qwen_nb.qwen1_names import original_names, our_names, qwen1_tiny
 from qwen_nb.real import verify_model
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.train import save_pretrained
+from qwen_nb.durable import save_pretrained
 from qwen_nb.compare import record
 from qwen_nb.hub import WANTED, open_file, open_weights, read_json, save_shards
 from qwen_nb.world import Chooser, story

@@ -1,4 +1,5 @@
-"""Scaling: the floor of rows without an end token, what a point is, and that the stored points are those of this code."""
+"""Scaling: the floor of rows without an end token, what a point is, and that the stored points are
+those of this code."""
 
 import json
 import math
@@ -21,7 +22,9 @@ from qwen_nb.scaling import (
     story_ids,
 )
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.train import Objective, flops_per_token, forward, init_weights, label_weight
+from qwen_nb.train import forward, init_weights
+from qwen_nb.budget import Objective, label_weight
+from qwen_nb.log import flops_per_token
 from qwen_nb.world import PEOPLE, Chooser, story
 
 STORED = json.loads(

@@ -19,8 +19,12 @@ from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
 from qwen_nb.tokenizer import learn
-from qwen_nb.train import OneProcess, Run, TrainConfig, optimizer_step, read_config, train
+from qwen_nb.settings import read_run_config
+from qwen_nb.settings import TrainConfig
+from qwen_nb.resume import OneProcess, Run, optimizer_step
+from qwen_nb.run import train
 from qwen_nb.world import PEOPLE, Chooser, conversation, story
+from qwen_nb.floor import encode_story, measure
 
 ROOT = Path(__file__).parent.parent
 TOLD = [
@@ -119,7 +123,7 @@ def test_the_model_can_be_made_again(tmp_path):
     )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "model" / name).read_bytes() == (packaged_model() / name).read_bytes()
-    config = read_config(
+    config = read_run_config(
         ROOT / "configs" / "packaged.toml",
         [
             f"out={tmp_path / 'run'}",
@@ -142,7 +146,7 @@ def test_the_model_can_be_made_again(tmp_path):
 @pytest.mark.parametrize("name", ["qwen1", "qwen2", "qwen3_moe", "qwen3_5"])
 def test_a_sibling_can_be_made_again(tmp_path, name):
     "As above; and its log ends with what its weights score."
-    config = read_config(
+    config = read_run_config(
         ROOT / "configs" / f"{name}.toml",
         [
             f"out={tmp_path / 'run'}",

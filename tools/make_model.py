@@ -35,7 +35,9 @@ from qwen_nb.inspect import packaged_model
 from qwen_nb.lessons import cut_course
 from qwen_nb.model import Qwen
 from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
-from qwen_nb.train import checkpoints, read_config, read_log
+from qwen_nb.settings import read_run_config
+from qwen_nb.durable import checkpoints
+from qwen_nb.log import read_log
 from qwen_nb.world import Chooser, conversation, story
 from qwen_nb.floor import make_tokenizer, measure
 
@@ -108,7 +110,7 @@ def install(args):
         copy_tokenizer(args.out, tiktoken=args.sibling == "qwen1")
     lines = read_log(args.run)
     steps = [0] + [line["step"] for line in lines]
-    config = read_config(args.config)
+    config = read_run_config(args.config)
     about = dict(
         asdict(config),
         course=cut_course(config.lesson_rows),
