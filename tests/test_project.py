@@ -20,7 +20,7 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith("_"))
-LESSONS = [p for p in NOTEBOOKS if p.stem != "index"]
+LESSONS = [p for p in NOTEBOOKS if p.stem not in ("index", "glossary")]
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
 

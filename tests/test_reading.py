@@ -153,3 +153,47 @@ def test_cell_ids_are_unique():
     for path in NOTEBOOKS:
         ids = Counter(cell["id"] for cell in cells(path))
         assert ids.most_common(1)[0][1] == 1, f"{path.name}: {ids.most_common(1)}"
+
+
+# the glossary
+
+
+def plain_prose(path):
+    "What a lesson says, without its code, formulas, links and first-screen facts."
+    text = "\n".join(cell["text"] for cell in cells(path, "markdown"))
+    text = re.sub(r"\*\*(Time|You need|Next):\*\*[^\n]*", "", text)
+    code, formulas = r"```.*?```|`[^`]*`", r"\$\$.*?\$\$|\$[^$]*\$"
+    links = r"\]\([^)]*\)|!\[[^\]]*\]"
+    return re.sub(f"{code}|{formulas}|{links}", "", text, flags=re.S)
+
+
+def uses(term, prose):
+    "Whether the term, or one of several separated by commas, stands in the prose."
+    for word in term.split(", "):
+        flags = re.I if word.islower() else 0
+        if re.search(rf"\b{re.escape(word)}(?:s|es)?\b", prose, flags):
+            return True
+    return False
+
+
+def glossary():
+    "Each term with the lesson that explains it."
+    cell = cells(ROOT / "nbs/glossary.ipynb", "markdown")[0]
+    entry = r"^- \*\*(.+?)\*\* \(\[(\w+)\]\(\2\.ipynb\)\): .{10,}"
+    return re.findall(entry, cell["text"], re.M)
+
+
+def test_no_term_is_used_before_it_is_explained():
+    """The first lesson that uses a term explains it, or links to the glossary beside it."""
+    terms = glossary()
+    assert len(terms) >= 50
+    prose = {path.stem: plain_prose(path) for path in LESSONS}
+    text = {path.stem: "".join(c["text"] for c in cells(path, "markdown")) for path in LESSONS}
+    found = []
+    for term, home in terms:
+        first = next((name for name in prose if uses(term, prose[name])), None)
+        if first is None:
+            found.append(f"{term} is used nowhere")
+        elif first != home and "](glossary.ipynb)" not in text[first]:
+            found.append(f"{term} is used in {first} and explained in {home}")
+    assert not found, "\n".join(found)
