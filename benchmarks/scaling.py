@@ -5,7 +5,7 @@
     python benchmarks/scaling.py
     python benchmarks/scaling.py --out FILE
 
-The code that runs a point is `qwen_nb.scaling.run_point`, explained in nbs/21b_scaling.ipynb, which
+The code that runs a point is `qwen_nb.scaling.run_point`, explained in nbs/21h_scaling.ipynb, which
 draws the result. Writes a JSON file with the machine, the date and one record a point; the file is
 written anew after each of them.
 """

@@ -25,11 +25,11 @@ PARTS = {
 # Two thirds are ●●; these are easier or harder.
 EASY = (
     "00_inspect 00b_memory 01_verify 02_weights 03d_languages 03e_world 04_rmsnorm 07_swiglu "
-    "08b_real 10_chat 12_qwen2 13_qwen3 16_family 21b_log 90_terminal"
+    "08b_real 10_chat 12_qwen2 13_qwen3 16_family 21d_log 90_terminal"
 ).split()
 HARD = (
     "03c_special 05a_yarn 06b_heads 10b_prompt 11a_long 14b_balance 15_delta 15a_deltanet "
-    "15d_qwen3_next 21a_durable 21b_resume 21c_parallel 22b_preference"
+    "15d_qwen3_next 21b_durable 21e_resume 21g_parallel 22b_preference"
 ).split()
 
 
