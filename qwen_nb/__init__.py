@@ -54,10 +54,12 @@ _HOME = {
 
 
 def __getattr__(name):
-    "Import a name's module when the name is first used."
+    "Import a name's module when the name is first used, and complete what `help` says of it."
     if name not in _HOME:
         raise AttributeError(f"module 'qwen_nb' has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    from ._help import document
+
+    value = document(getattr(import_module(f".{_HOME[name]}", __name__), name))
     globals()[name] = value
     return value
 

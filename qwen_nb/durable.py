@@ -203,7 +203,8 @@ def model_files(
     }
 
 def save_pretrained(
-    model, folder,
+    model,                 # ours, without adapters
+    folder,                # where it goes; an older one there is replaced
     tokenizer=None,        # a `Tokenizer`, or a folder whose tokenizer is copied
     dtype=torch.bfloat16,  # of the weights in the file
 ) -> Path:

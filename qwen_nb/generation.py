@@ -75,7 +75,9 @@ class TextStream:
         return self.add(None, final=True)
 
 # %% ../nbs/09c_stream.ipynb #26be8994
-def max_positions(config) -> int:
+def max_positions(
+    config,  # the model's
+) -> int:
     """How many positions the model knows.
 
     What its config says, or what its rope scaling stretches the original context to."""
@@ -140,16 +142,16 @@ def check_prompt(
 
 # %% ../nbs/09c_stream.ipynb #a3e736d8
 def generate(
-    model,
+    model,                    # ours
     input_ids,                # the prompts, (batch, seq)
     max_new_tokens=None,      # None: as many as the model has positions for
     attention_mask=None,      # (batch, seq), 0 where a prompt is padding; as `pad_left` makes it
-    temperature=None,         # this and the next: None is what generation_config.json says
-    top_k=None,
-    top_p=None,
-    min_p=None,
-    repetition_penalty=None,
-    presence_penalty=None,
+    temperature=None,         # None, here and below: as the model's generation_config.json says
+    top_k=None,               # choose among the k likeliest; 0: off
+    top_p=None,               # … among those that together have probability p; 1: off
+    min_p=None,               # leave out what is below p times the likeliest; 0: off
+    repetition_penalty=None,  # above 1: rather not what the text has already; 1: off
+    presence_penalty=None,    # above 0: rather not what it has written already; 0: off
     stop_ids=None,            # ids that end a row; (): none
     stop=None,                # a string or several that end a row, looked for in what is written
     tokenizer=None,           # anything with `decode(ids)`, needed for `stop`
@@ -163,14 +165,7 @@ def generate(
 
     A row ends with its stop id, or with the token that completes its stop string; `pad_id` (the
     model's, or its first stop id) follows until the longest row has ended. Raises ValueError for
-    settings or prompts that cannot work, too long ones among them.
-
-    input_ids: the prompts, `(batch, seq)`; max_new_tokens: None for as many as there is room for;
-    attention_mask: 0 where a prompt is padding, on the left; temperature, top_k, top_p, min_p,
-    repetition_penalty, presence_penalty, stop_ids: None for what the model's
-    generation_config.json says; stop: strings that end a row, looked for with the tokenizer;
-    num_beams, length_penalty: of beam search; seed: of the draws; use_cache: False reads everything
-    again for each token; prefill_chunk: read the prompt in pieces of this length."""
+    settings or prompts that cannot work, too long ones among them."""
     if num_beams != 1:
         temperature = temperature or 0.0               # beams do not sample
     sampling = sampling_for(
@@ -220,7 +215,7 @@ def text_pieces(
 
 
 def stream(
-    model,
+    model,                # ours
     input_ids,            # one prompt, (1, seq)
     max_new_tokens=None,  # None: as many as the model has positions for
     tokenizer=None,       # anything with `decode(ids)`; None: ids are yielded
@@ -233,12 +228,7 @@ def stream(
 
     With a tokenizer pieces of text, never half a character; without one ids, the stop id included.
     Who needs both takes ids and a `TextStream`. Raises ValueError, at once and not at the first
-    piece, for what cannot work.
-
-    input_ids: one prompt, `(1, seq)`; max_new_tokens: None for as many as there is room for;
-    tokenizer: anything with `decode(ids)`; stop: strings that end the text and are not shown; seed:
-    of the draws; prefill_chunk: read the prompt in pieces of this length; settings: temperature,
-    top_k, top_p, min_p, repetition_penalty, presence_penalty, stop_ids, as for `generate`."""
+    piece, for what cannot work."""
     sampling = sampling_for(model, **settings)
     chunk = prefill_chunk or 1
     new, _ = check_prompt(model, input_ids, max_new_tokens, prefill_chunk=chunk)

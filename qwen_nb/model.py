@@ -180,7 +180,8 @@ def check_inputs(input_ids, attention_mask, past, vocab_size):
 # %% ../nbs/08_model.ipynb #80758712
 class Qwen(nn.Module):
     "A whole Qwen. Ids `(batch, seq)` in, logits `(batch, seq, vocab_size)` out."
-    def __init__(self, config:QwenConfig):
+    def __init__(self,
+                 config:QwenConfig):  # the numbers of config.json
         super().__init__()
         self.config = config
         self.model = Decoder(config)

@@ -168,9 +168,9 @@ def special_names(folder) -> dict:
 # %% ../nbs/10b_prompt.ipynb #34e22c4c
 def render_folder(
     folder_or_name,  # a folder, a hub id; None: the model inside the package
-    messages:list,
+    messages:list,   # dicts with role and content
     tools=None,      # as for `render_chat`
-    add_generation_prompt:bool=True,
+    add_generation_prompt:bool=True,  # end with the beginning of the next answer
     **variables,     # what else the template reads, such as enable_thinking
 ) -> str:
     """The conversation by the model's own Jinja template, as `apply_chat_template` renders it.

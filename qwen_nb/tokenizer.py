@@ -29,7 +29,7 @@ class TokenTable:
     `special` has the id of each added token by name; `control` holds the ids of those that
     `decode(skip_special=True)` leaves out."""
     def __init__(self,
-                 vocabulary:Vocabulary):
+                 vocabulary:Vocabulary):  # from `read_vocabulary`; see `from_pretrained`
         self.vocabulary = vocabulary
         self.special = {t.name: t.id for t in vocabulary.added}
         self.control = frozenset(t.id for t in vocabulary.added if t.control)

@@ -50,6 +50,14 @@ def test_no_module_has_the_name_of_a_function_at_the_top():
     assert not modules & set(PROMISED)
 
 
+@pytest.mark.parametrize("name", PROMISED)
+def test_help_tells_what_each_parameter_is(name):
+    thing = getattr(qwen_nb, name)
+    doc = inspect.getdoc(thing)
+    for parameter in inspect.signature(thing).parameters:
+        assert f"{parameter}:" in doc, f"help({name}) does not say what {parameter} is"
+
+
 def test_an_unknown_name():
     with pytest.raises(AttributeError, match="no attribute 'Qwenn'"):
         qwen_nb.Qwenn
