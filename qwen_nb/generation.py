@@ -107,7 +107,7 @@ def _check_mask(mask, input_ids):
         todo = "for writing, padding goes on the left (pad_left)"
         raise ValueError(f"a prompt is padded on the right; {todo}")
 
-
+# %% ../nbs/09c_stream.ipynb #d18bcc38
 def check_prompt(
     model,
     input_ids,            # (batch, seq)
@@ -158,7 +158,7 @@ def generate(
     num_beams=1,              # above 1: beam search, which does not sample
     length_penalty=1.0,       # of beam search
     seed=None,                # the same seed, the same draws; None: PyTorch's own generator
-    use_cache=True,
+    use_cache=True,           # False: read everything again for each token
     prefill_chunk=None,       # read the prompt in pieces of this length, to save memory
 ) -> torch.Tensor:
     """The prompts and what the model writes after them, `(batch, seq + new)`.
@@ -185,7 +185,7 @@ def generate(
     steps = write(model, input_ids, new, sampling, mask, seed, texts, use_cache, prefill_chunk)
     return torch.cat([input_ids, torch.stack(list(steps), 1)], 1)
 
-
+# %% ../nbs/09c_stream.ipynb #51bd13e9
 def _best_beams(model, input_ids, new, mask, sampling, num_beams, length_penalty):
     "The best beam of each row, each searched by itself, without its padding."
     best = []
@@ -213,7 +213,7 @@ def text_pieces(
     if piece := text.end():
         yield piece
 
-
+# %% ../nbs/09c_stream.ipynb #abb753d9
 def stream(
     model,                # ours
     input_ids,            # one prompt, (1, seq)

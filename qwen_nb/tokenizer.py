@@ -73,6 +73,7 @@ class TokenTable:
         "The tokens as they are: bytes, or for an added token its name (str)."
         return [self._added[i] if i in self._added else self.token_bytes(i) for i in ids]
 
+# %% ../nbs/03c_special.ipynb #7a815e2b
 class TokenDecoder(TokenTable):
     "What turns ids back into text."
     def decode(self,

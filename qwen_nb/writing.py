@@ -79,7 +79,7 @@ def generator_for(
         raise ValueError(f"seed is {seed!r}; expected a whole number of at most 64 bits")
     return torch.Generator(device).manual_seed(seed)
 
-
+# %% ../nbs/09b_batch.ipynb #bc52a966
 @torch.no_grad()
 def write(
     model,
