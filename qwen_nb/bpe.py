@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAR_OF', 'BYTE_OF', 'BYTE_IDS', 'SPLIT', 'SPLIT_MARKS', 'KINDS', 'ON_SKELETON', 'TEXTS', 'stand_ins', 'byte_ids',
-           'spell', 'unspell', 'count_pairs', 'replace_pair', 'kind_of', 'CharKinds', 'nfc', 'split', 'learn_merges',
-           'Picture', 'box_text', 'svg_escape', 'svg_box', 'draw_tokens']
+           'spell', 'unspell', 'count_pairs', 'replace_pair', 'kind_of', 'CharKinds', 'nfc', 'split', 'pair_places',
+           'learn_merges', 'Picture', 'box_text', 'svg_escape', 'svg_box', 'draw_tokens']
 
 # %% ../nbs/03_tokenizer.ipynb #586f8822
 import heapq
@@ -119,6 +119,19 @@ def split(
     return [text[m.start():m.end()] for m in found]
 
 # %% ../nbs/03_tokenizer.ipynb #21513d63
+def pair_places(
+    words:list,  # of lists of ids
+    times:list,  # how often each word occurs
+) -> tuple:
+    "How often each pair occurs in all, and in which words, as their numbers."
+    counts, where = Counter(), defaultdict(set)
+    for w, ids in enumerate(words):
+        for pair in zip(ids, ids[1:]):
+            counts[pair] += times[w]
+            where[pair].add(w)
+    return counts, where
+
+# %% ../nbs/03_tokenizer.ipynb #cfcc9b34
 def learn_merges(
     pieces:Counter,  # how often each piece (bytes) occurs
     n:int,           # how many merges at most
@@ -130,12 +143,7 @@ def learn_merges(
     left. Source: `BpeTrainer.do_train` in the `tokenizers` library, which learns the same."""
     words = [byte_ids(piece) for piece in pieces]
     times = list(pieces.values())
-    counts = Counter()                           # how often a pair occurs
-    where = defaultdict(set)                     # in which words
-    for w, ids in enumerate(words):
-        for pair in zip(ids, ids[1:]):
-            counts[pair] += times[w]
-            where[pair].add(w)
+    counts, where = pair_places(words, times)
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
 

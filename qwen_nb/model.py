@@ -183,8 +183,7 @@ class Qwen(nn.Module):
     def __init__(self,
                  config:QwenConfig):  # the numbers of config.json
         super().__init__()
-        self.config = config
-        self.model = Decoder(config)
+        self.config, self.model = config, Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 

@@ -49,7 +49,6 @@ def wrong_tokens(
     if len(set(v.tokens.values())) < len(v.tokens):
         return "two tokens have the same id"
 
-
 def wrong_merges(v:Vocabulary) -> str:
     "What is wrong with the merges; None if nothing is."
     for pair in v.merges:
@@ -58,7 +57,7 @@ def wrong_merges(v:Vocabulary) -> str:
     if len(set(v.merges)) < len(v.merges):
         return "a merge comes twice"
 
-
+# %% ../nbs/03b_vocabulary.ipynb #9471dc1d
 def wrong_added(v:Vocabulary) -> str:
     "What is wrong with the added tokens; None if nothing is."
     spelled = {i: token for token, i in v.tokens.items()}
@@ -70,7 +69,6 @@ def wrong_added(v:Vocabulary) -> str:
     if "" in names or len(names) < len(v.added) or len(ids) < len(v.added):
         return "an added token is empty or comes twice"
 
-# %% ../nbs/03b_vocabulary.ipynb #ba3c8b8d
 def check_vocabulary(
     v:Vocabulary,
     path,  # of its file, for the message
@@ -215,7 +213,6 @@ def merges_from_ranks(
         merges.append((*parts, new))
     return merges
 
-
 def tiktoken_ranks(path:Path) -> dict:
     "The lines of `qwen.tiktoken`: a token's bytes → its rank. ValueError for any other line."
     tokens = {}
@@ -230,7 +227,7 @@ def tiktoken_ranks(path:Path) -> dict:
             raise ValueError(f"{path}: found the line {line[:40]!r}; {what}") from None
     return tokens
 
-# %% ../nbs/03b_vocabulary.ipynb #5e4c2e6b
+# %% ../nbs/03b_vocabulary.ipynb #3787ec04
 def read_tiktoken(
     path,  # of `qwen.tiktoken`
 ) -> Vocabulary:
