@@ -1,4 +1,5 @@
-"""The command as it is used: real processes, pipes, a pseudo-terminal with Ctrl-C and Ctrl-D, and what is refused."""
+"""The command as it is used: real processes, pipes, a pseudo-terminal with Ctrl-C and Ctrl-D, and
+what is refused."""
 
 import io
 import json
@@ -17,9 +18,12 @@ import torch
 
 from qwen_nb import cli
 from qwen_nb.chat import Chat, Scripted
+from qwen_nb.conversation import COMMANDS, EXAMPLE
+from qwen_nb.conversation import talk as talk_with
 from qwen_nb.inspect import packaged_model
-from qwen_nb.weights import DTYPES
+from qwen_nb.loading import DTYPE_NAMES as DTYPES
 from qwen_nb.model import Qwen
+from qwen_nb.terminal import SAMPLING, Screen, last_model
 from qwen_nb.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -29,9 +33,18 @@ ENV = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "QWEN_NB_MOD
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c_is_heard():
+    "A background job starts with SIGINT ignored, and its children would inherit that."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    "Tiny Qwen2 checkpoints: `random` writes anything, `endless` writes ! for ever, `base` has no chat tokens."
+    """Tiny Qwen2 checkpoints: `random` writes anything, `endless` writes ! for ever, `base` has no
+    chat tokens."""
     made = {}
     for name in ("random", "endless", "base"):
         made[name] = folder = tmp_path_factory.mktemp(name)
@@ -127,7 +140,7 @@ def test_help(capsys, monkeypatch):
             "--greedy",
             "--seed",
             "--max-new-tokens",
-            *("--" + s.replace("_", "-") for s in cli.SAMPLING),
+            *("--" + s.replace("_", "-") for s in SAMPLING),
         ):
             assert f" {option}" in plain.split("examples:")[0], option
         with pytest.raises(SystemExit) as e:
@@ -143,12 +156,16 @@ def test_examples_of_the_help_are_commands():
     ).splitlines():
         if "qwen-nb" not in line:
             continue
-        words = shlex.split(re.split(r" \| | [<>] ", line[line.index("qwen-nb") :])[0])
-        assert cli.parse(words[1:]).run is getattr(cli, words[1])
+        words = shlex.split(re.split(r" \| | [<>] | # ", line[line.index("qwen-nb") :])[0])
+        assert cli.parse(words[1:]).run is getattr(cli, f"run_{words[1]}")
 
 
 def test_help_is_instant():
-    code = "import sys, qwen_nb.cli as c\ntry: c.main(['chat', '-h'])\nexcept SystemExit: print(sorted(m.partition('.')[0] for m in sys.modules))"
+    code = """
+import sys, qwen_nb.cli as c
+try: c.main(['chat', '-h'])
+except SystemExit: print(sorted(m.partition('.')[0] for m in sys.modules))
+"""
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
@@ -296,6 +313,7 @@ def test_refusals(capsys, monkeypatch, folders, tmp_path):
         refused(go(*command, *model, "--greedy", "--top-k", 5), "top_k", "temperature")
         status, out, err = go(*command, "--tempurature", 1)
         assert status == 2 and f"usage: qwen-nb {command[0]}" in err and "--tempurature" in err
+        assert err.endswith(f"; qwen-nb {command[0]} -h says more\n")
     refused(go("generate", "Max", *model, "--seed", 2**64), "seed", 2**64, "64 bits")
     refused(go("verify", "--as", "Qwen/Qwen3-0.6"), "Qwen/Qwen3-0.6;", "Qwen/Qwen3-0.6B-Base")
     refused(go("chat", "--model", folders["base"]), folders["base"], "<|im_start|>", "generate")
@@ -319,7 +337,11 @@ def test_bytes_that_are_no_text(folders):
 
 def test_a_terminal_that_lacks_characters():
     "A check mark on a terminal that knows ASCII only."
-    code = "import sys; from qwen_nb.cli import main, Screen\nimport qwen_nb.cli as c\nc.verify = lambda args: print('✓ ok') or 0\nmain(['verify'])"
+    code = """
+import qwen_nb.cli as c
+c.run_verify = lambda args: print('✓ ok') or 0
+c.main(['verify'])
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=ENV | dict(PYTHONIOENCODING="ascii"),
@@ -406,6 +428,66 @@ def test_from_a_pdf_to_a_model_that_answers(capsys, monkeypatch, book, tmp_path)
     assert call(capsys, monkeypatch, *words, "--max-new-tokens", 5, stdin=question)[0] == 0
     status, out, err = run("generate", "Max", *words[1:], "--max-new-tokens", 5)
     assert status == 0 and out.strip() and not err
+    whole = out
+    for command in ("generate", "chat"):  # the run's folder is enough
+        status, out, err = run(
+            command, "--model", tmp_path / "out", "--max-new-tokens", 5, stdin=b"Max"
+        )
+        assert status == 0 and out.strip()
+        assert err.startswith(f"{tmp_path / 'out'} is a training run; its last model is "), err
+        assert err.splitlines()[0].endswith(str(tmp_path / "out/final"))
+        if command == "generate":
+            assert out == whole
+
+
+def fake_run(folder, *names):
+    "A run's folder with models that are whole as far as checksums say."
+    from qwen_nb.durable import write_folder
+
+    folder.mkdir()
+    for name in names:
+        write_folder(folder / name, {"config.json": b"{}"})
+    return folder
+
+
+def test_the_last_model_of_a_run(tmp_path, capsys, monkeypatch):
+    "`final`, else the newest checkpoint that is whole; by its number, not by the alphabet."
+    names = "step-000200", "step-999000", "step-1000000"
+    run_ = fake_run(tmp_path / "run", *names)
+    (run_ / "step-1000200").mkdir()  # cut off while it was written
+    (run_ / "step-1000400.new.tmp").mkdir()
+    (run_ / "step-1000000x").mkdir()
+    assert last_model(run_).name == "step-1000000"
+    (run_ / "step-1000000/config.json").write_text("damaged")
+    assert last_model(run_).name == "step-999000"
+    assert last_model(fake_run(tmp_path / "ended", *names, "final")).name == "final"
+    # a model is no run, and neither is any other folder
+    assert last_model(packaged_model()) is None and last_model(tmp_path) is None
+    status, out, err = call(capsys, monkeypatch, "generate", "Max", "--model", run_)
+    assert status == 2 and "its last model is" in err and "step-999000" in err
+    empty = fake_run(tmp_path / "empty")
+    (empty / "log.jsonl").write_text("")
+    for command in (["generate", "Max"], ["chat"], ["verify"]):
+        option = [] if command == ["verify"] else ["--model"]
+        refused(
+            call(capsys, monkeypatch, *command, *option, empty),
+            "without a whole model",
+            f"qwen-nb train out={empty}",
+        )
+    half = fake_run(tmp_path / "half")
+    (half / "step-000010").mkdir()
+    refused(call(capsys, monkeypatch, "chat", "--model", half), "without a whole model")
+
+
+def test_the_share_of_the_text_that_is_held_out(capsys, tmp_path):
+    from qwen_nb.commands import report_parts
+
+    part = dict(documents=3, tokens=100, shards=[{}])
+    index = dict(parts=dict(train=part, held_out=part), vocab_size=300)
+    report_parts(tmp_path, index)
+    assert "%" not in capsys.readouterr().out
+    report_parts(tmp_path, index | dict(held_out_share=0.1234))
+    assert "Held out, to measure on: 12.3% of the text." in capsys.readouterr().out
 
 
 def test_no_questions(capsys, monkeypatch, tmp_path):
@@ -452,7 +534,8 @@ def test_no_questions(capsys, monkeypatch, tmp_path):
 
 
 def test_data_for_a_model_that_is_there(capsys, monkeypatch, tmp_path):
-    "With the tokenizer of a whole model, the line to type next goes on from its weights; it is typed here, for two steps."
+    """With the tokenizer of a whole model, the line to type next goes on from its weights; it is
+    typed here, for two steps."""
     from qwen_nb.data import world_stories
 
     (tmp_path / "a.txt").write_text("* * *\n".join(world_stories(80)))
@@ -526,6 +609,13 @@ def test_the_made_up_world_by_default(capsys, monkeypatch, tmp_path):
     assert status == 0 and commands_in(out) == [["chat", "--model", str(tmp_path / "out/final")]], (
         err
     )
+    # It is shorter than its lessons: said before it begins, and at the end nothing else is blamed.
+    assert err.index("ends inside its lessons") < err.index("step 1: loss"), err
+    assert "inside its lessons" in out and "by heart" not in out
+    (line,) = (line for line in err.splitlines() if "step 2: loss" in line)
+    for part in ("held-out ", "floor 0.", "lr ", " tokens/s", "it learns lists", "need not fall"):
+        assert part in line, (part, line)
+    assert re.search(r"Where is \w+\?.*\((right|wrong: .*)\)$", line), line
     assert (
         call(capsys, monkeypatch, *commands_in(out)[0], "--max-new-tokens", 2, stdin="Hello")[0]
         == 0
@@ -534,7 +624,8 @@ def test_the_made_up_world_by_default(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that only one process gets")
 def test_ctrl_c_and_on(capsys, monkeypatch, book, tmp_path):
-    "A run that was stopped says how to go on, goes on, and comes to the same losses as one that was not."
+    """A run that was stopped says how to go on, goes on, and comes to the same losses as one that
+    was not."""
     from qwen_nb.log import read_log
 
     words = ["train", f"data={book[0]}", *TINY, "steps=40", "save_every=5"]
@@ -673,6 +764,10 @@ def test_refused_training(capsys, monkeypatch, book, tmp_path):
         patch.setenv("WORLD_SIZE", "1")  # as some schedulers set it: this process is alone
         assert go(data, f"out={tmp_path / 'alone'}", *TINY, "steps=1")[0] == 0
     refused(go(f"data={tmp_path / 'none'}", out, *TINY), "no prepared data", "none")
+    (tmp_path / "a book.pdf").write_bytes(b"%PDF")
+    what_helps = f"qwen-nb data '{tmp_path / 'a book.pdf'}' --out 'a book'"
+    refused(go(f"data={tmp_path / 'a book.pdf'}", out, *TINY), "is a document", what_helps)
+    refused(go(f"data={tmp_path / 'none'}"), f"qwen-nb data YOUR.pdf --out {tmp_path / 'none'}")
     refused(go(data, out, *TINY, "vocab_size=100"), "vocab_size", 300)
     refused(
         go(data, out, *TINY, "seq_len=100000", "max_position_embeddings=100000"), "seq_len 100000"
@@ -694,7 +789,8 @@ def test_refused_training(capsys, monkeypatch, book, tmp_path):
 
 
 def test_the_settings_in_the_help(capsys, monkeypatch):
-    "They are those of the dataclass, and what data's options are if not given is what prepare does."
+    """They are those of the dataclass, and what data's options are if not given is what prepare
+    does."""
     import inspect
     from dataclasses import fields
     from qwen_nb.data import prepare
@@ -720,10 +816,10 @@ def test_the_settings_in_the_help(capsys, monkeypatch):
 
 
 def test_the_example_config():
-    from qwen_nb.architecture import read_config
+    from qwen_nb.settings import read_run_config
 
     path = Path(__file__).resolve().parent.parent / "configs/mine.toml"
-    config = read_config(path)
+    config = read_run_config(path)
     assert (
         config.data != "world"
         and f"qwen-nb data YOUR.pdf --out {config.data}" in path.read_text(encoding="utf-8")
@@ -751,7 +847,7 @@ def talk(chat, *lines, file=None, terminal=True):
             raise line
         return line
 
-    return cli.talk(chat, ask, cli.Screen(file), terminal)
+    return talk_with(chat, ask, Screen(file), terminal)
 
 
 def test_commands(capsys):
@@ -786,7 +882,7 @@ def test_commands(capsys):
         "Expected /think on or /think off.",
     ]
     assert err.splitlines()[5] == "There is no command /foo bar; /help lists them." and all(
-        name in err for name in cli.COMMANDS
+        name in err for name in COMMANDS
     )
     chat = scripted(family="qwen2.5")
     talk(chat, "/think on")
@@ -912,7 +1008,8 @@ class Keyboard:
         os.write(self.master, keys.encode())
 
     def press_ctrl_c(self):
-        "At the prompt: not between its showing up and Python's first look at the keyboard, where Python (3.11) notices it with the next key only."
+        """At the prompt: not between its showing up and Python's first look at the keyboard, where
+        Python (3.11) notices it with the next key only."""
         time.sleep(1)
         self.type("\x03")
 
@@ -995,7 +1092,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(keyboard, folders):
 
 def test_the_packaged_model_on_a_terminal(keyboard):
     k = keyboard("chat", "--max-new-tokens", 8)
-    assert cli.EXAMPLE in k.wait(PROMPT) and "/think" in k.seen and "\r\n" in k.seen
+    assert EXAMPLE in k.wait(PROMPT) and "/think" in k.seen and "\r\n" in k.seen
     k.type("/think off\r")
     assert "Thinking is off." in k.wait(PROMPT)
     k.type(
@@ -1013,5 +1110,5 @@ def test_the_packaged_model_on_a_terminal(keyboard):
 def test_the_example_is_of_the_world():
     from qwen_nb.world import PEOPLE, PLACES, THINGS
 
-    names = set(PEOPLE + PLACES + THINGS) & set(re.findall(r"\w+", cli.EXAMPLE))
+    names = set(PEOPLE + PLACES + THINGS) & set(re.findall(r"\w+", EXAMPLE))
     assert names >= {"Max", "Anna", "kitchen", "garden", "ball"}
