@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from qwen_nb.data import write_file
+from qwen_nb.shards import write_file
 from qwen_nb.scaling import run_point
 
 STEPS = {

@@ -108,7 +108,7 @@ def make_models(config, device):
 
 def make_batch(config, rows, seq, packed, device):
     "Random ids. A packed row holds documents of 40 to 120 tokens."
-    from qwen_nb.data import IGNORED
+    from qwen_nb.rows import IGNORED
 
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (rows, seq + 1), generator=g)
@@ -130,7 +130,7 @@ def make_batch(config, rows, seq, packed, device):
 
 def theirs_forward(model, batch):
     "As `qwen_nb.train.forward`: the mask only if a row holds more than one document."
-    from qwen_nb.data import document_mask
+    from qwen_nb.rows import document_mask
 
     if not batch["document_ids"].any():
         return model(batch["input_ids"]).logits

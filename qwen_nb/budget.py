@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, causal_mask
 from .gqa import Attention
-from .data import IGNORED
+from .rows import IGNORED
 from .train import forward
 
 # %% ../nbs/21a_budget.ipynb #0f44f39f

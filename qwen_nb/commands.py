@@ -20,7 +20,7 @@ from .terminal import EXAMPLE_TEXT, visible
 # %% ../nbs/90b_commands.ipynb #8c1aee01
 def own_folder(folder:Path):
     "ValueError if the folder holds something that `data` has not made."
-    from qwen_nb.data import is_ours
+    from qwen_nb.shards import is_ours
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a folder, or a name that is free, as in: "
                          "qwen-nb data book.pdf --out book")
@@ -37,7 +37,8 @@ def run_data(args) -> int:
     "Make a document ready for training. The exit status."
     import logging
     logging.getLogger("pypdf").setLevel(logging.ERROR)   # its remarks about odd but readable files
-    from qwen_nb.data import prepare, world_pdf
+    from qwen_nb.pages import world_pdf
+    from qwen_nb.documents import prepare
     from qwen_nb.tokenizer import Tokenizer
     given = {}
     for name in ("vocab_size", "held_out", "mark", "at_most", "questions"):
@@ -109,7 +110,7 @@ def first_lines(shards) -> str:
 # %% ../nbs/90b_commands.ipynb #492bc458
 def report_data(folder:Path, index:dict, args):
     "What was made, how it begins, and what to type next."
-    from qwen_nb.data import Shards
+    from qwen_nb.shards import Shards
     from qwen_nb.settings import TrainConfig
     report_parts(folder, index)
     train = index["parts"]["train"]
@@ -264,7 +265,7 @@ def report_training(config, final:Path):
 
 def example_question(folder) -> str:
     "The first question in a data folder; None if there are no conversations."
-    from qwen_nb.data import Shards
+    from qwen_nb.shards import Shards
     shards = Shards(folder, verify=False)
     conversations = shards.index["parts"]["train"].get("conversations", 0)
     if not conversations:
@@ -276,7 +277,7 @@ def example_question(folder) -> str:
 # %% ../nbs/90b_commands.ipynb #0444e0a8
 def try_it(config, final, question:str=None) -> str:
     "The command to try a model with: one that knows conversations can chat, others write on."
-    from qwen_nb.data import Shards
+    from qwen_nb.shards import Shards
     from qwen_nb.tokenizer import Tokenizer
     option, chats = f"--model {shlex.quote(str(final))}", bool(question)
     if config.data == "world":

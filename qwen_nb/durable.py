@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load, save
 
 from .prompt import SMALL_TEMPLATE
-from .data import digest, what_to_do
+from .shards import digest, what_to_do
 from .model import QwenConfig
 from .tokenizer import Tokenizer, tokenizer_json
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .data import what_to_do, write_file
+from .shards import what_to_do, write_file
 from .cost import cost_parts
 from .lessons import cut_course
 from .model import QwenConfig

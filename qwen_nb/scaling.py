@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .budget import Objective, label_weight
-from .data import IGNORED
+from .rows import IGNORED
 from .log import flops_per_token
 from .model import Qwen, QwenConfig
 from .tokenizer import Tokenizer

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .data import Packed, Shards, digest
+from .shards import Shards, digest
+from .rows import Packed
 from .inspect import packaged_model
 from .lessons import STORIES, WorldRows, cut_course
 from .model import Qwen, QwenConfig

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from .attention import attend_explicit, causal_mask
-from .data import IGNORED, document_mask
+from .rows import IGNORED, document_mask
 from .world import PEOPLE, Chooser, story
 
 # %% ../nbs/21_train.ipynb #9bd87a8d

@@ -3,7 +3,7 @@
 import pytest
 
 from qwen_nb import data
-from qwen_nb.data import write_shards
+from qwen_nb.shards import write_shards
 from qwen_nb.settings import TrainConfig
 from qwen_nb.tokenizer import Tokenizer
 from runs import QUICK

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qwen_nb.budget import Objective, cast_once, label_weight, use_checkpointing
-from qwen_nb.data import IGNORED, Packed, Shards
+from qwen_nb.shards import Shards
+from qwen_nb.rows import IGNORED, Packed
 from qwen_nb.inspect import packaged_model
 from qwen_nb.lessons import WorldRows
 from qwen_nb.model import Qwen

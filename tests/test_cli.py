@@ -375,7 +375,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     "Prepared by the command, from a PDF that lies in a folder whose name has a blank."
-    from qwen_nb.data import world_pdf
+    from qwen_nb.pages import world_pdf
 
     folder = tmp_path_factory.mktemp("my books")
     world_pdf(folder / "a book.pdf", 80)
@@ -420,7 +420,8 @@ def test_from_a_pdf_to_a_model_that_answers(capsys, monkeypatch, book, tmp_path)
         and "and ask, for example: " in out
     )
     question = re.search("for example: (.*)", out)[1]
-    from qwen_nb.data import QUESTIONS, conversations, split_documents, world_stories
+    from qwen_nb.data import split_documents, world_stories
+    from qwen_nb.documents import QUESTIONS, conversations
 
     assert question == conversations(split_documents(world_stories(80))["train"])[0][0][
         "content"
@@ -492,7 +493,8 @@ def test_the_share_of_the_text_that_is_held_out(capsys, tmp_path):
 
 def test_no_questions(capsys, monkeypatch, tmp_path):
     "Switched off: documents alone, and a model that writes on."
-    from qwen_nb.data import Shards, world_stories
+    from qwen_nb.data import world_stories
+    from qwen_nb.shards import Shards
 
     (tmp_path / "a.txt").write_text("* * *\n".join(world_stories(80)))
     status, said, err = call(
@@ -699,7 +701,7 @@ def test_under_torchrun(book, tmp_path):
 
 
 def test_refused_data(capsys, monkeypatch, tmp_path):
-    from qwen_nb.data import write_pdf
+    from qwen_nb.pages import write_pdf
 
     go = lambda *a: call(capsys, monkeypatch, "data", *a)
     refused(go(tmp_path / "no.pdf"), "no.pdf", "there is no file or folder")
@@ -793,7 +795,7 @@ def test_the_settings_in_the_help(capsys, monkeypatch):
     does."""
     import inspect
     from dataclasses import fields
-    from qwen_nb.data import prepare
+    from qwen_nb.documents import prepare
     from qwen_nb.settings import TrainConfig
 
     assert [(name, value) for name, value, _ in cli.settings_of()] == [

@@ -9,7 +9,7 @@ from test_model import random_checkpoint
 from qwen_nb import finetune as ft
 from qwen_nb.template import DEFAULT_SYSTEM, render_chat
 from qwen_nb.prompt import encode_chat
-from qwen_nb.data import IGNORED
+from qwen_nb.rows import IGNORED
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
 from qwen_nb.tokenizer import Tokenizer

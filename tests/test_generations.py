@@ -10,7 +10,9 @@ import torch
 import transformers
 
 from qwen_nb.settings import model_config
-from qwen_nb.data import IGNORED, world_stories, write_shards
+from qwen_nb.data import world_stories
+from qwen_nb.shards import write_shards
+from qwen_nb.rows import IGNORED
 from qwen_nb.qwen3_5 import HybridConfig
 from qwen_nb.qwen3_next import NextConfig
 from qwen_nb.model import Qwen, QwenConfig

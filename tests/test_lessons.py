@@ -5,8 +5,9 @@ import types
 from random import Random
 
 import pytest
+import torch
 
-from qwen_nb.data import IGNORED
+from qwen_nb.rows import IGNORED
 from qwen_nb.inspect import packaged_model
 from qwen_nb.lessons import (
     ANSWER,
@@ -20,10 +21,11 @@ from qwen_nb.lessons import (
     facts_lesson,
     list_lesson,
     talk_row,
+    text_row,
 )
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.settings import TrainConfig, open_data
-from qwen_nb.world import PEOPLE, PLACES, THINGS, Chooser, conversation
+from qwen_nb.world import PEOPLE, PLACES, THINGS, Chooser, conversation, story
 
 TOKENIZER = Tokenizer.from_pretrained(packaged_model())
 
@@ -154,7 +156,9 @@ def test_a_shorter_course():
 
 
 def test_what_counts_in_a_talk():
-    "Of each turn the thought, the answer and the mark of its end, and nothing else; in the rows that answer at once the thought is empty, and belongs to the prompt."
+    """Of each turn the thought, the answer and the mark of its end, and nothing else.
+
+    In the rows that answer at once the thought is empty, and belongs to the prompt."""
     kinds = set()
     for seed in range(100):
         ids, weights = talk_row(Chooser(Random(seed)), TOKENIZER)
@@ -214,3 +218,18 @@ def test_a_tokenizer_without_chat_tokens_is_refused():
 def test_names_are_one_token():
     "The lists are only so easy because a name is one token."
     assert all(len(TOKENIZER.encode(f" {name}")) == 1 for name in [*PEOPLE, *PLACES, *THINGS])
+
+
+def test_a_line_end_is_encoded_with_its_sentence():
+    "One by one other tokens would come out, and the model would learn a text that nobody writes."
+    lines = story(Chooser(Random(0)))
+    ids, _ = text_row(Chooser(Random(0)), "story", TOKENIZER.encode, 0)
+    together = "".join(line.text + "\n" for line in lines)
+    apart = [i for line in lines for text in (line.text, "\n") for i in TOKENIZER.encode(text)]
+    assert ids[:-1] == TOKENIZER.encode(together) != apart
+
+
+def test_another_seed_gives_other_rows():
+    rows = WorldRows(TOKENIZER, 512)
+    a, b = rows.batch(2000, 32), rows.batch(2000, 32, seed=1)
+    assert not torch.equal(a["labels"][0, :9], b["labels"][0, :9])

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from qwen_nb import parallel
-from qwen_nb.data import world_stories, write_shards
+from qwen_nb.data import world_stories
+from qwen_nb.shards import write_shards
 from qwen_nb.model import Qwen
 from qwen_nb.mixture import MoEConfig
 from qwen_nb.parallel import many

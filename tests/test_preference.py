@@ -9,7 +9,7 @@ import torch
 from test_finetune import one_sentence
 
 from qwen_nb import preference as pr
-from qwen_nb.data import IGNORED
+from qwen_nb.rows import IGNORED
 from qwen_nb.finetune import answer_example, talks
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen

@@ -18,7 +18,8 @@ from qwen_nb import durable as durable_module
 from qwen_nb import resume as resume_module
 from qwen_nb import run as run_module
 from qwen_nb.budget import label_weight
-from qwen_nb.data import IGNORED, write_shards
+from qwen_nb.shards import write_shards
+from qwen_nb.rows import IGNORED
 from qwen_nb.durable import checkpoints, load_checkpoint, read_folder
 from qwen_nb.inspect import packaged_model
 from qwen_nb.log import read_log

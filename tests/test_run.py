@@ -21,7 +21,7 @@ from qwen_nb import log as log_module
 from qwen_nb import run as run_module
 from qwen_nb import train as train_module
 from qwen_nb.prompt import encode_chat
-from qwen_nb.data import Shards, write_shards
+from qwen_nb.shards import Shards, write_shards
 from qwen_nb.durable import checkpoints, load_checkpoint, read_folder
 from qwen_nb.inspect import packaged_model
 from qwen_nb.log import read_log

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_nb.data import IGNORED
+from qwen_nb.rows import IGNORED
 from qwen_nb.model import Qwen
 from qwen_nb.scaling import (
     end_nats,

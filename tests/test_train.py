@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from qwen_nb import train as train_module
-from qwen_nb.data import IGNORED, Packed, Shards
+from qwen_nb.shards import Shards
+from qwen_nb.rows import IGNORED, Packed
 from qwen_nb.durable import save_pretrained
 from qwen_nb.inspect import load_reference
 from qwen_nb.model import Qwen, QwenConfig

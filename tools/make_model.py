@@ -2,7 +2,7 @@
 """The small pretrained model that ships inside the package. Three steps make it again:
 
     python tools/make_model.py tokenizer        # train its tokenizer, as Qwen's is built
-    # train the model, from random weights; lists first (nbs/20a_lessons)
+    # train the model, from random weights; lists first (nbs/20e_lessons)
     qwen-nb train configs/packaged.toml
     python tools/make_model.py install runs/packaged
 
