@@ -125,9 +125,8 @@ def compare(folder, runs):
         for who, rs in results.items()
     }
     for who, m in middle.items():
-        print(
-            f"{who:14}{m['open']:10.3f}{m['first']:18.3f}{m['peak_open'] / size:12.2f}{m['peak'] / size:12.2f}"
-        )
+        opened, peak = m["peak_open"] / size, m["peak"] / size
+        print(f"{who:14}{m['open']:10.3f}{m['first']:18.3f}{opened:12.2f}{peak:12.2f}")
     ratios = [x["open"] / y["open"] for x, y in zip(*results.values())]
     print(
         f"ours / transformers, open: {statistics.median(ratios):.3f} ({min(ratios):.3f} to "

@@ -50,7 +50,8 @@ def parse_config(
 # %% ../nbs/08a_loading.ipynb #77f6cca2
 LATER = {  # model_type → the module that knows it
     "qwen": "qwen_nb.qwen1", "qwen2_moe": "qwen_nb.mixture", "qwen3_moe": "qwen_nb.mixture",
-    "qwen3_next": "qwen_nb.qwen3_next", "qwen3_5": "qwen_nb.qwen3_5", "qwen3_5_text": "qwen_nb.qwen3_5"}
+    "qwen3_next": "qwen_nb.qwen3_next",
+    "qwen3_5": "qwen_nb.qwen3_5", "qwen3_5_text": "qwen_nb.qwen3_5"}
 
 def family_config(
     raw:dict,  # what config.json holds

@@ -1,4 +1,5 @@
-"""Tuning on conversations: what is graded, that packed conversations are alone, and what is refused."""
+"""Tuning on conversations: what is graded, that packed conversations are alone, and what is
+refused."""
 
 import random
 
@@ -145,7 +146,8 @@ def test_packing_loses_and_repeats_nothing(tokenizer, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_conversation_sees_another(tmp_path, seed):
-    "On random Qwen2 and Qwen3, in float64: packed is alone, and nothing a neighbour says changes a bit."
+    """On random Qwen2 and Qwen3, in float64: packed is alone, and nothing a neighbour says changes
+    a bit."""
     random_checkpoint(tmp_path, seed)
     model, rng = Qwen.from_pretrained(tmp_path, dtype="float64"), random.Random(seed)
     vocab = model.config.vocab_size
@@ -271,3 +273,19 @@ def test_a_gradient_that_is_no_number_changes_nothing():
     one_sentence(
         "nothing that the loss depends on", lambda: ft.make_step(optimizer, torch.tensor(1.0), 1)
     )
+
+
+def test_a_batch_goes_to_the_models_device(tokenizer, monkeypatch):
+    "On `meta`, a device without memory: whatever is left behind is left on the CPU."
+    batch, seen = ft.pack(examples(tokenizer, n=1), 400), []
+    elsewhere = Qwen.from_pretrained(dtype="float32").to("meta")
+    assert {t.device.type for t in ft.beside(elsewhere, batch).values()} == {"meta"}
+
+    def spy(model, batch):
+        seen.extend(t.device.type for t in batch.values())
+        raise InterruptedError
+
+    monkeypatch.setattr(ft, "forward", spy)
+    with pytest.raises(InterruptedError):
+        next(ft.tune(elsewhere, [batch]))
+    assert seen == ["meta"] * 4

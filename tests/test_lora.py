@@ -12,6 +12,7 @@ from test_model import random_checkpoint
 from torch import nn
 
 from qwen_nb import lora as lo
+from qwen_nb import rank
 from qwen_nb.model import Qwen
 
 
@@ -293,3 +294,44 @@ def test_a_merged_model_keeps_its_names(made):
         == names
         == [n for n, _ in lo.unmerge_lora(model).named_parameters()]
     )
+
+
+def test_baked_whatever_was_merged_before(made):
+    "None, all or some of the adapters: the outcome is the same. Without any there is an error."
+    folder, ids = made
+
+    def adapted():
+        return shake(lo.add_lora(open_model(folder, "float64"), rank=2))
+
+    want, partly = logits(adapted(), ids), adapted()
+    first, *_ = lo.lora_layers(partly).values()
+    lo.merge_layer(first)
+    for model in (adapted(), lo.merge_lora(adapted()), partly):
+        baked = lo.bake_lora(model)
+        assert not lo.lora_layers(baked)
+        torch.testing.assert_close(logits(baked, ids), want, rtol=1e-6, atol=1e-6)
+    one_sentence("no adapters to bake", lambda: lo.bake_lora(open_model(folder)))
+
+
+def test_targets_are_ends_where_that_is_enough(made, tmp_path):
+    folder, _ = made
+    whole = lo.add_lora(open_model(folder), targets=["q_proj", "v_proj"])
+    some = lo.add_lora(open_model(folder), targets=["layers.0.self_attn.q_proj", "up_proj"])
+    for model, wanted in ((whole, ["q_proj", "v_proj"]), (some, sorted(lo.lora_layers(some)))):
+        folder_of = tmp_path / str(len(wanted))
+        lo.save_lora(model, folder_of)
+        config = json.loads((folder_of / "adapter_config.json").read_text(encoding="utf-8"))
+        assert config["target_modules"] == wanted
+
+
+def test_the_share_of_the_strongest_directions():
+    torch.manual_seed(0)
+    squares = torch.tensor([9.0, 4.0, 1.0])
+    rotation, _ = torch.linalg.qr(torch.randn(3, 3))
+    torch.testing.assert_close(
+        rank.energy(torch.diag(squares.sqrt()) @ rotation), squares.cumsum(0) / 14
+    )
+    low = torch.randn(20, 2) @ torch.randn(2, 30)
+    mixed = rank.shuffled(low, torch.Generator().manual_seed(0))
+    assert torch.equal(mixed.flatten().sort()[0], low.flatten().sort()[0])
+    assert rank.energy(low)[1] > 0.999 > 0.6 > rank.energy(mixed)[1]

@@ -1,4 +1,4 @@
-"""DPO and GRPO: hand-computed cases, other ways to the same number, what stays frozen, and what is refused."""
+"""DPO: cases by hand, another way to the same number, what stays frozen, and what is refused."""
 
 import copy
 import math
@@ -112,80 +112,6 @@ def test_dpo_widens_the_margin_and_leaves_the_reference(tokenizer, model, anchor
         assert log[-1]["chosen"] > 0
 
 
-# ---- GRPO
-
-
-def test_advantages_by_hand():
-    got = pr.advantages(torch.tensor([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]))
-    want = torch.tensor([[1, -1, -1, 1], [3**0.5, *[-(3**-0.5)] * 3], [0] * 4, [0] * 4])
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
-    r = torch.randn(5, 7)
-    torch.testing.assert_close(
-        pr.advantages(3 * r + 2), pr.advantages(r), rtol=1e-4, atol=1e-4
-    )  # neither scale nor offset matters
-    torch.testing.assert_close(
-        pr.advantages(r).square().mean(1), torch.ones(5), rtol=1e-4, atol=1e-4
-    )
-
-
-def test_kl_estimate():
-    p, q = (torch.randn(40, dtype=torch.float64).softmax(0) for _ in "pq")
-    torch.testing.assert_close(
-        (p * pr.kl_estimate(p.log(), q.log())).sum(),
-        torch.nn.functional.kl_div(q.log(), p, reduction="sum"),
-    )
-    assert (
-        pr.kl_estimate(p.log(), q.log()).min() >= 0
-        and pr.kl_estimate(p.log(), p.log()).abs().max() == 0
-    )
-
-
-def test_objective_by_hand_and_in_plain_python():
-    ratio, graded = (
-        torch.tensor([[1.5, 0.5], [0.5, 7.0]]),
-        torch.tensor([[True, True], [True, False]]),
-    )
-    zero, A = torch.zeros(2, 2), torch.tensor([1.0, -1.0])
-    assert pr.grpo_objective(ratio.log(), zero, zero, A, graded, 0.2, 0.0).item() == pytest.approx(
-        0.025, abs=1e-6
-    )
-    torch.manual_seed(0)
-    p, old, ref, A, graded = (
-        -torch.rand(4, 6),
-        -torch.rand(4, 6),
-        -torch.rand(4, 6),
-        torch.randn(4),
-        torch.rand(4, 6) < 0.6,
-    )
-    graded[:, 0], total = True, 0.0
-    for i in range(4):
-        terms = []
-        for t in range(6):
-            if not graded[i, t]:
-                continue
-            rho, d = math.exp(p[i, t] - old[i, t]), (ref[i, t] - p[i, t]).item()
-            terms.append(
-                min(rho * A[i].item(), min(max(rho, 0.9), 1.1) * A[i].item())
-                - 0.3 * (math.exp(d) - d - 1)
-            )
-        total += sum(terms) / len(terms) / 4
-    assert pr.grpo_objective(p, old, ref, A, graded, 0.1, 0.3).item() == pytest.approx(
-        total, abs=1e-6
-    )
-
-
-def test_beyond_the_clip_there_is_no_gradient():
-    for A, ratios, pulled in (
-        (1.0, [0.5, 1.0, 1.19, 1.21], [1, 1, 1, 0]),
-        (-1.0, [0.5, 0.79, 0.81, 3.0], [0, 0, 1, 1]),
-    ):
-        p = torch.tensor([ratios]).log().requires_grad_()
-        pr.grpo_objective(
-            p, torch.zeros(1, 4), p.detach(), torch.tensor([A]), torch.ones(1, 4).bool()
-        ).backward()
-        assert (p.grad[0] != 0).tolist() == [bool(x) for x in pulled]
-
-
 def test_samples_come_from_the_model(tokenizer, model):
     asked = talks(3, 0, system=False)
     prompts = pr.prompts_of(tokenizer, asked, "qwen3")
@@ -206,60 +132,6 @@ def test_samples_come_from_the_model(tokenizer, model):
     )
 
 
-def test_a_step_makes_the_better_likelier(tokenizer, model):
-    right, wrong = pr.preference_pair(talks(1, 3)[0], Chooser(random.Random(0)))
-    batch = pr.pad([answer_example(tokenizer, t, "qwen3") for t in (right, wrong)])
-    before = pr.answer_log_probs(model, batch)
-    (
-        -pr.grpo_objective(
-            before,
-            before.detach(),
-            before.detach(),
-            torch.tensor([1.0, -1.0]),
-            batch["labels"] != IGNORED,
-        )
-    ).backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            p -= 1e-3 * p.grad
-        change = (pr.answer_log_probs(model, batch) - before).sum(1)
-    assert change[0] > change[1]
-
-
-def test_equal_rewards_move_nothing(tokenizer, model):
-    "And the loop gives what it says."
-    reference, kept = pr.frozen(model), copy.deepcopy(model.state_dict())
-    lessons = [talks(4, 50 * i, system=False) for i in range(2)]
-    log = list(
-        pr.grpo(
-            model,
-            reference,
-            tokenizer,
-            lessons,
-            reward=lambda texts, talks: torch.ones(4, 4),
-            group=4,
-        )
-    )
-    assert [row["reward"] for row in log] == [1, 1] and all(
-        abs(row["kl"]) < 1e-6 and row["clipped"] == 0 for row in log
-    )
-    assert all(torch.allclose(p, kept[n], atol=1e-4) for n, p in model.named_parameters())
-    mixed = list(
-        pr.grpo(
-            model,
-            reference,
-            tokenizer,
-            lessons,
-            reward=lambda texts, talks: torch.tensor([[0.0, 1, 0, 1]] * 4),
-            group=4,
-        )
-    )
-    assert [row["reward"] for row in mixed] == [0.5, 0.5] and any(
-        not torch.equal(p, kept[n]) for n, p in model.named_parameters()
-    )
-    assert all(torch.equal(p, kept[n]) for n, p in reference.named_parameters())
-
-
 def test_samples_are_as_often_as_they_are_likely(tokenizer, model):
     "Temperature 1 and no filter."
     with torch.no_grad():
@@ -277,108 +149,10 @@ def test_samples_are_as_often_as_they_are_likely(tokenizer, model):
     assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1 / n).all() and p.max() < 0.5
 
 
-def short(texts, talks):
-    return torch.tensor([-float(len(t)) for t in texts]).view(len(talks), -1)
-
-
-def test_the_reward_rises(tokenizer, model):
-    "A plain one, for short answers to requests that the model was never taught: a flipped sign makes them longer."
-    with torch.no_grad():
-        model.model.norm.weight *= 0.3  # so that there is something to choose from
-    reference, lesson = pr.frozen(model), talks(6, 0)
-    log = list(
-        pr.grpo(
-            model,
-            reference,
-            tokenizer,
-            [lesson] * 8,
-            reward=short,
-            group=8,
-            lr=1e-3,
-            warmup=1,
-            beta=0.0,
-        )
-    )
-    rewards = [row["reward"] for row in log]
-    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 2, rewards
-    assert (
-        max(row["clipped"] for row in log) > 0
-    )  # the second update of a batch knows which model sampled it
-
-
-def test_the_old_model_is_the_one_that_sampled(tokenizer, model, monkeypatch):
-    "Over all updates of a batch `log_old` stays, and the first ratio is 1."
-    with torch.no_grad():
-        model.model.norm.weight *= 0.3  # answers that differ
-    seen, objective = [], pr.grpo_objective
-
-    def spy(log_p, log_old, *rest):
-        seen.append((log_p.detach().clone(), log_old.clone()))
-        return objective(log_p, log_old, *rest)
-
-    monkeypatch.setattr(pr, "grpo_objective", spy)
-    list(
-        pr.grpo(
-            model,
-            pr.frozen(model),
-            tokenizer,
-            [talks(4, 0)],
-            reward=lambda texts, talks: torch.tensor([[0.0, 1, 0, 1]] * 4),
-            group=4,
-            updates=3,
-            lr=1e-3,
-            warmup=1,
-        )
-    )
-    assert (
-        len(seen) == 3
-        and torch.equal(*seen[0])
-        and all(torch.equal(old, seen[0][1]) for _, old in seen)
-        and not torch.equal(*seen[2])
-    )
-
-
-def test_grpo_refuses_other_rewards(tokenizer, model):
-    reference, kept = pr.frozen(model), copy.deepcopy(model.state_dict())
-    for bad in (torch.ones(4, 2), torch.ones(2), [[0.0, float("nan"), 1, 1]] * 2):
-        one_sentence(
-            "the reward gave",
-            lambda: next(
-                pr.grpo(model, reference, tokenizer, [talks(2, 0)], reward=lambda *a: bad, group=4)
-            ),
-        )
-    one_sentence(
-        "updates is 0",
-        lambda: next(pr.grpo(model, reference, tokenizer, [talks(2, 0)], group=4, updates=0)),
-    )
-    one_sentence("5 answers to 2 questions", lambda: pr.right_or_wrong(["a"] * 5, talks(2, 0)))
-    one_sentence(
-        "nothing .* is to be trained",
-        lambda: next(pr.grpo(pr.frozen(model), reference, tokenizer, [talks(2, 0)], group=4)),
-    )
-    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters())
-    assert (
-        next(
-            pr.grpo(
-                model,
-                reference,
-                tokenizer,
-                [talks(2, 0)],
-                reward=lambda *a: [[0, 1]] * 2,
-                group=2,
-                warmup=0,
-            )
-        )["reward"]
-        == 0.5
-    )
-
-
 def test_refused(tokenizer, model):
     z = torch.zeros(2)
     for beta in (0, -1.0):
         one_sentence("beta is", lambda: pr.dpo_loss(z, z, z, z, beta))
-    for bad in (torch.ones(4, 1), torch.ones(4)):
-        one_sentence("rewards has shape", lambda: pr.advantages(bad))
     one_sentence(
         "no whole sentence",
         lambda: pr.preference_pair(
@@ -395,3 +169,63 @@ def test_refused(tokenizer, model):
         reference.model.norm.weight[0] = float("nan")
     one_sentence("the loss of step 1 is nan", lambda: next(pr.dpo(model, reference, batches)))
     assert torch.equal(model.model.norm.weight, before)
+
+
+# ---- answers of different lengths
+
+
+def pair_of_lengths(tokenizer, *texts):
+    "A batch of one pair, the chosen answer first."
+    asked = dict(role="user", content="Max is in the kitchen. Where is Max?")
+    sides = [[asked, dict(role="assistant", content=text)] for text in texts]
+    return pr.pad([answer_example(tokenizer, side, "qwen3") for side in sides])
+
+
+def test_an_answer_counts_by_the_sum_of_its_tokens(tokenizer, model):
+    "Not by their mean: the classic mistake, which answers of one length would hide."
+    batch = pair_of_lengths(tokenizer, "Kitchen.", "Max is in the kitchen, as far as I know.")
+    with torch.no_grad():
+        chosen, rejected = pr.answer_sums(model, batch)
+        log_p = model(batch["input_ids"]).double().log_softmax(-1)
+    for row, got in enumerate((chosen, rejected)):
+        terms = [log_p[row, t, i] for t, i in enumerate(batch["labels"][row]) if i != IGNORED]
+        assert got.shape == (1,)
+        assert got.item() == pytest.approx(sum(terms).item(), rel=1e-4)
+        assert got.item() != pytest.approx(sum(terms).item() / len(terms), rel=0.1)
+
+
+def test_dpo_moves_on_by_the_sums(tokenizer, model):
+    "The loop's own margin is beta times the difference of the sums, whatever the lengths."
+    batch = pair_of_lengths(tokenizer, "Kitchen.", "Max is in the kitchen, as far as I know.")
+    reference = Qwen.from_pretrained(dtype="float32")
+    with torch.no_grad():
+        reference.model.norm.weight *= 0.7
+        (c, r), (rc, rr) = pr.answer_sums(model, batch), pr.answer_sums(reference, batch)
+    row = next(pr.dpo(model, pr.frozen(reference), [batch], beta=0.3))
+    assert row["margin"] == pytest.approx(0.3 * ((c - rc) - (r - rr)).item(), rel=1e-3)
+
+
+def test_without_preference_it_is_fine_tuning(tokenizer):
+    "The control sees the chosen answers alone: other rejected ones change nothing."
+    ends = []
+    for wrong in ("Max is in the attic.", "Max is in the garden."):
+        model = Qwen.from_pretrained(dtype="float32")
+        batch = pair_of_lengths(tokenizer, "Max is in the kitchen.", wrong)
+        assert len(list(pr.dpo(model, pr.frozen(model), [batch] * 2, anchor=1.0, preference=0.0)))
+        ends.append(model.state_dict())
+    for name, p in ends[0].items():
+        torch.testing.assert_close(p, ends[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_go_to_the_models_device(tokenizer, model, monkeypatch):
+    seen = []
+
+    def spy(model, ids, n, mask, **kw):
+        seen.extend((ids.device.type, mask.device.type))
+        raise InterruptedError
+
+    monkeypatch.setattr(pr, "generate", spy)
+    prompts = pr.prompts_of(tokenizer, talks(2, 0), "qwen3")
+    with pytest.raises(InterruptedError):
+        pr.sample_answers(model.to("meta"), tokenizer, prompts, 2)
+    assert seen == ["meta", "meta"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import qwen_nb.chatml as chatml
+import qwen_nb.qwen1_chat as chatml
 import qwen_nb.int8_cache as int8_cache
 import qwen_nb.qwen1 as q1
 import qwen_nb.qwen1_names as qwen1_names
