@@ -22,6 +22,7 @@ test-browser: .venv/installed-browser  ## move sliders and type at the chat in J
 notebooks: install  ## run the notebooks, store what they show, export the modules, write the README
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/notebooks.py
+	$(BIN)/python tools/course.py
 	$(BIN)/python tools/readme.py
 
 clean:              ## remove .venv and what was built

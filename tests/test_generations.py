@@ -20,10 +20,6 @@ from qwen_nb.moe import unfuse
 from qwen_nb.mixture import MoEConfig
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.hub import open_weights
-from qwen_nb.log import read_log
-from qwen_nb.resume import OneProcess, Run
-from qwen_nb.run import train
 from qwen_nb.train import forward, init_weights, next_token_loss
 from qwen_nb.budget import Objective, label_weight
 from qwen_nb.durable import checkpoints, config_json, load_checkpoint, save_pretrained

@@ -195,8 +195,8 @@ def test_variants_of_pefts_are_refused(tmp_path, variant):
 
 def test_refused(made, tmp_path):
     folder, ids = made
-    for rank in (0, -1, 2.5, True):
-        one_sentence("rank is", lambda: lo.add_lora(open_model(folder), rank=rank))
+    for r in (0, -1, 2.5, True):
+        one_sentence("rank is", lambda: lo.add_lora(open_model(folder), rank=r))
     one_sentence("alpha is 0", lambda: lo.add_lora(open_model(folder), alpha=0))
     one_sentence(
         "ends with query; there are", lambda: lo.add_lora(open_model(folder), targets=["query"])

@@ -24,7 +24,6 @@ from qwen_nb.settings import TrainConfig
 from qwen_nb.resume import OneProcess, Run, optimizer_step
 from qwen_nb.run import train
 from qwen_nb.world import PEOPLE, Chooser, conversation, story
-from qwen_nb.floor import encode_story, measure
 
 ROOT = Path(__file__).parent.parent
 TOLD = [

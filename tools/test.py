@@ -96,6 +96,7 @@ def workflows():
 STEPS = {
     "notebooks clean and exported": exported,
     "badges, install cells and links": lambda: python("tools/notebooks.py", "--check"),
+    "table of lessons": lambda: python("tools/course.py", "--check"),
     "README": lambda: python("tools/readme.py", "--check"),
     "lint": lambda: run("ruff", "check", "--quiet", "--output-format=concise", "."),
     "workflows": workflows,
