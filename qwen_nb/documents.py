@@ -53,6 +53,7 @@ def open_pdf(path) -> list:
         said = f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
         raise ValueError(f"{path} is damaged and cannot be read as a PDF ({said})") from e
 
+# %% ../nbs/20d_documents.ipynb #d5000014
 def is_odd(letter) -> bool:
     "Whether it is no letter of any script."
     return letter == "\ufffd" or unicodedata.category(letter) in ("Co", "Cs", "Cn")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LESSONS', 'ANSWER', 'CHATS', 'COURSE', 'STORIES', 'small_world', 'pairs', 'told_pairs', 'list_lesson', 'asked',
            'line_parts', 'asked_lesson', 'facts_lesson', 'dense_lesson', 'story_lesson', 'text_row', 'chat_row',
-           'talk_row', 'cut_course', 'WorldRows']
+           'talk_row', 'cut_course', 'course_row', 'batch_of', 'WorldRows']
 
 # %% ../nbs/20e_lessons.ipynb #5d502d16
 from functools import lru_cache
@@ -62,7 +62,8 @@ def asked(choose, w, n, unknown=0):
             strangers += [("who", name), ("lying", name)]
     for _ in range(n):
         told = choose([True, False], [8 - unknown, unknown])
-        kind, name = choose(known, often)[:2] if told else choose(strangers)
+        about = choose(known, often) if told else choose(strangers)
+        kind, name = about[:2]
         of = w if told else World({name: PLACES[0]})
         question, answer = ask(of, "thing" if kind == "lying" else kind, name)
         if not told:
@@ -158,17 +159,41 @@ def cut_course(
     "`COURSE` with everything before the last part cut to this many rows."
     return [(end and min(end, rows), mix) for end, mix in COURSE]
 
+# %% ../nbs/20e_lessons.ipynb #e0000005
+def course_row(choose, mix, tokenizer, encode, answer) -> tuple:
+    "The ids and weights of a row of one of the lessons in the mixture."
+    name = choose(mix, list(mix.values()))
+    if name in CHATS:
+        return CHATS[name](choose, tokenizer, answer)
+    return text_row(choose, name, encode, tokenizer.special[END], answer)
+
+def batch_of(rows, end) -> dict:
+    """Rows of ids and weights as one batch, `(batch, seq)` each.
+
+    seq is what the longest of them needs, in sixteens. Short rows are filled up behind
+    their end, where nothing counts; no query before it can see that."""
+    longest = max(len(ids) - 1 for ids, _ in rows)
+    seq = -(-longest // 16) * 16  # few different lengths: fast kernels prepare for each
+    def table(rows, fill):
+        return torch.tensor([row + [fill] * (seq - len(row)) for row in rows])
+    weights = table([weights[1:] for _, weights in rows], 0.0)
+    labels = table([ids[1:] for ids, _ in rows], IGNORED).masked_fill(weights == 0, IGNORED)
+    ids = table([ids[:-1] for ids, _ in rows], end)
+    positions = torch.arange(seq).expand(len(ids), -1)
+    return dict(input_ids=ids, labels=labels, weights=weights,
+                document_ids=torch.zeros_like(ids), position_ids=positions)
+
 # %% ../nbs/20e_lessons.ipynb #810272e8
 class WorldRows:
     """Rows about the made-up world, without end. Each is one document.
 
     ValueError for a tokenizer without the tokens of documents and of chats."""
     def __init__(self,
-                 tokenizer,               # with `<|endoftext|>`, and with ChatML's tokens
-                 seq_len:int,             # the longest row; a longer one is drawn again
-                 course:list=COURSE,      # (up to this row, shares of the lessons)
-                 answer:float=ANSWER,     # how much an answer's tokens count
-                 pool:int=512):           # rows that are sorted by length together
+                 tokenizer,            # with `<|endoftext|>`, and with ChatML's tokens
+                 seq_len:int,          # the longest row; a longer one is drawn again
+                 course:list=COURSE,   # (up to this row, shares of the lessons)
+                 answer:float=ANSWER,  # how much an answer's tokens count
+                 pool:int=512):        # rows that are sorted by length together
         self.tokenizer, self.seq_len, self.course = tokenizer, seq_len, course
         self.answer, self.pool, self._made = answer, pool, (None, None)
         self.encode = lru_cache(100_000)(tokenizer.encode)  # the same sentences come again
@@ -182,17 +207,11 @@ class WorldRows:
 
     def row(self, seed:int, k:int) -> tuple:
         "The ids and weights of row k."
-        choose = Chooser(Random(f"row {seed} {k}"))
+        choose, ids = Chooser(Random(f"row {seed} {k}")), None
         mix = next(mix for end, mix in self.course if end is None or k < end)
-        end = self.tokenizer.special[END]
-        while True:
-            name = choose(mix, list(mix.values()))
-            if name in CHATS:
-                ids, weights = CHATS[name](choose, self.tokenizer, self.answer)
-            else:
-                ids, weights = text_row(choose, name, self.encode, end, self.answer)
-            if len(ids) <= self.seq_len + 1:
-                return ids, weights
+        while ids is None or len(ids) > self.seq_len + 1:
+            ids, weights = course_row(choose, mix, self.tokenizer, self.encode, self.answer)
+        return ids, weights
 
     def block(self, seed:int, number:int) -> list:
         "Rows `number * pool` and on, the short ones beside each other."
@@ -205,20 +224,7 @@ class WorldRows:
         return self._made[1]
 
     def batch(self, step:int, batch_size:int, seed:int=0) -> dict:
-        """What `Packed.batch` gives, and `weights`: `(batch, seq)` each.
-
-        seq is what the longest of these rows needs, in sixteens. Short rows are filled up
-        behind their end, where nothing counts; no query before it can see that."""
-        rows = []
-        for k in range(step * batch_size, (step + 1) * batch_size):
-            rows.append(self.block(seed, k // self.pool)[k % self.pool])
-        longest = max(len(ids) - 1 for ids, _ in rows)
-        seq = -(-longest // 16) * 16  # few different lengths: fast kernels prepare for each
-        def table(rows, fill):
-            return torch.tensor([row + [fill] * (seq - len(row)) for row in rows])
-        weights = table([weights[1:] for _, weights in rows], 0.0)
-        labels = table([ids[1:] for ids, _ in rows], IGNORED).masked_fill(weights == 0, IGNORED)
-        ids = table([ids[:-1] for ids, _ in rows], self.tokenizer.special[END])
-        positions = torch.arange(seq).expand(len(ids), -1)
-        return dict(input_ids=ids, labels=labels, weights=weights,
-                    document_ids=torch.zeros_like(ids), position_ids=positions)
+        "What `Packed.batch` gives, and `weights`: `(batch, seq)` each."
+        numbers = range(step * batch_size, (step + 1) * batch_size)
+        rows = [self.block(seed, k // self.pool)[k % self.pool] for k in numbers]
+        return batch_of(rows, self.tokenizer.special[END])

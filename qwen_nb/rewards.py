@@ -98,6 +98,7 @@ def grpo(
                    kl=kl_estimate(log_p, log_ref)[graded].mean().item(),
                    clipped=beyond.float().mean().item())
 
+# %% ../nbs/22c_rewards.ipynb #eb4e7d50
 def marked(reward, texts, talks, group:int):
     "The rewards, `(talks, group)`; ValueError if the function gives something else."
     rewards = torch.as_tensor(reward(texts, talks)).float()

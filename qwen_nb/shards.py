@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL', 'END', 'OURS_PATTERN', 'what_to_do', 'write_file', 'digest', 'tokenizer_hash', 'encode_document', 'store',
            'write_part', 'need_tokens', 'write_shards', 'is_ours', 'clean', 'check_index', 'read_shard_index',
-           'read_tokenizer', 'open_array', 'Shards']
+           'read_tokenizer', 'open_array', 'Joined', 'must_fit', 'Shards']
 
 # %% ../nbs/20a_shards.ipynb #a5000003
 import errno, hashlib, json, os, re, shutil
@@ -111,6 +111,7 @@ def need_tokens(tokenizer, parts):
         raise ValueError(f"the tokenizer has no {names}, which conversations need: take another, "
                          "or make none (questions=(), or qwen-nb data --no-questions)")
 
+# %% ../nbs/20a_shards.ipynb #a500000f
 def write_shards(
     folder,                  # where; it is made if it is not there
     documents,               # a list of str, or what `divide` gave, conversations added or not
@@ -196,6 +197,7 @@ def read_shard_index(folder) -> dict:
                          "prepare the data again") from None
     return index
 
+# %% ../nbs/20a_shards.ipynb #a5000009
 def read_tokenizer(path, sha256:str) -> Tokenizer:
     "The tokenizer in a folder. ValueError if it is not the one with this hash."
     found = None
@@ -220,13 +222,45 @@ def open_array(folder, entry, dtype, verify) -> np.memmap:
                          "prepare the data again")
     return data
 
+# %% ../nbs/20a_shards.ipynb #a5000010
+class Joined:
+    "Arrays that behave like one: `joined[a:b]` is put together from those that it touches."
+    def __init__(self, maps):
+        self.maps = maps
+        self.ends = list(accumulate(map(len, maps)))
+
+    def __len__(self): return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, at):
+        "A slice (with step 1), as an array of its own."
+        if not isinstance(at, slice) or at.step not in (None, 1):
+            raise TypeError(f"expected a slice with step 1, found {at!r}")
+        first, last, _ = at.indices(len(self))
+        parts = [np.empty(0, self.maps[0].dtype if self.maps else "<u2")]
+        for end, ids in zip(self.ends, self.maps):
+            begin = end - len(ids)
+            if begin < last and first < end:
+                parts.append(ids[max(0, first - begin):last - begin])
+        return np.concatenate(parts)
+
+# %% ../nbs/20a_shards.ipynb #a5000012
+def must_fit(folder, index, tokenizer, vocab_size):
+    "ValueError for another tokenizer, or for a model with too few rows."
+    if tokenizer is not None and tokenizer_hash(tokenizer) != index["tokenizer_sha256"]:
+        its = Path(folder) / index["tokenizer"]
+        raise ValueError(f"{folder} was made with another tokenizer than this one "
+                         f"({len(tokenizer)} ids): use the one in {its}, or prepare the data again")
+    n = index["vocab_size"]
+    if vocab_size is not None and vocab_size < n:
+        raise ValueError(f"{folder} has a vocabulary of {n} ids, the model only {vocab_size} rows: "
+                         f"set vocab_size to at least {n}, or train a smaller tokenizer")
+
 # %% ../nbs/20a_shards.ipynb #d7226b05
-class Shards:
+class Shards(Joined):
     """One part of a data folder: its ids as one long array that stays on disk.
 
-    `shards[a:b]` are ids (a numpy array), `shards.document(i)` those of one document.
-    ValueError for a part, an index or a shard that is not as it was written, and for a
-    tokenizer or a model that does not fit; FileNotFoundError without an index."""
+    `shards[a:b]` are ids, `shards.document(i)` those of one document. ValueError for what is
+    not as it was written or does not fit; FileNotFoundError without an index."""
     def __init__(self,
                  folder,               # from `write_shards`
                  part:str="train",     # or "held_out"
@@ -238,54 +272,21 @@ class Shards:
         if part not in index["parts"]:
             names = ", ".join(index["parts"])
             raise ValueError(f"{folder} has no part {part!r}; expected one of {names}")
-        self.must_fit(tokenizer, vocab_size)
+        must_fit(folder, index, tokenizer, vocab_size)
         entry, dtype = index["parts"][part], index["dtype"]
-        self.maps = [open_array(self.folder, s, dtype, verify) for s in entry["shards"]]
-        self.ends = list(accumulate(map(len, self.maps)))
+        super().__init__([open_array(self.folder, s, dtype, verify) for s in entry["shards"]])
         self.starts = open_array(self.folder, entry["starts"], "<i8", verify)
-        if len(self.starts) != entry["documents"] + 1 or self.starts[-1] != len(self):
+        self.documents = entry["documents"]
+        self.conversations = entry.get("conversations", 0)  # of these, at the end
+        if len(self.starts) != self.documents + 1 or self.starts[-1] != len(self):
             raise ValueError(f"{folder}: the index and the shards of {part!r} do not fit each "
                              "other: prepare the data again")
         if verify and tokenizer is None:
             self.tokenizer()
 
-    def must_fit(self, tokenizer, vocab_size):
-        "ValueError for another tokenizer, or for a model with too few rows."
-        index, folder = self.index, self.folder
-        if tokenizer is not None and tokenizer_hash(tokenizer) != index["tokenizer_sha256"]:
-            its = folder / index["tokenizer"]
-            raise ValueError(f"{folder} was made with another tokenizer than this one "
-                             f"({len(tokenizer)} ids): use the one in {its}, "
-                             "or prepare the data again")
-        n_ids = index["vocab_size"]
-        if vocab_size is not None and vocab_size < n_ids:
-            raise ValueError(f"{folder} has a vocabulary of {n_ids} ids, the model only "
-                             f"{vocab_size} rows: set vocab_size to at least {n_ids}, "
-                             "or train a smaller tokenizer")
-
-    def __len__(self): return self.ends[-1] if self.ends else 0
     def __repr__(self):
         sizes = f"{len(self):,} tokens, {self.documents:,} documents, {len(self.maps)} files"
         return f"Shards({self.part}: {sizes})"
-
-    def __getitem__(self, at):
-        "The ids of a slice (with step 1), as an array of its own."
-        if not isinstance(at, slice) or at.step not in (None, 1):
-            raise TypeError(f"expected a slice with step 1, found {at!r}")
-        first, last, _ = at.indices(len(self))
-        parts = []
-        for end, ids in zip(self.ends, self.maps):
-            begin = end - len(ids)
-            if begin < last and first < end:
-                parts.append(ids[max(0, first - begin):last - begin])
-        return np.concatenate(parts) if parts else np.empty(0, self.index["dtype"])
-
-    @property
-    def documents(self) -> int: return len(self.starts) - 1
-    @property
-    def conversations(self) -> int:
-        "How many of the documents, at the end, are conversations."
-        return self.index["parts"][self.part].get("conversations", 0)
 
     def document(self, i:int):
         "The ids of document i, its `<|endoftext|>` included."
