@@ -36,7 +36,7 @@ def test_moving_a_slider_changes_the_picture(page, lab, name):
 
 
 def test_the_chat_widget_answers(page, lab):
-    run_all(page, lab, "10_chat.ipynb")
+    run_all(page, lab, "10d_talk.ipynb")
     line = page.locator('input[placeholder="say something, then Enter"]')
     chat = page.locator(".widget-vbox", has=line)
     for question, answer in (
