@@ -259,7 +259,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'qwen_nb.finetune.pack': ('finetune.html#pack', 'qwen_nb/finetune.py'),
                                   'qwen_nb.finetune.sentence_talk': ('finetune.html#sentence_talk', 'qwen_nb/finetune.py'),
                                   'qwen_nb.finetune.share_right': ('finetune.html#share_right', 'qwen_nb/finetune.py'),
-                                  'qwen_nb.finetune.stack_rows': ('finetune.html#stack_rows', 'qwen_nb/finetune.py'),
                                   'qwen_nb.finetune.talks': ('finetune.html#talks', 'qwen_nb/finetune.py'),
                                   'qwen_nb.finetune.tune': ('finetune.html#tune', 'qwen_nb/finetune.py'),
                                   'qwen_nb.finetune.turns': ('finetune.html#turns', 'qwen_nb/finetune.py'),

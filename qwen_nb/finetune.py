@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IN_A_SENTENCE', 'sentence_talk', 'whole_sentence', 'talks', 'share_right', 'answer_example', 'turns', 'pack',
-           'len_of', 'stack_rows', 'lay', 'make_step', 'beside', 'tune', 'lesson']
+           'len_of', 'lay', 'make_step', 'beside', 'tune', 'lesson']
 
 # %% ../nbs/22_finetune.ipynb #a46895b8
 import random
@@ -127,14 +127,11 @@ def pack(
     if not rows:
         raise ValueError("there are no conversations to pack")
     laid = [lay(row, seq_len) for row in rows]
-    return {name: stack_rows(laid, name) for name in laid[0]}
-
+    def stacked(name): return torch.tensor([row[name] for row in laid])
+    return {name: stacked(name) for name in laid[0]}
 
 def len_of(example): return len(example["input_ids"])
 
-def stack_rows(laid, name): return torch.tensor([row[name] for row in laid])
-
-# %% ../nbs/22_finetune.ipynb #9a60035c
 def lay(row, seq_len) -> dict:
     "The examples of one row end to end, then padding: four lists of `seq_len` numbers."
     left = seq_len - sum(map(len_of, row))

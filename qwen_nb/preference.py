@@ -129,7 +129,7 @@ def preference_pair(
     wrong = other + right[len(said):] if is_who else right[:-len(said) - 1] + other + "."
     return talk, [*talk[:-1], talk[-1] | dict(content=wrong)]
 
-
+# %% ../nbs/22b_preference.ipynb #7239e794
 def own_pairs(
     model, tokenizer, talks,
     choose,              # a `Chooser`, for what is made up
@@ -149,7 +149,6 @@ def own_pairs(
         pairs.append((right, wrong))
     return pairs
 
-# %% ../nbs/22b_preference.ipynb #4bb21110
 def dpo_batches(tokenizer, family:str, pairs, per_step:int=16) -> list:
     "A list of batches for `dpo`: the chosen of all pairs first, then their rejected."
     batches = []

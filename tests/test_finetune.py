@@ -1,5 +1,4 @@
-"""Tuning on conversations: what is graded, that packed conversations are alone, and what is
-refused."""
+"""Tuning on conversations: what is graded, that packed ones are alone, and what is refused."""
 
 import random
 
@@ -146,8 +145,7 @@ def test_packing_loses_and_repeats_nothing(tokenizer, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_conversation_sees_another(tmp_path, seed):
-    """On random Qwen2 and Qwen3, in float64: packed is alone, and nothing a neighbour says changes
-    a bit."""
+    "On random Qwen2 and Qwen3, in float64: packed is alone, and no neighbour changes a bit."
     random_checkpoint(tmp_path, seed)
     model, rng = Qwen.from_pretrained(tmp_path, dtype="float64"), random.Random(seed)
     vocab = model.config.vocab_size

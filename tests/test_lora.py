@@ -12,7 +12,8 @@ from test_model import random_checkpoint
 from torch import nn
 
 from qwen_nb import lora as lo
-from qwen_nb import rank
+from qwen_nb import rank as directions
+from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
 
 
@@ -195,8 +196,8 @@ def test_variants_of_pefts_are_refused(tmp_path, variant):
 
 def test_refused(made, tmp_path):
     folder, ids = made
-    for r in (0, -1, 2.5, True):
-        one_sentence("rank is", lambda: lo.add_lora(open_model(folder), rank=r))
+    for rank in (0, -1, 2.5, True):
+        one_sentence("rank is", lambda: lo.add_lora(open_model(folder), rank=rank))
     one_sentence("alpha is 0", lambda: lo.add_lora(open_model(folder), alpha=0))
     one_sentence(
         "ends with query; there are", lambda: lo.add_lora(open_model(folder), targets=["query"])
@@ -313,8 +314,8 @@ def test_baked_whatever_was_merged_before(made):
     one_sentence("no adapters to bake", lambda: lo.bake_lora(open_model(folder)))
 
 
-def test_targets_are_ends_where_that_is_enough(made, tmp_path):
-    folder, _ = made
+def test_targets_are_ends_where_that_is_enough(tmp_path):
+    folder = packaged_model()  # has several layers
     whole = lo.add_lora(open_model(folder), targets=["q_proj", "v_proj"])
     some = lo.add_lora(open_model(folder), targets=["layers.0.self_attn.q_proj", "up_proj"])
     for model, wanted in ((whole, ["q_proj", "v_proj"]), (some, sorted(lo.lora_layers(some)))):
@@ -329,9 +330,9 @@ def test_the_share_of_the_strongest_directions():
     squares = torch.tensor([9.0, 4.0, 1.0])
     rotation, _ = torch.linalg.qr(torch.randn(3, 3))
     torch.testing.assert_close(
-        rank.energy(torch.diag(squares.sqrt()) @ rotation), squares.cumsum(0) / 14
+        directions.energy(torch.diag(squares.sqrt()) @ rotation), squares.cumsum(0) / 14
     )
     low = torch.randn(20, 2) @ torch.randn(2, 30)
-    mixed = rank.shuffled(low, torch.Generator().manual_seed(0))
+    mixed = directions.shuffled(low, torch.Generator().manual_seed(0))
     assert torch.equal(mixed.flatten().sort()[0], low.flatten().sort()[0])
-    assert rank.energy(low)[1] > 0.999 > 0.6 > rank.energy(mixed)[1]
+    assert directions.energy(low)[1] > 0.999 > 0.6 > directions.energy(mixed)[1]
