@@ -80,7 +80,7 @@ class GatedAttention(Attention):
         if mask is not None:  # no row may be empty; what padding sees, nobody reads
             mask = mask | ~mask.any(-1, keepdim=True)
         in_training = self.training and cache is None and v.dtype == torch.bfloat16
-        mix = getattr(self, "training_mix", attend) if in_training else attend
+        mix = self.training_mix if in_training else attend
         mixed = mix(q, k, v, mask).transpose(1, 2)             # (batch, seq, heads, head_dim)
         return self.o_proj((mixed * gate.sigmoid()).flatten(-2))
 
