@@ -123,7 +123,8 @@ class Packed(RowOrder):
 
     In a conversation only the model's words have targets. A row that begins in mid-text
     begins that text anew: nothing before the row is seen. The last tokens of texts that fill
-    no row are left out if there are no conversations. ValueError without text for one row."""
+    no row are left out if there are no conversations. ValueError without text for a row; with
+    conversations, for half of one."""
     def __init__(self,
                  shards:Shards,
                  seq_len:int):  # positions of a row
@@ -135,7 +136,7 @@ class Packed(RowOrder):
         self.talk_rows, self.too_long = [], 0  # too_long: conversations longer than a row
         if shards.conversations:
             self.lay_talks()
-        if len(self) < 1:
+        if len(self) < 1 or seq_len > 2 * len(shards):  # mostly filling
             raise ValueError(f"{shards.part} has {len(shards)} tokens; a row of seq_len {seq_len} "
                              f"needs {seq_len + 1}: use a shorter seq_len or more text")
 

@@ -178,3 +178,10 @@ def test_lay_whole():
         assert all(sum(lengths[i] for i in row) <= 30 for row in rows)
         assert len(rows) < 1.2 * sum(lengths) / 30 + 2
     assert lay_whole([], 5) == [] and lay_whole([5, 5], 5) == [[0], [1]]
+
+
+def test_a_row_that_is_mostly_filling_is_refused(tmp_path):
+    "Conversations beside a short text are laid into rows, but not into far longer ones."
+    write_shards(tmp_path, dict(train=["Max has the ball.\n", *talks(3)], held_out=[]), PACKAGED)
+    with pytest.raises(ValueError, match="use a shorter seq_len or more text"):
+        Packed(Shards(tmp_path), 100_000)

@@ -105,14 +105,14 @@ def test_what_decays():
 def test_narrow_weights_are_not_trained():
     """Full weights in bfloat16 are refused wherever an optimizer is made of them; adapters beside
     them are float32."""
-    from qwen_nb import finetune, lora, preference
+    from qwen_nb import finetune, lora, preference, rewards
 
     for dtype in (torch.bfloat16, torch.float16):
         model, name = small().to(dtype), str(dtype)[6:]
         one_sentence(f"are {name}.*dtype=torch.float32", lambda: parameter_groups(model))
         one_sentence(name, lambda: next(finetune.tune(model, [])))
         one_sentence(name, lambda: next(preference.dpo(model, preference.frozen(model), [])))
-        one_sentence(name, lambda: next(preference.grpo(model, preference.frozen(model), None, [])))
+        one_sentence(name, lambda: next(rewards.grpo(model, preference.frozen(model), None, [])))
         assert len(parameter_groups(lora.add_lora(model, 2))[0]["params"]) == 2 * 2 * 7
     assert parameter_groups(small().double())
 
