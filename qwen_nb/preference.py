@@ -179,6 +179,7 @@ def with_reference(reference, batches) -> list:
         found.append(batch | dict(ref_sums=torch.stack([chosen, rejected])))
     return found
 
+# %% ../nbs/22b_preference.ipynb #89547caa
 def dpo(
     model, reference,     # the reference is frozen and stays
     batches,              # from `dpo_batches`; or from `with_reference`, for several runs on them
