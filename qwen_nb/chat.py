@@ -256,14 +256,16 @@ def answers(
     max_new_tokens:int=80,
 ) -> list:
     "What the model answers to each prompt, greedily: (thinking, answer), \"\" for what is missing."
-    ends, found = chat_stop_ids(model, tokenizer), []
-    for i in range(0, len(prompts), 50):
-        ids, mask = pad_left(prompts[i:i + 50])
+    ends, found = chat_stop_ids(model, tokenizer), {}
+    shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for k in range(0, len(prompts), 50):
+        part = shortest_first[k:k + 50]          # nearly of one length: little padding
+        ids, mask = pad_left([prompts[i] for i in part])
         out = generate(model, ids, max_new_tokens, mask, temperature=0., stop_ids=ends)
-        for row in out[:, ids.shape[1]:].tolist():
+        for i, row in zip(part, out[:, ids.shape[1]:].tolist()):
             n = next((j for j, id in enumerate(row) if id in ends), len(row))
-            found.append(split_thinking(tokenizer.decode(row[:n])))
-    return found
+            found[i] = split_thinking(tokenizer.decode(row[:n]))
+    return [found[i] for i in range(len(prompts))]
 
 def quiz(
     model, tokenizer,

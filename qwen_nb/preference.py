@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pad', 'answer_log_probs', 'answer_sums', 'dpo_loss', 'sample_answers', 'prompts_of', 'right_or_wrong',
-           'preference_pair', 'own_pairs', 'dpo_batches', 'frozen', 'not_itself', 'dpo']
+           'preference_pair', 'own_pairs', 'dpo_batches', 'frozen', 'not_itself', 'with_reference', 'dpo']
 
 # %% ../nbs/22b_preference.ipynb #4a6ee5b7
 import copy
@@ -170,9 +170,19 @@ def not_itself(model, reference):
         raise ValueError("the reference is the model itself, and would learn with it: "
                          "take frozen(model)")
 
+@torch.no_grad()
+def with_reference(reference, batches) -> list:
+    "The batches, each with what the reference gives its answers: `ref_sums`, `(2, pairs)`."
+    found = []
+    for batch in batches:
+        chosen, rejected = answer_sums(reference, beside(reference, batch))
+        found.append(batch | dict(ref_sums=torch.stack([chosen, rejected])))
+    return found
+
+# %% ../nbs/22b_preference.ipynb #89547caa
 def dpo(
     model, reference,     # the reference is frozen and stays
-    batches,              # from `dpo_batches`
+    batches,              # from `dpo_batches`; or from `with_reference`, for several runs on them
     beta:float=0.1, lr:float=2e-4,
     anchor:float=0.,      # weight of the chosen answer's own log-probability
     preference:float=1.,  # weight of the pairs; 0: only the anchor, which is fine-tuning
@@ -184,9 +194,10 @@ def dpo(
     not_itself(model, reference)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.), lr=lr, betas=(0.9, 0.95))
     for step, batch in enumerate(batches):
+        if "ref_sums" not in batch:
+            [batch] = with_reference(reference, [batch])
         batch = beside(model, batch)
-        with torch.no_grad():
-            ref_chosen, ref_rejected = answer_sums(reference, batch)
+        ref_chosen, ref_rejected = batch["ref_sums"]                   # (pairs,) each
         chosen, rejected = answer_sums(model, batch)
         loss, margin = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
         words, _ = (batch["labels"] != IGNORED).sum(-1).chunk(2)       # of the chosen answers

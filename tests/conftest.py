@@ -1,15 +1,42 @@
 """What several test files share."""
 
+import os
 import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--share",
+        metavar="FOLDER",
+        help="run only test files that no process with the same, at first empty, folder has begun",
+    )
+
+
+@lru_cache(None)  # a file's first test decides for all of them
+def is_first(folder, name):
+    "Whether no process came before this one with this name."
+    try:
+        os.close(os.open(os.path.join(folder, name), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def pytest_runtest_protocol(item):
+    "True, which means that it is dealt with, if another process has begun the test's file."
+    folder = item.config.getoption("--share")
+    if folder and not is_first(folder, item.path.name):
+        return True
 
 
 @pytest.fixture(autouse=True)

@@ -378,3 +378,16 @@ def test_packaged_model_by_default(tokenizer):
             for key in ("content", "reasoning_content")
             for name in ("<|im_start|>", "<|im_end|>")
         )
+
+
+def test_answers_come_in_the_order_of_the_prompts(tokenizer):
+    "However long the prompts are, and in however many batches they are asked."
+    model, places = Qwen.from_pretrained(dtype=torch.float32), ("garden", "kitchen", "market")
+    prompts, wanted = [], []
+    for i in range(54):  # two batches
+        place, more = places[i % 3], "Anna has the ball. " * (-i % 5)
+        told = [user(f"{more}Max is in the {place}. Where is Max?")]
+        prompts.append(encode_chat(tokenizer, told, "qwen3", enable_thinking=False))
+        wanted.append(("", f"In the {place}."))
+    assert c.answers(model, tokenizer, prompts, 8) == wanted
+    assert c.answers(model, tokenizer, []) == []

@@ -229,3 +229,15 @@ def test_prompts_go_to_the_models_device(tokenizer, model, monkeypatch):
     with pytest.raises(InterruptedError):
         pr.sample_answers(model.to("meta"), tokenizer, prompts, 2)
     assert seen == ["meta", "meta"]
+
+
+def test_the_reference_can_be_asked_beforehand(model, tokenizer):
+    "What it says is the same before the run and in it, to the bit; and then it is asked no more."
+    pairs = [pr.preference_pair(t, Chooser(random.Random(0))) for t in talks(4, 0)]
+    batches, reference = pr.dpo_batches(tokenizer, "qwen3", pairs, 2), pr.frozen(model)
+    asked = pr.with_reference(reference, batches)
+    assert all("ref_sums" not in batch for batch in batches), "the batches themselves changed"
+    wanted = list(pr.dpo(copy.deepcopy(model), reference, batches, anchor=1.0))
+    assert list(pr.dpo(copy.deepcopy(model), reference, asked, anchor=1.0)) == wanted
+    reference.model = None  # whoever called it now would fail
+    assert list(pr.dpo(model, reference, asked, anchor=1.0)) == wanted
