@@ -152,6 +152,12 @@ BAD = [
     ({"type": "yarn", "original_max_position_embeddings": 4096}, "lacks factor"),
     (YARN | {"factor": None}, "lacks factor"),
     (YARN | {"factor": 0.5}, "at least 1"),
+    (YARN | {"factor": -4.0}, "at least 1"),
+    ({"type": "linear", "factor": -4.0}, "at least 1"),
+    ({"factor": 4.0, "original_max_position_embeddings": 4096}, "None"),
+    ({"type": None, "factor": 4.0}, "None"),
+    (YARN | {"mscale": -1.0}, "mscale"),
+    (YARN | {"original_max_position_embeddings": None}, "lacks original"),
     (YARN | {"factor": "4"}, "'4'"),
     (YARN | {"factor": True}, "True"),
     (YARN | {"factor": float("nan")}, "nan"),
@@ -190,6 +196,61 @@ def test_what_is_not_supported_is_refused_in_one_sentence(scaling, says):
 def test_nothing_to_scale(scaling):
     assert read_scaling(scaling, 1e4) == ("default", {})
     assert torch.equal(Rotary(64, 1e4, scaling).inv_freq, inverse_frequencies(64, 1e4))
+
+
+@pytest.mark.parametrize(
+    "scaling, means",
+    [
+        (YARN | {"type": "linear"}, YARN),
+        (YARN | {"rope_type": None, "type": "yarn"}, YARN),
+        (YARN | dict.fromkeys(["beta_fast", "beta_slow", "mscale", "attention_factor"]), YARN),
+        (YARN | {"truncate": None}, YARN),
+        (YARN | {"mscale": 2.0}, YARN),
+        (YARN | {"mscale_all_dim": 2.0}, YARN),
+        (YARN | {"mscale": 2.0, "mscale_all_dim": 0}, YARN),
+        (YARN | {"attention_factor": 1.2, "mscale": 1.0, "mscale_all_dim": 0.5},
+         YARN | {"attention_factor": 1.2}),
+        ({"type": "linear", "factor": 1}, None),
+        ({"rope_type": "default", "factor": 4.0}, None),
+        ({"partial_rotary_factor": 1.0, "rope_theta": 1e4}, None),
+        ({"partial_rotary_factor": None, "rope_theta": None}, None),
+    ],
+)
+def test_two_entries_that_mean_the_same(scaling, means):
+    "The rules of the text that no published model shows: null, two types, one weight, …"
+    ours, plain = Rotary(64, 1e4, scaling), Rotary(64, 1e4, means)
+    assert torch.equal(ours.inv_freq, plain.inv_freq)
+    assert ours.attention_factor == plain.attention_factor
+    assert type(ours.attention_factor) is float
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"mscale": 1.0, "mscale_all_dim": 0.5},
+        {"mscale": 0.5, "mscale_all_dim": 1.0},
+        {"original_max_position_embeddings": 6},
+        {"beta_fast": 4, "beta_slow": 4, "truncate": False},
+        {"factor": 1},
+        {"type": "linear"},
+    ],
+)
+def test_corners_of_yarn_equal_the_reference(more):
+    "Two weights, a ramp of no length, a factor of 1, two types."
+    theirs, ours = reference(64, 1e4, YARN | more), Rotary(64, 1e4, YARN | more)
+    assert torch.equal(ours.inv_freq, theirs.inv_freq)
+    assert ours.attention_factor == theirs.attention_scaling
+    assert type(ours.attention_factor) is float
+
+
+def test_the_two_weights_are_a_quotient():
+    ours = Rotary(64, 1e4, YARN | {"mscale": 1.0, "mscale_all_dim": 0.5})
+    s = math.log(4.0)
+    assert ours.attention_factor == (0.1 * s + 1) / (0.1 * 0.5 * s + 1)
+
+
+def test_a_ramp_of_no_length_keeps_its_first_pair():
+    assert yarn_ramp(64, 1e4, 6).tolist() == [0.0] + [1.0] * 31
 
 
 def test_the_callers_dict_is_left_alone():
