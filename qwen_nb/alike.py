@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOW', 'alike_tensors', 'alike', 'at_text', 'kind_text', 'short', 'moved_axes', 'lost_axis', 'shape_story']
 
-# %% ../nbs/01b_alike.ipynb #a46be378
+# %% ../nbs/01b_alike.ipynb #7693bd96
 import math
 from itertools import permutations
 
@@ -21,7 +21,7 @@ from .inspect import ERROR, OURS, QUIET, set_style
 
 set_style()
 
-# %% ../nbs/01b_alike.ipynb #a517725d
+# %% ../nbs/01b_alike.ipynb #ed563064
 LOW = torch.bfloat16, torch.float16
 
 
@@ -40,7 +40,7 @@ def alike_tensors(ours, theirs, steps, few):
         return bool(share <= few) and bool(error.max() <= 2)
     return bool((error <= steps).all())
 
-# %% ../nbs/01b_alike.ipynb #fb2831c9
+# %% ../nbs/01b_alike.ipynb #3297983b
 def alike(
     ours,
     theirs,          # values: tensors, numbers, text, and lists, tuples and dicts of them
@@ -64,7 +64,7 @@ def alike(
     of_one_kind = isinstance(ours, type(theirs)) or isinstance(theirs, type(ours))
     return of_one_kind and ours == theirs
 
-# %% ../nbs/01b_alike.ipynb #33591985
+# %% ../nbs/01b_alike.ipynb #b8a14f61
 def at_text(index):
     "An index as people write it: [0, 2, 1]."
     return "[" + ", ".join(str(i) for i in index) + "]"
@@ -88,7 +88,7 @@ def short(value):
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
-# %% ../nbs/01b_alike.ipynb #14593381
+# %% ../nbs/01b_alike.ipynb #da68ea93
 def moved_axes(ours, theirs):
     "Which two axes were exchanged, if that explains the shape; else None."
     for order in permutations(range(theirs.ndim)):

@@ -6,7 +6,7 @@
 __all__ = ['does_the_same', 'both_edits', 'known_mistakes', 'candidate', 'names_read', 'unread', 'of_error', 'what_was_seen',
            'what_is_known', 'Verdict', 'verdict_on_wrong', 'diagnose', 'try_pairs', 'try_zoo']
 
-# %% ../nbs/01e_diagnose.ipynb #88e53083
+# %% ../nbs/01e_diagnose.ipynb #e9c4c69d
 import dis
 import importlib
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .locate import value_story
 from .pieces import edited, run_probe, same_outcome
 from .verify import told
 
-# %% ../nbs/01e_diagnose.ipynb #86da3071
+# %% ../nbs/01e_diagnose.ipynb #3e87b71d
 def does_the_same(piece, function, mine):
     "Whether a function does on every probe what was seen. Stops at the first difference."
     for probe, seen in zip(piece.probes, mine):
@@ -47,7 +47,7 @@ def known_mistakes(piece, mine):
             return pair
     return ()
 
-# %% ../nbs/01e_diagnose.ipynb #e69c97ba
+# %% ../nbs/01e_diagnose.ipynb #3d6b8d82
 def candidate(piece, answer):
     "The learner's function. Of a class: its method, which finds the class's new methods too."
     *owner, name = piece.path.split(".")[1:]
@@ -89,7 +89,7 @@ def unread(function, right):
     expected = names_read(unwrap(right).__code__) - names_read(code) - {"self"}
     return [name for name in mine if name in expected]
 
-# %% ../nbs/01e_diagnose.ipynb #51c06856
+# %% ../nbs/01e_diagnose.ipynb #51562be6
 def of_error(error):
     return f"{type(error).__name__}, {error}"
 
@@ -121,7 +121,7 @@ def what_is_known(mistake):
     said = [f"Why it is wrong: {mistake.why}", f"What a model would do: {mistake.does}"]
     return [*said, f"Others met it: {mistake.public}."] if mistake.public else said
 
-# %% ../nbs/01e_diagnose.ipynb #35e3425c
+# %% ../nbs/01e_diagnose.ipynb #42a2304a
 @dataclass
 class Verdict:
     "What the grader says of an answer."
@@ -144,7 +144,7 @@ def verdict_on_wrong(piece, answer, function, mine, failing):
         lines = [f"{piece.name}, not yet. This is {' and '.join(names)}."]
         for mistake in named:
             lines += what_is_known(mistake)
-        return Verdict(False, "\n".join([*lines, *seen]), "mistake", names)
+        return Verdict(False, "\n".join([*lines, *seen[:2]]), "mistake", names)
     lines = [f"{piece.name}, not yet: right on {count - len(failing)} of {count} probes.", *seen]
     forgotten = unread(function, piece.right)
     if forgotten:
@@ -182,7 +182,7 @@ def diagnose(
     text = f"{piece.name} is right: like the package's on {len(mine)} probes."
     return Verdict(True, text, "right")
 
-# %% ../nbs/01e_diagnose.ipynb #df582979
+# %% ../nbs/01e_diagnose.ipynb #ad9ef742
 def try_pairs(piece):
     "All pairs of mistakes: how many there are, how many are named, and where one hides the other."
     pairs = named = hidden = 0

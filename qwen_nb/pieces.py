@@ -6,7 +6,7 @@
 __all__ = ['ORIGINALS', 'edited', 'Probe', 'Mistake', 'original', 'Piece', 'Outcome', 'a_copy', 'watch_calls', 'run_probe',
            'same_outcome', 'seen_by', 'plot_seen']
 
-# %% ../nbs/01d_pieces.ipynb #cf7f31bd
+# %% ../nbs/01d_pieces.ipynb #16380077
 import importlib
 import inspect
 import textwrap
@@ -17,7 +17,7 @@ import torch
 
 from .alike import alike, kind_text
 
-# %% ../nbs/01d_pieces.ipynb #9be8ebce
+# %% ../nbs/01d_pieces.ipynb #f446f51e
 def edited(
     function,     # any function that has source
     *edits:dict,  # parts of its source → what stands there in their place
@@ -35,7 +35,7 @@ def edited(
     exec(compile(source, f"<{function.__qualname__}, edited>", "exec"), names)
     return names[function.__name__]
 
-# %% ../nbs/01d_pieces.ipynb #19c076a6
+# %% ../nbs/01d_pieces.ipynb #5f561187
 @dataclass
 class Probe:
     "An input to try an answer on."
@@ -66,7 +66,7 @@ def original(path):
         ORIGINALS[path] = thing
     return ORIGINALS[path]
 
-# %% ../nbs/01d_pieces.ipynb #978ea906
+# %% ../nbs/01d_pieces.ipynb #1d4b7e42
 @dataclass
 class Piece:
     "Something that a learner writes, and all that a teacher knows about it."
@@ -109,7 +109,7 @@ class Piece:
         "Add a known mistake."
         self.mistakes.append(Mistake(name, edits, why, does, public))
 
-# %% ../nbs/01d_pieces.ipynb #bff540fb
+# %% ../nbs/01d_pieces.ipynb #f1f37cfb
 @dataclass
 class Outcome:
     "What one function did on one probe."
@@ -168,7 +168,7 @@ def same_outcome(piece, ours, theirs):
     same_value = alike(ours.value, theirs.value, piece.steps, piece.few)
     return same_value and ours.changed == theirs.changed
 
-# %% ../nbs/01d_pieces.ipynb #114202f8
+# %% ../nbs/01d_pieces.ipynb #7a050f2f
 def seen_by(piece):
     "Which probe sees which mistake: a boolean tensor (mistakes, probes)."
     rows = []
@@ -179,7 +179,7 @@ def seen_by(piece):
         rows.append(row)
     return torch.tensor(rows, dtype=torch.bool)
 
-# %% ../nbs/01d_pieces.ipynb #51b5470e
+# %% ../nbs/01d_pieces.ipynb #97c79a21
 def plot_seen(piece):
     "Which probe sees which mistake, drawn."
     from matplotlib import pyplot as plt

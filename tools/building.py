@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Make the building edition: building/*.ipynb from nbs/*.ipynb.
+
+`--check` only says whether it is out of date, and whether a solution can be read in it.
+`--run NAME` runs a lesson as it stands; with `--solved`, with the package's code in the stubs.
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "building"
+sys.path.insert(0, str(ROOT))
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def written(nb):
+    return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def make():
+    "Every lesson with pieces: name → its building edition as text."
+    from qwen_nb.edition import build_lesson, lessons_with_pieces
+
+    return {
+        name: written(build_lesson(read(ROOT / f"nbs/{name}.ipynb"), name))
+        for name in lessons_with_pieces()
+    }
+
+
+def squeezed(line):
+    "A line of code without spaces and comments."
+    return re.sub(r"\s+", "", re.sub(r"#.*", "", line))
+
+
+def telling_lines(piece):
+    "The lines of a piece's body that would tell the solution."
+    import inspect
+    import textwrap
+
+    source = textwrap.dedent(inspect.getsource(piece.right))
+    (node,) = ast.parse(source).body
+    lines = source.split("\n")
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    found = [squeezed(line) for line in lines[body[0].lineno - 1 : node.end_lineno]]
+    return [line for line in found if len(line) >= 25]
+
+
+def leaks(editions):
+    "Lines of solutions that can be read in the building edition of their own lesson."
+    from qwen_nb.edition import lessons_with_pieces, text_of
+
+    found = []
+    for name, pieces in lessons_with_pieces().items():
+        cells = json.loads(editions[name])["cells"]
+        for number, cell in enumerate(cells):
+            for line in text_of(cell).split("\n"):
+                for piece in pieces:
+                    if any(told in squeezed(line) for told in telling_lines(piece)):
+                        found.append(f"{name}, cell {number}, {piece.name}: {line.strip()}")
+    return found
+
+
+def check():
+    "Exit with a sentence if the edition is out of date or tells a solution."
+    editions = make()
+    here = {p.stem: p.read_text(encoding="utf-8") for p in FOLDER.glob("*.ipynb")}
+    differ = sorted(n for n in editions.keys() | here.keys() if editions.get(n) != here.get(n))
+    if differ:
+        sys.exit(f"building/ is out of date ({', '.join(differ)}): run python tools/building.py")
+    told = leaks(editions)
+    if told:
+        sys.exit("the building edition tells a solution:\n" + "\n".join(told))
+
+
+def solve(nb):
+    "The lesson with the package's own code in its stubs."
+    from qwen_nb.edition import pieces_in, lessons_with_pieces, text_of, without_directives
+
+    sources = {}
+    for name, pieces in lessons_with_pieces().items():
+        for cell in read(ROOT / f"nbs/{name}.ipynb")["cells"]:
+            names = tuple(piece.name for piece in pieces_in(cell, pieces))
+            if names:
+                sources[names] = without_directives(text_of(cell))
+    for cell in nb["cells"]:
+        names = tuple(cell["metadata"].get("qwen_nb", {}).get("pieces", ()))
+        if names:
+            cell["source"] = sources[names].splitlines(True)
+
+
+def said(outputs):
+    "What a cell printed."
+    return "".join("".join(out.get("text", "")) for out in outputs)
+
+
+def run(name, solved):
+    "Run a lesson, with a folder of its own for the pieces; print what the graders say."
+    from execnb.shell import CaptureShell
+
+    nb = read(FOLDER / f"{name}.ipynb")
+    if solved:
+        solve(nb)
+    skip = re.compile(r"^#\|\s*(eval:\s*false|slow|real_weights)\s*$", re.M)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MY_QWEN"] = str(Path(folder) / "my_qwen")
+        os.chdir(ROOT / "nbs")
+        shell = CaptureShell(ROOT / f"building/{name}.ipynb", mpl_format="png")
+        for number, cell in enumerate(nb["cells"]):
+            text = "".join(cell["source"])
+            if cell["cell_type"] != "code" or skip.search(text):
+                continue
+            outputs = shell.run(text)
+            if shell.exc:
+                sys.exit(f"building/{name}, cell {number}: {shell.prettytb(name)}\n---\n{text}")
+            if "grade(" in text:
+                print(said(outputs), end="")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="say whether it is out of date")
+    parser.add_argument("--run", metavar="NAME", help="run a lesson")
+    parser.add_argument("--solved", action="store_true", help="with the package's code in it")
+    args = parser.parse_args()
+    if args.run:
+        return run(args.run, args.solved)
+    if args.check:
+        return check()
+    FOLDER.mkdir(exist_ok=True)
+    editions = make()
+    for path in FOLDER.glob("*.ipynb"):
+        if path.stem not in editions:
+            path.unlink()
+    for name, text in editions.items():
+        (FOLDER / f"{name}.ipynb").write_text(text, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()
