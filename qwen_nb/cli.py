@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELD', 'GENERATE_EXAMPLES', 'CHAT_EXAMPLES', 'DATA_EXAMPLES', 'TRAIN_EXAMPLES', 'PLAIN', 'run_verify', 'add_shared',
            'settings_of', 'settings_help', 'add_verify', 'add_generate', 'add_chat', 'add_train', 'add_data', 'Parser',
-           'make_parser', 'parse', 'main']
+           'make_parser', 'parse', 'sentence', 'main']
 
 # %% ../nbs/90c_cli.ipynb #31b1c281
 import argparse
@@ -185,7 +185,8 @@ def add_data(commands):
                      "trained (default: 2048, or what the text has pairs for; up to 8192 for a "
                      "book or more)")
     one.add_argument("--tokenizer", metavar="MODEL",
-                     help="take the tokenizer of this model, a folder or a hub id, and train none")
+                     help="take the tokenizer of this model, a folder, a hub id or a training run, "
+                     "and train none")
     add("--held-out", type=float, metavar="SHARE",
         help="how much is kept apart, to measure on (default: 0.1)")
     add("--mark", metavar="TEXT", help="a line that ends a document (default: * * *)")
@@ -224,6 +225,16 @@ def parse(argv:list=None):
     return args
 
 # %% ../nbs/90c_cli.ipynb #83d509f9
+def sentence(error, command:str) -> str:
+    "What to say of an error. If it names no command that helps, the help to read is added."
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"     # without its number
+    asked_wrongly = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError))
+    if not asked_wrongly or "qwen-nb " in text:
+        return text
+    return f"{text}{' ' if text.endswith('?') else '; '}{command} -h says more"
+
 def main(argv:list=None):
     "Run the command and exit; with status 2 and one sentence if it cannot."
     streams = [(sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")]
@@ -238,7 +249,7 @@ def main(argv:list=None):
         os.dup2(nowhere, sys.stdout.fileno())            # for Python's last flush
         status = 141
     except (ValueError, OSError, FloatingPointError) as e:
-        print(f"qwen-nb: {e}", file=sys.stderr)
+        print(f"qwen-nb: {sentence(e, args.parser.prog)}", file=sys.stderr)
     except KeyboardInterrupt as e:
         print(f"qwen-nb: {str(e) or 'stopped'}", file=sys.stderr)
         status = 130

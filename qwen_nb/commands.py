@@ -15,7 +15,7 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
-from .terminal import EXAMPLE_TEXT, visible
+from .terminal import EXAMPLE_TEXT, resolve, visible
 
 # %% ../nbs/90b_commands.ipynb #8c1aee01
 def own_folder(folder:Path):
@@ -50,6 +50,7 @@ def run_data(args) -> int:
         raise FileNotFoundError(f"there is no file or folder {source}; qwen-nb data without a name "
                                 "makes a PDF to try it with")
     if args.tokenizer:
+        args.tokenizer = resolve(args.tokenizer)         # of a training run, its last model
         given["tokenizer"] = Tokenizer.from_pretrained(args.tokenizer)
     if not source:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,7 @@ def config_of(words:list):
     "The `TrainConfig` that the words ask for: at most one file, the rest key=value."
     from qwen_nb.settings import read_run_config
     for word in words:
-        if word.startswith("--"):
+        if word.startswith("-"):
             name = word.partition("=")[0]
             raise ValueError(f"there is no option {name}; a setting is written without dashes, "
                              "such as lr=5e-4, and qwen-nb train -h lists them")
@@ -213,6 +214,8 @@ def run_train(args) -> int:
     need_data(config)
     import torch
     from qwen_nb.durable import checkpoints
+    if first and not checkpoints(config.out):
+        resolve(config.init_from)                        # says which model a new run begins from
     from qwen_nb.run import train
     def on_resume(checkpoint):
         if first:

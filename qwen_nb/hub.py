@@ -241,7 +241,7 @@ def hub_error(
         url = getattr(response, "url", error)
         return FileNotFoundError(f"{name} lists a file that {hub} does not have: {url}")
     if isinstance(error, errors.OfflineModeIsEnabled):
-        found = f"{name} is not in the cache {constants.HF_HUB_CACHE}"
+        found = f"{name} is neither a folder here nor in the cache {constants.HF_HUB_CACHE}"
         todo = "unset it, or name a folder"
         return ConnectionError(f"{found}, and HF_HUB_OFFLINE forbids fetching it: {todo}")
     if status in (401, 403):
