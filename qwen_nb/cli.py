@@ -8,6 +8,7 @@ __all__ = ['FIELD', 'GENERATE_EXAMPLES', 'CHAT_EXAMPLES', 'DATA_EXAMPLES', 'TRAI
            'make_parser', 'parse', 'sentence', 'main']
 
 # %% ../nbs/90c_cli.ipynb #31b1c281
+from argparse import Namespace
 import argparse
 import os
 import re
@@ -21,7 +22,7 @@ from .conversation import run_chat
 from .terminal import choose_model, run_generate
 
 # %% ../nbs/90c_cli.ipynb #142e8230
-def run_verify(args) -> int:
+def run_verify(args:Namespace) -> int:
     "Check a model against published numbers and against transformers. The exit status."
     choose_model(args)
     from qwen_nb.real import verify_model
@@ -199,7 +200,7 @@ def add_data(commands):
 # %% ../nbs/90c_cli.ipynb #b3906341
 class Parser(argparse.ArgumentParser):
     "An ArgumentParser whose errors name the help to read."
-    def error(self, message):
+    def error(self, message:str):
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: {message}; {self.prog} -h says more\n")
 
@@ -225,7 +226,7 @@ def parse(argv:list=None):
     return args
 
 # %% ../nbs/90c_cli.ipynb #83d509f9
-def sentence(error, command:str) -> str:
+def sentence(error:Exception, command:str) -> str:
     "What to say of an error. If it names no command that helps, the help to read is added."
     text = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:

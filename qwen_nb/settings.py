@@ -78,7 +78,7 @@ SMALLEST = dict.fromkeys([
     *MODEL_KEYS[1:-1], "steps", "batch_size", "accumulate", "seq_len", "save_every", "log_every",
     "eval_batches"], 1)                 # of all others it is 0
 
-def check_values(c):
+def check_values(c:TrainConfig):
     "Raise ValueError for a setting of the wrong type or size. A whole number does for a number."
     for f in fields(c):
         value, least = getattr(c, f.name), SMALLEST.get(f.name, 0)
@@ -90,7 +90,7 @@ def check_values(c):
         if f.type in (int, float) and not least <= value < math.inf:
             raise ValueError(f"config: {f.name} is {value}; expected at least {least}")
 
-def check_config(c):
+def check_config(c:TrainConfig):
     "Raise ValueError, in one sentence, for settings that cannot be."
     c.init_from, c.config_from = c.init_from or "", c.config_from or ""
     if c.init_from and c.config_from:
@@ -112,7 +112,7 @@ def check_config(c):
                          f"{c.max_position_embeddings}")
 
 # %% ../nbs/21c_settings.ipynb #688a104a
-def parse_value(key, text, kind):
+def parse_value(key:str, text:str, kind:type):
     "The text of an override as its setting's type. ValueError if it is none."
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
@@ -121,7 +121,7 @@ def parse_value(key, text, kind):
         raise ValueError(f"config: {key} is {text!r}; expected {TYPE_WORDS[kind]}, such as "
                          f"{example}") from None
 
-def read_settings(path) -> dict:
+def read_settings(path:Path) -> dict:
     "What a .toml or .json file says. ValueError if it is damaged or of another kind."
     if path.suffix not in (".toml", ".json"):
         raise ValueError(f"{path} is no setting, such as lr=5e-4, and no file of settings: its "
@@ -144,8 +144,8 @@ def read_settings(path) -> dict:
 
 # %% ../nbs/21c_settings.ipynb #f4ba24cb
 def read_run_config(
-    path=None,     # a .toml or .json file; None: the defaults
-    overrides=(),  # texts such as "lr=5e-4", which win over the file
+    path:str|Path=None,       # a .toml or .json file; None: the defaults
+    overrides:list|tuple=(),  # texts such as "lr=5e-4", which win over the file
 ) -> TrainConfig:
     """A run's config. FileNotFoundError if the file is not there.
 
@@ -169,7 +169,7 @@ def read_run_config(
 # %% ../nbs/21c_settings.ipynb #7252b294
 def open_data(
     config:TrainConfig,
-    folder=None,  # of the model to go on from
+    folder:str|Path=None,  # of the model to go on from
 ) -> tuple:
     """Where the tokenizer is, rows to train on, held-out rows (or None), and a hash of the data.
 
@@ -196,7 +196,7 @@ def open_data(
 
 # %% ../nbs/21c_settings.ipynb #ec21a6a5
 def model_config(
-    path,  # a config.json, or the folder that holds one
+    path:str|Path,  # a config.json, or the folder that holds one
 ) -> QwenConfig:
     """The config of whichever Qwen the file describes.
 
@@ -209,7 +209,7 @@ def model_config(
                                 "holds one")
     return family_config(read_json(path.parent, path.name))
 
-def new_model(config, n_ids) -> Qwen:
+def new_model(config:TrainConfig, n_ids:int) -> Qwen:
     "A model with random weights, of the sizes that the config says or points to."
     if config.config_from:
         shape = model_config(config.config_from)
@@ -222,8 +222,8 @@ def new_model(config, n_ids) -> Qwen:
 # %% ../nbs/21c_settings.ipynb #3bbcf875
 def build_model(
     config:TrainConfig,
-    n_ids:int,    # of the tokenizer
-    folder=None,  # of the model to go on from
+    n_ids:int,             # of the tokenizer
+    folder:str|Path=None,  # of the model to go on from
 ) -> Qwen:
     """The model that a run begins with, in float32.
 
@@ -246,7 +246,7 @@ def build_model(
                          f"{have.max_position_embeddings} positions")
     return model.train()
 
-def last_model(folder) -> Path:
+def last_model(folder:str|Path) -> Path:
     """The last model of a training run: `final`, else its newest checkpoint that is whole.
 
     None for a folder that is no run. ValueError for a run that has no model yet."""
@@ -263,7 +263,7 @@ def last_model(folder) -> Path:
                          f"with the same settings: qwen-nb train out={folder} …")
     return None
 
-def begin_from(config, last):
+def begin_from(config:TrainConfig, last:Path):
     """The folder of the model to go on from; None for random weights.
 
     Of a training run it is its last model. Where `init_from` or `config_from` is gone, this run's

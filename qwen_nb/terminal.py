@@ -7,6 +7,7 @@ __all__ = ['STEERING', 'EXAMPLE_TEXT', 'SAMPLING', 'visible', 'has_colours', 'Sc
            'choose_model', 'load', 'sampling_of', 'run_generate']
 
 # %% ../nbs/90_terminal.ipynb #31b1c281
+from argparse import Namespace
 import os
 import re
 import sys
@@ -116,7 +117,7 @@ def resolve(name:str) -> str:
     print(f"{name} is a training run; its last model is {last}", file=sys.stderr)
     return str(last)
 
-def choose_model(args):
+def choose_model(args:Namespace):
     "If `args.model` is a training run, name its last model in its place, and say so."
     args.model = resolve(args.model)
 
@@ -124,7 +125,7 @@ def choose_model(args):
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 
-def load(args) -> tuple:
+def load(args:Namespace) -> tuple:
     "Model and tokenizer that the options name."
     from qwen_nb.model import Qwen
     from qwen_nb.tokenizer import Tokenizer
@@ -132,12 +133,12 @@ def load(args) -> tuple:
     folder = find_model(args.model)
     return Qwen.from_pretrained(folder, dtype=args.dtype), Tokenizer.from_pretrained(folder)
 
-def sampling_of(args) -> dict:
+def sampling_of(args:Namespace) -> dict:
     "The options that `sampling_for` knows; None: as the model's generation_config.json says."
     return {name: getattr(args, name) for name in SAMPLING}
 
 # %% ../nbs/90_terminal.ipynb #932601d0
-def run_generate(args) -> int:
+def run_generate(args:Namespace) -> int:
     "Write what a model writes after a text. The exit status."
     text = read_text(args.text)
     choose_model(args)
