@@ -6,8 +6,8 @@
 __all__ = ['attention_of', 'heads_off', 'sentence_loss', 'head_effects']
 
 # %% ../nbs/00c_heads.ipynb #8fa337fe
-from typing import TYPE_CHECKING
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from .inspect import decoder_layers
 

@@ -6,10 +6,9 @@
 __all__ = ['INK', 'Step', 'trace_shapes', 'show_steps', 'read_config', 'layer_shapes', 'parameter_shapes', 'draw_architecture']
 
 # %% ../nbs/00a_architecture.ipynb #d6afaa9d
-from typing import TYPE_CHECKING
 import math
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .inspect import PARTS, tint
 

@@ -6,7 +6,9 @@
 __all__ = ['copied_experts', 'upcycle', 'router_logits', 'choices', 'expert_load', 'load_balancing_loss', 'balanced']
 
 # %% ../nbs/14b_balance.ipynb #635e3266
-import json, math, shutil
+import json
+import math
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from .chatml import THINKS, check_family, json_text
-from .sampling import sampling_for
-from .writing import pad_left
 from .generation import generate, max_positions, stream
-from .prompt import default_thinking, encode_chat, family_of
-from .template import read_content
-from .tools import ChatParts, Tools, as_message, split_thinking
 from .model import Qwen
+from .prompt import default_thinking, encode_chat, family_of
+from .sampling import sampling_for
+from .template import read_content
 from .tokenizer import Tokenizer
+from .tools import ChatParts, Tools, as_message, split_thinking
+from .writing import pad_left
 
 # %% ../nbs/10d_talk.ipynb #3172d682
 def chat_stop_ids(

@@ -8,12 +8,12 @@ __all__ = ['FIELD', 'GENERATE_EXAMPLES', 'CHAT_EXAMPLES', 'DATA_EXAMPLES', 'TRAI
            'make_parser', 'parse', 'sentence', 'main']
 
 # %% ../nbs/90c_cli.ipynb #31b1c281
-from argparse import Namespace
 import argparse
 import os
 import re
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from . import __version__

@@ -8,14 +8,14 @@ __all__ = ['own_folder', 'run_data', 'pace', 'counted', 'report_parts', 'first_l
            'example_question', 'try_it']
 
 # %% ../nbs/90b_commands.ipynb #7249fecb
-from argparse import Namespace
-from typing import TYPE_CHECKING
 import os
 import shlex
 import shutil
 import sys
+from argparse import Namespace
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .terminal import EXAMPLE_TEXT, resolve, visible
 
@@ -42,8 +42,8 @@ def run_data(args:Namespace) -> int:
     "Make a document ready for training. The exit status."
     import logging
     logging.getLogger("pypdf").setLevel(logging.ERROR)   # its remarks about odd but readable files
-    from qwen_nb.pages import world_pdf
     from qwen_nb.documents import prepare
+    from qwen_nb.pages import world_pdf
     from qwen_nb.tokenizer import Tokenizer
     given = {}
     for name in ("vocab_size", "held_out", "mark", "at_most", "questions"):
@@ -116,8 +116,8 @@ def first_lines(shards) -> str:
 # %% ../nbs/90b_commands.ipynb #492bc458
 def report_data(folder:Path, index:dict, args:Namespace):
     "What was made, how it begins, and what to type next."
-    from qwen_nb.shards import Shards
     from qwen_nb.settings import TrainConfig
+    from qwen_nb.shards import Shards
     report_parts(folder, index)
     train = index["parts"]["train"]
     talks = any(part.get("conversations") for part in index["parts"].values())
@@ -184,7 +184,9 @@ def need_data(config:"TrainConfig"):
 def show_progress(lines:list):
     "A line for every evaluation, above the bar."
     from textwrap import fill
+
     from tqdm.auto import tqdm
+
     from qwen_nb.log import line_text
     if not lines[-1].keys() & {"held_out", "sample"}:
         return
@@ -218,6 +220,7 @@ def run_train(args:Namespace) -> int:
     config, first = config_of(args.settings), os.environ.get("RANK", "0") == "0"
     need_data(config)
     import torch
+
     from qwen_nb.durable import checkpoints
     if first and not checkpoints(config.out):
         resolve(config.init_from)                        # says which model a new run begins from

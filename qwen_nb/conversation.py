@@ -7,10 +7,10 @@ __all__ = ['COMMANDS', 'KEYS', 'EXAMPLE', 'can_think', 'command', 'set_thinking'
            'check_chat_tokens', 'run_chat']
 
 # %% ../nbs/90a_conversation.ipynb #64d9df94
-from argparse import Namespace
-from typing import TYPE_CHECKING
 import sys
+from argparse import Namespace
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 from .terminal import EXAMPLE_TEXT, Screen, check_utf8, choose_model, load, sampling_of
 
@@ -122,7 +122,7 @@ def asker(terminal:bool):
     if not terminal:
         return from_pipe
     try:
-        import readline                                  # input() uses it from now on
+        import readline  # input() uses it from now on
         if "libedit" not in readline.__doc__:
             readline.parse_and_bind("set enable-bracketed-paste on")
     except ImportError:

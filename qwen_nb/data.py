@@ -7,7 +7,9 @@ __all__ = ['MARK', 'SENTENCE_END', 'FEW', 'world_stories', 'last_end', 'broken',
            'hashes_aside', 'split_documents', 'cut_all', 'divide', 'held_out_share']
 
 # %% ../nbs/20_data.ipynb #234898c8
-import hashlib, math, re
+import hashlib
+import math
+import re
 from random import Random
 
 from .bpe import nfc

@@ -8,7 +8,9 @@ __all__ = ['CONTENTS', 'SUFFIXES', 'KNOWN', 'SAVE_AS', 'LONGEST_ANSWER', 'QUESTI
            'sentences', 'answers_to', 'made_up', 'conversations', 'talk_texts', 'with_conversations', 'prepare']
 
 # %% ../nbs/20d_documents.ipynb #d5000003
-import os, re, unicodedata
+import os
+import re
+import unicodedata
 from pathlib import Path
 from random import Random
 

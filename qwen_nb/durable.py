@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
+from .model import Qwen, QwenConfig
 from .prompt import SMALL_TEMPLATE
 from .shards import digest, what_to_do
-from .model import QwenConfig
 from .tokenizer import Tokenizer, tokenizer_json
-from .model import Qwen
 
 # %% ../nbs/21b_durable.ipynb #76d998a4
 def json_bytes(value:object) -> bytes:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 
 from .hybrid import cache_parts
+from .loading import SkipInit, family_config
 from .memory import QWEN_CONFIGS
 from .mixture import MoEConfig
 from .model import QwenConfig
-from .loading import SkipInit, family_config
 from .qwen1 import Qwen1Config
 from .qwen3_5 import HybridConfig
 from .qwen3_next import NextConfig

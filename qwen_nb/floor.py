@@ -6,9 +6,9 @@
 __all__ = ['SPECIAL', 'TAGS', 'make_tokenizer', 'encode_story', 'measure']
 
 # %% ../nbs/03f_floor.ipynb #a64d8036
-from collections.abc import Iterable
 import math
 import random
+from collections.abc import Iterable
 
 import tokenizers
 import torch

@@ -8,9 +8,9 @@ __all__ = ['maybe_begun', 'check_stream', 'TextStream', 'max_positions', 'check_
 # %% ../nbs/09c_stream.ipynb #84d62437
 import torch
 
+from .model import QwenConfig
 from .sampling import sampling_for
 from .writing import beam_search, write
-from .model import QwenConfig
 
 # %% ../nbs/09c_stream.ipynb #c8273e10
 def maybe_begun(

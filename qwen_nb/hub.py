@@ -7,7 +7,8 @@ __all__ = ['WANTED', 'open_file', 'cut_into_shards', 'save_shards', 'files_found
            'find_model', 'verify_download', 'hub_error', 'download']
 
 # %% ../nbs/02b_hub.ipynb #a847d182
-import json, os
+import json
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open

@@ -7,13 +7,13 @@ __all__ = ['OURS', 'THEIRS', 'ERROR', 'QUIET', 'PARTS', 'NAMES', 'set_style', 'p
            'part_of', 'tint', 'ancestry', 'defined_in', 'source', 'decoder_layers', 'Node', 'outline', 'tree', 'caught']
 
 # %% ../nbs/00_inspect.ipynb #b54c5182
-from typing import TYPE_CHECKING
 import math
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from inspect import getsourcelines, unwrap  # Python's own `inspect`
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:                                        # for editors
     import torch

@@ -8,8 +8,8 @@ __all__ = ['quantize', 'dequantize', 'Int8Cache', 'NearestCache']
 # %% ../nbs/11b_int8.ipynb #i8imp001
 import torch
 
-from .qwen1 import NTKCache
 from .model import QwenConfig
+from .qwen1 import NTKCache
 
 # %% ../nbs/11b_int8.ipynb #b757f789
 def quantize(

@@ -9,15 +9,13 @@ __all__ = ['FAMILIES', 'REQUIRED', 'LATER', 'DTYPE_NAMES', 'parse_config', 'fami
 # %% ../nbs/08a_loading.ipynb #05802b3b
 import importlib
 from dataclasses import fields
-
 from pathlib import Path
-
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .model import Qwen, QwenConfig
 from .hub import find_model, open_weights, read_json
+from .model import Qwen, QwenConfig
 
 # %% ../nbs/08a_loading.ipynb #5f1a7502
 FAMILIES = {  # model_type → what the family fixes in its code and does not say in its config

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from .shards import what_to_do, write_file
 from .cost import cost_parts
 from .lessons import cut_course
 from .model import QwenConfig
 from .settings import TrainConfig
+from .shards import what_to_do, write_file
 
 # %% ../nbs/21d_log.ipynb #304bb124
 LOG = "log.jsonl"

@@ -7,10 +7,10 @@ __all__ = ['QWEN_CONFIGS', 'T4_GIB', 'draw_tree', 'component_sizes', 'count_para
            'alive_mib', 'free_memory']
 
 # %% ../nbs/00b_memory.ipynb #393b3bf2
-from typing import TYPE_CHECKING
 import gc
 import math
 import weakref
+from typing import TYPE_CHECKING
 
 from .architecture import parameter_shapes, read_config
 from .inspect import OURS, PARTS, outline, part_of, tint

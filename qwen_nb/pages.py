@@ -8,7 +8,8 @@ __all__ = ['PAGE', 'GAP', 'CELLS', 'DOTS', 'NO_END', 'ENDED', 'paint', 'page_str
            'mend_hyphens', 'goes_on', 'rows_last', 'join_lines']
 
 # %% ../nbs/20c_pages.ipynb #c5000003
-import re, unicodedata
+import re
+import unicodedata
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path

@@ -11,9 +11,7 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
-
 from pathlib import Path
-
 
 import torch
 import torch.distributed as dist
@@ -21,8 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .durable import checkpoints
-from .resume import OneProcess
-from .resume import Run
+from .resume import OneProcess, Run
 
 # %% ../nbs/21g_parallel.ipynb #2dd4a644
 class DDP(OneProcess):

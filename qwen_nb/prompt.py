@@ -20,7 +20,6 @@ from .hub import find_model, read_json
 
 if TYPE_CHECKING:                                        # for editors
     from qwen_nb.tokenizer import Tokenizer
-    from qwen_nb.tools import Tools
 
 # %% ../nbs/10b_prompt.ipynb #da4e2f04
 def runs(tokenizer:"Tokenizer", pieces:list):
@@ -52,7 +51,7 @@ def encode_chat(
     tokenizer:"Tokenizer",  # a `Tokenizer`
     messages:list,          # these and the rest as for `render_chat`
     family:str,
-    tools:"Tools|list"=None,
+    tools:object=None,
     add_generation_prompt:bool=True,
     enable_thinking:bool=None,
 ) -> list:
@@ -130,7 +129,7 @@ def read_tokenizer_config(folder:str|Path) -> dict:
 
 def folder_template(
     folder:str|Path,
-    tools:"Tools|list"=None,  # with tools, a template named `tool_use` is taken if there is one
+    tools:object=None,  # with tools, a template named `tool_use` is taken if there is one
 ) -> str:
     "`chat_template.jinja`, or what `tokenizer_config.json` says. ValueError if there is none."
     jinja = Path(folder) / "chat_template.jinja"
@@ -174,7 +173,7 @@ def special_names(folder:str|Path) -> dict:
 def render_folder(
     folder_or_name:str|Path,          # a folder, a hub id; None: the model inside the package
     messages:list,                    # dicts with role and content
-    tools:"Tools|list"=None,          # as for `render_chat`
+    tools:object=None,          # as for `render_chat`
     add_generation_prompt:bool=True,  # end with the beginning of the next answer
     **variables,                      # what else the template reads, such as enable_thinking
 ) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .inspect import packaged_model
 from .compare import record
+from .inspect import packaged_model
 
 # %% ../nbs/11_qwen1.ipynb #88ca558b
 def qwen1_tiny() -> Path:

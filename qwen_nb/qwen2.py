@@ -12,8 +12,8 @@ import torch
 
 from .attention import attend, causal_mask
 from .gqa import Attention
-from .model import QwenConfig
 from .loading import parse_config
+from .model import QwenConfig
 
 # %% ../nbs/12_qwen2.ipynb #0002352d
 KINDS = "full_attention", "sliding_attention"

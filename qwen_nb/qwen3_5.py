@@ -9,6 +9,8 @@ __all__ = ['LAYER_KINDS', 'CONFIGS', 'HybridParts', 'layer_kinds', 'check_hybrid
 # %% ../nbs/15c_qwen3_5.ipynb #ec6364c9
 from dataclasses import dataclass, fields
 
+import torch
+
 from .attention import causal_mask
 from .deltanet import GatedDeltaNet
 from qwen_nb.hybrid import (
@@ -18,10 +20,9 @@ from qwen_nb.hybrid import (
     ZeroCentredRMSNorm,
     memory_shapes,
 )
-from .model import QwenConfig
 from .loading import parse_config
+from .model import QwenConfig
 from .yarn import Rotary
-import torch
 
 # %% ../nbs/15c_qwen3_5.ipynb #96cf1983
 class HybridParts:

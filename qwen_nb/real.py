@@ -9,13 +9,12 @@ __all__ = ['IDS', 'TESTS', 'QWEN3_TESTS', 'QWEN2_TESTS', 'EXPECTED', 'LOGIT_TOLE
 # %% ../nbs/08b_real.ipynb #d33e4f77
 from pathlib import Path
 
-
 import torch
 from tokenizers import Tokenizer
 
+from .hub import find_model, open_weights, read_json
 from .model import Qwen
 from .verify import rounding_steps
-from .hub import find_model, open_weights, read_json
 
 # %% ../nbs/08b_real.ipynb #7bf62947
 IDS = [1, 306, 4658, 278, 6593, 310, 2834, 338]

@@ -20,13 +20,16 @@ from torch import nn
 
 from .budget import Objective, cast_once, label_weight, use_checkpointing
 from qwen_nb.durable import (
-    checkpoints, json_bytes, load_checkpoint, save_checkpoint, tokenizer_files,
+    checkpoints,
+    json_bytes,
+    load_checkpoint,
+    save_checkpoint,
+    tokenizer_files,
 )
-from .settings import begin_from, build_model, open_data
+from .model import Qwen
+from .settings import TrainConfig, begin_from, build_model, open_data
 from .tokenizer import Tokenizer
 from .train import learning_rate, parameter_groups
-from .model import Qwen
-from .settings import TrainConfig
 
 # %% ../nbs/21e_resume.ipynb #f8ee9afd
 class OneProcess:

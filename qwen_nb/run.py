@@ -23,16 +23,32 @@ from .durable import is_whole, model_files, prune, write_folder
 from .generation import generate
 from .inspect import OURS, QUIET
 from qwen_nb.log import (
-    ENDS, Log, bar_text, cut_log, find_question, flops_per_token, lesson_now, measure_peak,
-    read_log, too_short, why_not_yet,
+    ENDS,
+    Log,
+    bar_text,
+    cut_log,
+    find_question,
+    flops_per_token,
+    lesson_now,
+    measure_peak,
+    read_log,
+    too_short,
+    why_not_yet,
 )
 from .model import Qwen
 from qwen_nb.resume import (
-    HELD_OUT_SEED, OneProcess, Run, claim, latest_checkpoint, load_run, optimizer_step, save_run,
+    HELD_OUT_SEED,
+    OneProcess,
+    Run,
+    claim,
+    latest_checkpoint,
+    load_run,
+    optimizer_step,
+    save_run,
 )
 from .settings import TrainConfig
-from .train import world_floor
 from .tokenizer import Tokenizer
+from .train import world_floor
 
 # %% ../nbs/21f_run.ipynb #22d9b69e
 def held_out_documents(run:Run, rows:int=8) -> list:

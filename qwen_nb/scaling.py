@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from .budget import Objective, label_weight
-from .rows import IGNORED
 from .log import flops_per_token
 from .model import Qwen, QwenConfig
+from .rows import IGNORED
 from .tokenizer import Tokenizer
 from .train import init_weights, learning_rate, parameter_groups
 from .world import PEOPLE, Chooser, story

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 from .durable import checkpoints, is_whole
-from .shards import Shards, digest
-from .rows import Packed
+from .hub import find_model, read_json
 from .inspect import packaged_model
 from .lessons import STORIES, WorldRows, cut_course
-from .model import Qwen, QwenConfig
 from .loading import family_config
+from .model import Qwen, QwenConfig
+from .rows import Packed
+from .shards import Shards, digest
 from .tokenizer import Tokenizer
 from .train import init_weights
-from .hub import find_model, read_json
 
 # %% ../nbs/21c_settings.ipynb #6c08ec93
 @dataclass
@@ -246,6 +246,7 @@ def build_model(
                          f"{have.max_position_embeddings} positions")
     return model.train()
 
+# %% ../nbs/21c_settings.ipynb #5c1d90ab
 def last_model(folder:str|Path) -> Path:
     """The last model of a training run: `final`, else its newest checkpoint that is whole.
 

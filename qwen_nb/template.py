@@ -8,15 +8,19 @@ __all__ = ['DEFAULT_SYSTEM', 'SYSTEMS', 'TOOLS_AS_JSON', 'TOOLS_AS_XML', 'tool_l
 
 # %% ../nbs/10a_template.ipynb #b1c1f002
 import json
-from typing import TYPE_CHECKING
 
 from qwen_nb.chatml import (
-    ROLES, THINKS, Message, Said, check_family, generation_pieces, json_text, last_query,
-    turn_pieces, written,
+    ROLES,
+    THINKS,
+    Message,
+    Said,
+    check_family,
+    generation_pieces,
+    json_text,
+    last_query,
+    turn_pieces,
+    written,
 )
-
-if TYPE_CHECKING:                                        # for editors
-    from qwen_nb.tools import Tools
 
 # %% ../nbs/10a_template.ipynb #0055cc61
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -68,7 +72,7 @@ knowledge and do not tell the user about function calls
 </IMPORTANT>""")
 
 # %% ../nbs/10a_template.ipynb #b95e0f87
-def tool_list(tools:"Tools|list", family:str):
+def tool_list(tools:object, family:str):
     "The part of the system message that lists the tools."
     words = TOOLS_AS_XML if family == "qwen3.5" else TOOLS_AS_JSON
     before, after = words
@@ -77,7 +81,7 @@ def tool_list(tools:"Tools|list", family:str):
         yield from ("\n", Said(json_text(tool), "system"))
     yield from written(after)
 
-def system_pieces(messages:list, family:str, tools:"Tools|list"):
+def system_pieces(messages:list, family:str, tools:object):
     "The system message, if there is anything to say in it."
     parts = [[SYSTEMS[family]]] if family in SYSTEMS else []
     if messages[0].role == "system": parts = [[Said(messages[0].content, "system")]]
@@ -175,7 +179,7 @@ def read_messages(messages:list, family:str) -> list:
     return read
 
 # %% ../nbs/10a_template.ipynb #8f8b958a
-def check_tools(tools:"Tools|list") -> list:
+def check_tools(tools:object) -> list:
     "The tools' descriptions as a list of dicts. ValueError for anything else."
     tools = getattr(tools, "schemas", tools) or []
     is_list = isinstance(tools, (list, tuple))
@@ -189,7 +193,7 @@ def check_tools(tools:"Tools|list") -> list:
 
 # %% ../nbs/10a_template.ipynb #4056d58f
 def chat_pieces(
-    messages:list, family:str, tools:"Tools|list"=None,
+    messages:list, family:str, tools:object=None,
     add_generation_prompt:bool=True, enable_thinking:bool=None,
 ):
     "Yield the prompt in pieces: `Control` and text of the template's own, `Said` for messages."
@@ -205,7 +209,7 @@ def chat_pieces(
 def render_chat(
     messages:list,                    # dicts, as `read_message` takes them
     family:str,                       # "qwen2.5", "qwen3", "qwen3.5" or "qwen1"
-    tools:"Tools|list"=None,          # descriptions of functions (dicts), or `Tools`
+    tools:object=None,                # descriptions of functions (dicts), or `Tools`
     add_generation_prompt:bool=True,  # end with the beginning of the assistant's next message
     enable_thinking:bool=None,  # False: an empty thought is put in, and the model answers at once
 ) -> str:

@@ -7,10 +7,10 @@ __all__ = ['STEERING', 'EXAMPLE_TEXT', 'SAMPLING', 'visible', 'has_colours', 'Sc
            'choose_model', 'load', 'sampling_of', 'run_generate']
 
 # %% ../nbs/90_terminal.ipynb #31b1c281
-from argparse import Namespace
 import os
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 # %% ../nbs/90_terminal.ipynb #1c7acec5
@@ -127,9 +127,9 @@ SAMPLING = (
 
 def load(args:Namespace) -> tuple:
     "Model and tokenizer that the options name."
+    from qwen_nb.hub import find_model
     from qwen_nb.model import Qwen
     from qwen_nb.tokenizer import Tokenizer
-    from qwen_nb.hub import find_model
     folder = find_model(args.model)
     return Qwen.from_pretrained(folder, dtype=args.dtype), Tokenizer.from_pretrained(folder)
 
@@ -143,6 +143,7 @@ def run_generate(args:Namespace) -> int:
     text = read_text(args.text)
     choose_model(args)
     import torch
+
     from qwen_nb.generation import max_positions, stream
     model, tokenizer = load(args)
     ids = torch.tensor([tokenizer.encode(text, allow_special=args.allow_special)])   # (1, tokens)

@@ -865,6 +865,7 @@ def test_the_settings_in_the_help(capsys, monkeypatch):
     does."""
     import inspect
     from dataclasses import fields
+
     from qwen_nb.documents import prepare
     from qwen_nb.settings import TrainConfig
 

@@ -5,6 +5,7 @@ import types
 from dataclasses import replace
 
 import pytest
+from runs import one_sentence
 
 from qwen_nb import resume as resume_module
 from qwen_nb import settings as settings_module
@@ -14,7 +15,6 @@ from qwen_nb.model import Qwen
 from qwen_nb.run import train
 from qwen_nb.settings import TrainConfig, read_run_config
 from qwen_nb.tokenizer import Tokenizer
-from runs import one_sentence
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("quiet")
