@@ -65,6 +65,7 @@ def child(who, folder):
         load = lambda: Qwen.from_pretrained(folder)
     else:
         from transformers import AutoModelForCausalLM
+
         # imported here so that it is not timed
         from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 

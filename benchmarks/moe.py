@@ -63,8 +63,8 @@ def whole_model(folder, dtype, prompt, new, runs):
     import decode
     from transformers import AutoModelForCausalLM
 
-    from qwen_nb.model import Qwen
     from qwen_nb.mixture import count_active
+    from qwen_nb.model import Qwen
 
     ours, theirs = (
         Qwen.from_pretrained(folder, dtype),

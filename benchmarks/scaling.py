@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from qwen_nb.shards import write_file
 from qwen_nb.scaling import run_point
+from qwen_nb.shards import write_file
 
 STEPS = {
     16: 1280,

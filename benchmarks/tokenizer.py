@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tokenizers
 
+from qwen_nb.hub import find_model
 from qwen_nb.tokenizer import (
     PlainTokenizer,
     Tokenizer,
@@ -29,7 +30,6 @@ from qwen_nb.tokenizer import (
     library_tokenizer,
 )
 from qwen_nb.vocabulary import read_vocabulary
-from qwen_nb.hub import find_model
 
 LINES = [
     "Max ist in der Küche, und Anna hat den Schlüssel.",

@@ -237,9 +237,9 @@ def shares(side, batch):
 
 
 def compare(name, config, rows, packed, bfloat16, args):
-    from qwen_nb.train import forward
     from qwen_nb.budget import cast_once
     from qwen_nb.log import flops_per_token, measure_peak
+    from qwen_nb.train import forward
 
     dtype, batch = (
         "bfloat16" if bfloat16 else "float32",

@@ -4,8 +4,10 @@ import dataclasses
 import inspect
 import re
 
-# `name:type=default,  # what it is`, one a line, in a signature or among a dataclass's fields.
-_LINE = re.compile(r"^\s*(?P<names>\*{0,2}\w+(?:, ?\w+)*)\s*(?P<rest>[:=,)].*?)?\s*#\s*(?P<what>.+)$")
+# `name:type=default,  # what it is`, one or several a line, in a signature or among a dataclass's
+# fields.
+_LINE = re.compile(r"^\s*(?P<code>\*{0,2}\w+\s*(?:[:=,)][^#]*)?)#\s*(?P<what>.+)$")
+_NAME = re.compile(r"(?:^|,)\s*\*{0,2}(\w+)\s*(?=[:=,)]|$)")
 
 
 def _source(thing):
@@ -22,7 +24,7 @@ def parameters(thing) -> dict:
         match = _LINE.match(line)
         if not match:
             continue
-        for name in re.findall(r"\w+", match["names"]):
+        for name in _NAME.findall(match["code"].rstrip()):
             if name in names and name not in found:
                 found[name] = match["what"].strip()
     return found

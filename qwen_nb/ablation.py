@@ -7,12 +7,16 @@ __all__ = ['attention_of', 'heads_off', 'sentence_loss', 'head_effects']
 
 # %% ../nbs/00c_heads.ipynb #8fa337fe
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from .inspect import decoder_layers
 
+if TYPE_CHECKING:                                        # for editors
+    import torch
+
 # %% ../nbs/00c_heads.ipynb #07420fd0
 def attention_of(
-    layer,  # one of `decoder_layers(model)`
+    layer:"torch.nn.Module",  # one of `decoder_layers(model)`
 ):
     "The layer's attention: the module with `o_proj` and `head_dim`. ValueError if there is none."
     for module in layer.modules():
@@ -31,9 +35,9 @@ def _head_count(attn):
 # %% ../nbs/00c_heads.ipynb #153d53ec
 @contextmanager
 def heads_off(
-    model,      # a causal language model whose attention has `o_proj`: Qwen, Llama, Mistral …
-    layer:int,  # which layer
-    heads,      # a list of query heads
+    model:"torch.nn.Module",  # a language model whose attention has `o_proj`: Qwen, Llama …
+    layer:int,                # which layer
+    heads:list,               # a list of query heads
 ):
     """Inside the `with` block these heads of this layer add nothing to the residual stream.
 
@@ -60,8 +64,8 @@ def heads_off(
 
 # %% ../nbs/00c_heads.ipynb #a4dc015e
 def sentence_loss(
-    model,      # a causal language model that gives `.logits`
-    input_ids,  # (batch, seq)
+    model:"torch.nn.Module",   # a causal language model that gives `.logits`
+    input_ids:"torch.Tensor",  # (batch, seq)
 ):
     "Mean of -ln p(next token), in nats, over all tokens but the first."
     from torch.nn import functional as F
@@ -71,9 +75,9 @@ def sentence_loss(
 
 # %% ../nbs/00c_heads.ipynb #4edd6e08
 def head_effects(
-    model,        # as for `heads_off`
-    input_ids,    # (batch, seq)
-    layers=None,  # which ones; default: all
+    model:"torch.nn.Module",   # as for `heads_off`
+    input_ids:"torch.Tensor",  # (batch, seq)
+    layers:list=None,          # which ones; default: all
 ) -> tuple:
     """By how many nats the loss rises.
 

@@ -8,9 +8,12 @@ __all__ = ['INK', 'Step', 'trace_shapes', 'show_steps', 'read_config', 'layer_sh
 # %% ../nbs/00a_architecture.ipynb #d6afaa9d
 import math
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .inspect import PARTS, tint
+
+if TYPE_CHECKING:                                        # for editors
+    import torch
 
 # %% ../nbs/00a_architecture.ipynb #6c3de90d
 class Step(NamedTuple):
@@ -34,8 +37,8 @@ def _first_shape(x):
 
 # %% ../nbs/00a_architecture.ipynb #0052aea7
 def trace_shapes(
-    model,       # any module
-    *args, **kw, # what to call it with, such as input_ids
+    model:"torch.nn.Module",  # any module
+    *args, **kw,              # what to call it with, such as input_ids
 ) -> list:
     """Call the model and note every module's shapes: a list of `Step`s in the order of entry.
 
@@ -62,7 +65,7 @@ def trace_shapes(
 
 # %% ../nbs/00a_architecture.ipynb #54012185
 def show_steps(
-    steps,  # from `trace_shapes`
+    steps:list,  # from `trace_shapes`
 ):
     "Print the steps, leaving out every repeated layer but the first."
     later = 0
@@ -81,7 +84,7 @@ _NEEDED = (
 )
 
 def read_config(
-    config,  # a dict, or a config object of `transformers`
+    config:object,  # a dict, or a config object of `transformers`
 ) -> dict:
     """The config as a dict that has every size.
 
@@ -103,7 +106,7 @@ def read_config(
 
 # %% ../nbs/00a_architecture.ipynb #d1647c3c
 def layer_shapes(
-    config,  # of a dense Qwen2 or Qwen3: a dict, or a config object of `transformers`
+    config:object,  # of a dense Qwen2 or Qwen3: a dict, or a config object of `transformers`
 ) -> dict:
     "Name and shape of each parameter of one decoder layer, by formula."
     c = read_config(config)
@@ -132,7 +135,7 @@ def layer_shapes(
 
 # %% ../nbs/00a_architecture.ipynb #cd6fb011
 def parameter_shapes(
-    config,  # of a dense Qwen2 or Qwen3: a dict, or a config object of `transformers`
+    config:object,  # of a dense Qwen2 or Qwen3: a dict, or a config object of `transformers`
 ) -> dict:
     "Name and shape of every parameter of the model, by formula; a tied head is not listed."
     c = read_config(config)
@@ -266,7 +269,7 @@ def _stack(ax, c, shapes, bottom, x=96, w=160):
 
 # %% ../nbs/00a_architecture.ipynb #57bb6b97
 def draw_architecture(
-    config,  # of a dense Qwen2 or Qwen3: a dict, or a config object of `transformers`
+    config:object,  # of a dense Qwen2 or Qwen3: a dict, or a config object of `transformers`
 ):
     """The whole decoder on one page, every shape computed from the config.
 

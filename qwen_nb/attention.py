@@ -15,8 +15,8 @@ from torch.nn import functional as F
 # %% ../nbs/06_attention.ipynb #437f8ee0
 @torch.no_grad()
 def record_attention(
-    model,        # the reference, loaded with attn_implementation="eager"
-    *args, **kw,  # what to call it with
+    model:torch.nn.Module,  # the reference, loaded with attn_implementation="eager"
+    *args, **kw,            # what to call it with
 ) -> list:
     """For each layer, what the reference's attention function got and gave: a list of dicts.
 
@@ -42,10 +42,10 @@ def record_attention(
 
 # %% ../nbs/06_attention.ipynb #b304e877
 def causal_mask(
-    q_len:int,     # number of queries: the last q_len of the k_len positions
-    k_len:int,     # number of keys, the cached ones included
-    is_real=None,  # (batch, k_len), False or 0 where a key is padding
-    device=None,   # where the mask is to be
+    q_len:int,                     # number of queries: the last q_len of the k_len positions
+    k_len:int,                     # number of keys, the cached ones included
+    is_real:torch.Tensor=None,     # (batch, k_len), False or 0 where a key is padding
+    device:str|torch.device=None,  # where the mask is to be
 ) -> torch.Tensor:
     """True where a query may look: at itself and before, never at padding.
 
@@ -67,8 +67,8 @@ def causal_mask(
 
 # %% ../nbs/06_attention.ipynb #64917222
 def repeat_kv(
-    x,      # keys or values, (batch, num_key_value_heads, seq, head_dim)
-    n:int,  # query heads per key/value head
+    x:torch.Tensor,  # keys or values, (batch, num_key_value_heads, seq, head_dim)
+    n:int,           # query heads per key/value head
 ) -> torch.Tensor:
     """Give every query head its key/value head. Returns `(batch, kv heads * n, seq, head_dim)`.
 
@@ -77,9 +77,9 @@ def repeat_kv(
 
 # %% ../nbs/06_attention.ipynb #c6d988cb
 def attend_explicit(
-    q,     # (batch, num_attention_heads, q_len, head_dim)
-    k, v,  # (batch, num_key_value_heads, k_len, head_dim)
-    mask,  # True where a query may look, broadcast to (batch, heads, q_len, k_len)
+    q:torch.Tensor,                  # (batch, num_attention_heads, q_len, head_dim)
+    k:torch.Tensor, v:torch.Tensor,  # (batch, num_key_value_heads, k_len, head_dim)
+    mask:torch.Tensor,  # True where a query may look, broadcast to (batch, heads, q_len, k_len)
 ) -> tuple:
     """Scores, softmax, mix. Returns the mix, shaped like `q`, and the weights.
 
@@ -94,9 +94,9 @@ def attend_explicit(
 
 # %% ../nbs/06_attention.ipynb #928ef407
 def attend(
-    q,          # (batch, num_attention_heads, q_len, head_dim)
-    k, v,       # (batch, num_key_value_heads, k_len, head_dim)
-    mask=None,  # 4 axes, from `causal_mask`; None: causal, the queries being the last positions
+    q:torch.Tensor,                  # (batch, num_attention_heads, q_len, head_dim)
+    k:torch.Tensor, v:torch.Tensor,  # (batch, num_key_value_heads, k_len, head_dim)
+    mask:torch.Tensor=None,          # 4 axes, from `causal_mask`; None: causal, queries at the end
 ) -> torch.Tensor:
     """The mix of `attend_explicit` through PyTorch's fused kernel, which stores no weights.
 

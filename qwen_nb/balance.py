@@ -6,7 +6,9 @@
 __all__ = ['copied_experts', 'upcycle', 'router_logits', 'choices', 'expert_load', 'load_balancing_loss', 'balanced']
 
 # %% ../nbs/14b_balance.ipynb #635e3266
-import json, math, shutil
+import json
+import math
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,11 +19,11 @@ from .hub import find_model, open_weights, read_json
 
 # %% ../nbs/14b_balance.ipynb #63984ce6
 def copied_experts(
-    tensors:dict,     # name → tensor, of a dense Qwen3
-    num_experts:int,  # copies of each MLP
-    every:int,        # every how many layers
-    noise:float,      # on each copy, as a share of the matrix's standard deviation
-    generator,        # of the noise and the routers
+    tensors:dict,               # name → tensor, of a dense Qwen3
+    num_experts:int,            # copies of each MLP
+    every:int,                  # every how many layers
+    noise:float,                # on each copy, as a share of the matrix's standard deviation
+    generator:torch.Generator,  # of the noise and the routers
 ) -> dict:
     "The tensors of a mixture whose experts are copies of the MLPs, with routers drawn at random."
     made = {}
@@ -41,8 +43,8 @@ def copied_experts(
 
 # %% ../nbs/14b_balance.ipynb #0e0fbb6a
 def upcycle(
-    name_or_path,               # a dense Qwen3: None for the packaged one; or a folder, or a hub id
-    folder,                     # to write into; made if it is not there
+    name_or_path:str|Path,      # a dense Qwen3: None for the packaged one; or a folder, or a hub id
+    folder:str|Path,            # to write into; made if it is not there
     num_experts:int=8,          # copies of each MLP
     num_experts_per_tok:int=2,  # how many of them a token uses
     every:int=1,                # every how many layers (`decoder_sparse_step`)
@@ -75,7 +77,7 @@ def upcycle(
 # %% ../nbs/14b_balance.ipynb #bbf56346
 @contextmanager
 def router_logits(
-    model,  # a `Qwen` with experts
+    model:torch.nn.Module,  # a `Qwen` with experts
 ):
     """Inside, a list that gets the scores `(tokens, num_experts)` of every router that runs, layer
     by layer. Gradients flow through them. One forward pass for each use."""
@@ -98,9 +100,9 @@ def choices(
     return empty.scatter(-1, logits.topk(k, -1).indices, 1.)
 
 def expert_load(
-    logits,               # a list, from `router_logits`
-    k:int,                # experts for each token
-    attention_mask=None,  # (batch, seq), 0 where padding
+    logits:list,                       # a list, from `router_logits`
+    k:int,                             # experts for each token
+    attention_mask:torch.Tensor=None,  # (batch, seq), 0 where padding
 ) -> torch.Tensor:
     """The share of a layer's tokens that each expert gets, `(layers, num_experts)`.
     A row adds up to k."""
@@ -111,9 +113,9 @@ def expert_load(
 
 # %% ../nbs/14b_balance.ipynb #d7b0f8ca
 def load_balancing_loss(
-    logits,               # a list, from `router_logits`
-    k:int,                # experts for each token
-    attention_mask=None,  # (batch, seq), 0 where padding
+    logits:list,                       # a list, from `router_logits`
+    k:int,                             # experts for each token
+    attention_mask:torch.Tensor=None,  # (batch, seq), 0 where padding
 ) -> torch.Tensor:
     """How uneven the experts' work is: k if it is even, up to the number of experts.
 
@@ -129,9 +131,9 @@ def load_balancing_loss(
 
 @contextmanager
 def balanced(
-    model,         # a `Qwen` with experts
-    k:int,         # experts for each token
-    weight:float,  # `router_aux_loss_coef`
+    model:torch.nn.Module,  # a `Qwen` with experts
+    k:int,                  # experts for each token
+    weight:float,           # `router_aux_loss_coef`
 ):
     """Around one forward pass in training: what it gives is called with the attention mask
     (or None), for the loss to add."""

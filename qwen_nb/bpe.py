@@ -47,7 +47,7 @@ def unspell(
     return bytes(BYTE_OF[c] for c in token)
 
 # %% ../nbs/03_tokenizer.ipynb #2f604360
-def count_pairs(ids) -> Counter:
+def count_pairs(ids:list) -> Counter:
     "How often each pair of neighbours stands in a list of ids."
     return Counter(zip(ids, ids[1:]))
 
@@ -110,9 +110,9 @@ def nfc(text:str) -> str:
     return unicodedata.normalize("NFC", text)
 
 def split(
-    text:str,       # normalised with `nfc`
-    pattern=SPLIT,  # or SPLIT_MARKS
-    kinds=KINDS,    # what each character is
+    text:str,           # normalised with `nfc`
+    pattern:str=SPLIT,  # or SPLIT_MARKS
+    kinds:dict=KINDS,   # what each character is
 ) -> list:
     "The pieces of a text, which no token crosses. Joined, they are the text."
     found = ON_SKELETON[pattern].finditer(text.translate(kinds))
@@ -207,7 +207,7 @@ class Picture:
     def __repr__(self): return "a picture of tokens"
 
 def box_text(
-    token,  # bytes, or str for an added token
+    token:bytes|str,  # bytes, or str for an added token
 ) -> tuple:
     "What to write into a token's box, how many columns wide, and its sort: text, bytes, control."
     if isinstance(token, str):
@@ -229,7 +229,7 @@ def svg_escape(text:str) -> str:
     "Text as it may stand in an SVG."
     return html.escape("".join(c if c.isprintable() else "·" for c in text))
 
-def svg_box(text, width, sort, x, y, colour):
+def svg_box(text:str, width:int, sort:str, x:float, y:float, colour:str):
     "The rectangle of one token and the text in it."
     fill = {"bytes": "white", "control": "black"}.get(sort, colour)
     look = {"bytes": ' fill="#555" font-size="11"', "control": ' fill="white"', "text": ""}[sort]

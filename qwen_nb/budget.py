@@ -26,12 +26,12 @@ class Objective(nn.Module):
     So whatever wraps a module can wrap all of it. If the batch has `weights` `(batch, seq)`, each
     label's loss is multiplied by it. A mixture's balancing loss is added while it trains."""
     def __init__(self,
-                 model,             # a `Qwen`
-                 dtype="float32"):  # or "bfloat16": autocast
+                 model:nn.Module,       # a `Qwen`
+                 dtype:str="float32"):  # or "bfloat16": autocast
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    def forward(self, batch):
+    def forward(self, batch:dict):
         device = batch["input_ids"].device.type
         low = torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16")
         with self.model.config.extra_loss(self.model) as extra, low:
@@ -45,13 +45,13 @@ class Objective(nn.Module):
             loss = loss + label_weight(batch) * extra(real_tokens(batch))
         return loss
 
-def real_tokens(batch) -> torch.Tensor:
+def real_tokens(batch:dict) -> torch.Tensor:
     "1 up to the last label of a row, 0 for what fills the row up behind it: `(batch, seq)`."
     labelled = batch["labels"] != IGNORED
     labels_from_here = labelled.flip(-1).cumsum(-1).flip(-1)
     return (labels_from_here > 0).long()
 
-def label_weight(batch) -> float:
+def label_weight(batch:dict) -> float:
     "What a batch's sum is divided by for its mean: how many labels, or the sum of their weights."
     real = batch["labels"] != IGNORED
     weight = batch["weights"][real].sum() if "weights" in batch else real.sum()
@@ -59,7 +59,7 @@ def label_weight(batch) -> float:
 
 # %% ../nbs/21a_budget.ipynb #129db64e
 def use_checkpointing(
-    model,  # a `Qwen`
+    model:nn.Module,  # a `Qwen`
 ):
     """Keep only what goes into each block, and compute its inside again when a gradient is wanted.
 
@@ -70,7 +70,7 @@ def use_checkpointing(
 
 # %% ../nbs/21a_budget.ipynb #2f89b1d1
 def cast_once(
-    model,  # a `Qwen`
+    model:nn.Module,  # a `Qwen`
 ):
     """Under autocast, cast what the norms before attention and MLP give only once.
 
@@ -89,11 +89,11 @@ def cast_once(
 
 # %% ../nbs/21a_budget.ipynb #f0a4d9f0
 def attend_blocks(
-    q,               # (batch, num_attention_heads, seq, head_dim)
-    k, v,            # (batch, num_key_value_heads, seq, head_dim)
-    mask=None,       # True where a query may look, one for all heads; None: causal
-    size:int=64,     # queries in a block
-    longest:int=512, # positions; a longer text goes through `attend`, which keeps no weights
+    q:torch.Tensor,                  # (batch, num_attention_heads, seq, head_dim)
+    k:torch.Tensor, v:torch.Tensor,  # (batch, num_key_value_heads, seq, head_dim)
+    mask:torch.Tensor=None,          # True where a query may look, one for all heads; None: causal
+    size:int=64,                     # queries in a block
+    longest:int=512,  # positions; a longer text goes through `attend`, which keeps no weights
 ) -> torch.Tensor:
     """`attend`, faster in bfloat16 training on a CPU. Shaped like `q`.
 

@@ -14,8 +14,8 @@ import torch
 # %% ../nbs/09a_cache.ipynb #945fd064
 @contextmanager
 def count_rows(
-    model,          # ours or the reference
-    name="q_proj",  # of the modules to watch, one in each layer
+    model:torch.nn.Module,  # ours or the reference
+    name:str="q_proj",      # of the modules to watch, one in each layer
 ):
     """Inside, a list that gets one number for each forward pass.
 
@@ -55,17 +55,17 @@ class KVCache:
     `kv` has shape `(layers, 2, batch, kv heads, max_length, head_dim)`; `length` positions of it
     are filled."""
     def __init__(self,
-                 config,               # the model's: layers, kv heads, head_dim
-                 batch:int,            # rows
-                 max_length:int,       # positions that there is room for
-                 dtype=torch.float32,  # the model's
-                 device="cpu"):
+                 config,                           # the model's: layers, kv heads, head_dim
+                 batch:int,                        # rows
+                 max_length:int,                   # positions that there is room for
+                 dtype:torch.dtype=torch.float32,  # the model's
+                 device:str|torch.device="cpu"):
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         shape = config.num_hidden_layers, 2, batch, kv_heads, max_length, head_dim
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
 
-    def update(self, layer_idx, k, v):
+    def update(self, layer_idx:int, k:torch.Tensor, v:torch.Tensor):
         """Add one layer's new `(batch, kv heads, new, head_dim)`; all of that layer's come back.
 
         Layers in order. ValueError if they do not fit."""
@@ -82,7 +82,7 @@ class KVCache:
             self.length = end
         return keys[:, :, :end], values[:, :, :end]
 
-    def select(self, rows):
+    def select(self, rows:torch.Tensor):
         "Keep these rows of the batch, in this order; a row may come twice."
         self.kv = self.kv[:, :, rows]
 

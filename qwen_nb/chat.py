@@ -16,16 +16,18 @@ import torch
 from torch import nn
 
 from .chatml import THINKS, check_family, json_text
-from .sampling import sampling_for
-from .writing import pad_left
 from .generation import generate, max_positions, stream
+from .model import Qwen
 from .prompt import default_thinking, encode_chat, family_of
+from .sampling import sampling_for
 from .template import read_content
+from .tokenizer import Tokenizer
 from .tools import ChatParts, Tools, as_message, split_thinking
+from .writing import pad_left
 
 # %% ../nbs/10d_talk.ipynb #3172d682
 def chat_stop_ids(
-    model, tokenizer,
+    model:Qwen, tokenizer:Tokenizer,
     **sampling,  # as for `stream`
 ) -> tuple:
     "What ends an answer: the model's own stop ids, and the ends that every Qwen knows."
@@ -54,19 +56,19 @@ def fit(
         f"the model knows {known:,} positions, and the answer needs some of them")
 
 # %% ../nbs/10d_talk.ipynb #e1c1f014
-def left_out_note(n):
+def left_out_note(n:int):
     "What to tell when the oldest questions no longer fit."
     oldest = f"oldest questions, {n} of them," if n > 1 else "oldest question"
     return f"The conversation no longer fits: its {oldest} and what followed are left out."
 
 # %% ../nbs/10d_talk.ipynb #1502336e
-def opens_thinking(chat) -> bool:
+def opens_thinking(chat:"Chat") -> bool:
     "Whether the prompt ends with an opened `<think>`."
     opens = chat.family == "qwen3.5" and chat.enable_thinking is not False
     return opens and "</think>" in chat.tokenizer.special
 
 def write_message(
-    chat,  # a `Chat`
+    chat:"Chat",  # a `Chat`
 ):
     """Yield one message of the assistant as it comes; return its calls.
 
@@ -100,7 +102,7 @@ def write_message(
 
 # %% ../nbs/10d_talk.ipynb #e1c1f012
 def write_turn(
-    chat,  # a `Chat`
+    chat:"Chat",  # a `Chat`
 ):
     "Yield messages of the assistant and results of its calls, until there is an answer."
     for rounds in range(chat.max_rounds + 1):
@@ -117,15 +119,15 @@ def write_turn(
 class Chat:
     "A conversation with a model. `say` yields the answer as it is written."
     def __init__(self,
-                 model, tokenizer,      # ours
-                 family:str=None,       # of `render_chat`; None: by the model
-                 system:str=None,       # the system message
-                 tools=None,            # `Tools`, or a list of functions
+                 model:Qwen, tokenizer:Tokenizer,  # ours
+                 family:str=None,            # of `render_chat`; None: by the model
+                 system:str=None,            # the system message
+                 tools:Tools|list=None,      # `Tools`, or a list of functions
                  enable_thinking:bool=None,  # False: none; None: as the model's template says
                  max_new_tokens:int=None,    # in one answer; None: as many as there is room for
-                 seed:int=None,         # the same seed and questions, the same answers
-                 max_rounds:int=4,      # how often in one turn calls are run
-                 **sampling):           # as for `stream`; else as generation_config.json says
+                 seed:int=None,              # the same seed and questions, the same answers
+                 max_rounds:int=4,           # how often in one turn calls are run
+                 **sampling):                # as for `stream`; else as generation_config.json says
         sampling_for(model, **sampling)  # ValueError now, not at the first word
         self.model, self.tokenizer = model, tokenizer
         self.family = check_family(family or family_of(model))
@@ -160,9 +162,9 @@ class Chat:
 class Scripted(nn.Module):
     "Stands in for a model: whatever the prompt, it writes the next of its texts."
     def __init__(self,
-                 tokenizer,
-                 *texts:str,          # control tokens in them are meant as such
-                 positions:int=4096): # how many it claims to know
+                 tokenizer:Tokenizer,
+                 *texts:str,           # control tokens in them are meant as such
+                 positions:int=4096):  # how many it claims to know
         super().__init__()
         self.config = types.SimpleNamespace(
             num_hidden_layers=1, num_key_value_heads=1, head_dim=1,
@@ -173,7 +175,7 @@ class Scripted(nn.Module):
         self.prompts = []  # what it was given to read
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, ids, mask=None, cache=None, last_only=False):
+    def forward(self, ids:torch.Tensor, mask:torch.Tensor=None, cache=None, last_only:bool=False):
         if ids.shape[1] > 1:  # a prompt: the next text begins
             self.prompts.append(ids[0].tolist())
             self.ids = list(self.texts.pop(0)) if self.texts else []
@@ -188,7 +190,7 @@ TEXT_LOOKS = dict(thinks="color:#777;font-style:italic", calls="font-family:mono
 
 class Transcript:
     "A conversation to look at: a table in a notebook, plain text elsewhere."
-    def __init__(self, messages): self.messages = messages
+    def __init__(self, messages:list): self.messages = messages
 
     def rows(self):
         "Yield (who, what sort, text)."
@@ -223,7 +225,7 @@ SCROLL_BOX = ("height:320px;overflow-y:auto;display:flex;flex-direction:column-r
               "border:1px solid #bbb")
 
 def chat_widget(
-    chat,  # a `Chat`
+    chat:Chat,  # a `Chat`
 ):
     "The conversation in a box that scrolls, and below it a line to type in. Needs a kernel."
     from ipywidgets import HTML, Layout, Text, VBox
@@ -251,8 +253,8 @@ def chat_widget(
 
 # %% ../nbs/10d_talk.ipynb #6a3ed52b
 def answers(
-    model, tokenizer,
-    prompts:list,            # lists of ids, as `encode_chat` makes them
+    model:Qwen, tokenizer:Tokenizer,
+    prompts:list,  # lists of ids, as `encode_chat` makes them
     max_new_tokens:int=80,
 ) -> list:
     "What the model answers to each prompt, greedily: (thinking, answer), \"\" for what is missing."
@@ -268,8 +270,8 @@ def answers(
     return [found[i] for i in range(len(prompts))]
 
 def quiz(
-    model, tokenizer,
-    conversations:list,    # of messages; the last is the right answer, with the `kind` of question
+    model:Qwen, tokenizer:Tokenizer,
+    conversations:list,  # of messages; the last is the right answer, with the `kind` of question
     enable_thinking:bool,
 ) -> dict:
     "The share of right answers by kind of question; `asked` counts the questions."

@@ -58,7 +58,7 @@ def check_family(family:str) -> str:
 
 # %% ../nbs/10_chat.ipynb #9bcb0f78
 def last_query(
-    messages,  # a list of `Message`
+    messages:list,  # a list of `Message`
 ):
     "The index of a user's last question, None if there is none. Text in <tool_response> is none."
     for i in reversed(range(len(messages))):
@@ -91,7 +91,7 @@ def assistant_pieces(
 # %% ../nbs/10_chat.ipynb #a1c1f0d3
 def generation_pieces(
     family:str,
-    enable_thinking=None,  # False: an empty thought is put in
+    enable_thinking:bool=None,  # False: an empty thought is put in
 ):
     "The beginning of the assistant's next message."
     yield from written("<|im_start|>assistant\n")
@@ -101,7 +101,7 @@ def generation_pieces(
         yield from written("<think>\n")
 
 # %% ../nbs/10_chat.ipynb #2086297f
-def tool_pieces(m, first, last):
+def tool_pieces(m:Message, first:bool, last:bool):
     "A tool's answer. The first of several in a row opens a user's turn, the last one closes it."
     if first: yield from written("<|im_start|>user")
     yield from written("\n<tool_response>\n")
@@ -109,7 +109,7 @@ def tool_pieces(m, first, last):
     yield from written("\n</tool_response>")
     if last: yield from written("<|im_end|>\n")
 
-def turn_pieces(messages, family):
+def turn_pieces(messages:list, family:str):
     "Yield all messages in pieces, but for a system message at the beginning."
     question, roles = last_query(messages), [m.role for m in messages]
     for i, m in enumerate(messages):
@@ -123,11 +123,11 @@ def turn_pieces(messages, family):
             yield from written("<|im_end|>\n")
 
 # %% ../nbs/10_chat.ipynb #3eaeda05
-def json_text(value) -> str:
+def json_text(value:object) -> str:
     "JSON as the templates write it: letters stay letters."
     return json.dumps(value, ensure_ascii=False)
 
-def call_pieces(name, arguments, family):
+def call_pieces(name:str, arguments:dict, family:str):
     "One tool call, as JSON, or as Qwen3.5's XML."
     yield Control("<tool_call>")
     if family == "qwen3.5":
@@ -150,8 +150,8 @@ WRITERS = dict(
 )
 
 def plot_prompt(
-    ax,      # of matplotlib
-    pieces,  # of a prompt
+    ax,           # of matplotlib
+    pieces:list,  # of a prompt
 ) -> int:
     "Draw the prompt as it stands, each piece on its writer's colour. Gives the number of lines."
     row, column = 0, 0

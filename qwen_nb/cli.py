@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELD', 'GENERATE_EXAMPLES', 'CHAT_EXAMPLES', 'DATA_EXAMPLES', 'TRAIN_EXAMPLES', 'PLAIN', 'run_verify', 'add_shared',
            'settings_of', 'settings_help', 'add_verify', 'add_generate', 'add_chat', 'add_train', 'add_data', 'Parser',
-           'make_parser', 'parse', 'main']
+           'make_parser', 'parse', 'sentence', 'main']
 
 # %% ../nbs/90c_cli.ipynb #31b1c281
 import argparse
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from . import __version__
@@ -21,7 +22,7 @@ from .conversation import run_chat
 from .terminal import choose_model, run_generate
 
 # %% ../nbs/90c_cli.ipynb #142e8230
-def run_verify(args) -> int:
+def run_verify(args:Namespace) -> int:
     "Check a model against published numbers and against transformers. The exit status."
     choose_model(args)
     from qwen_nb.real import verify_model
@@ -185,7 +186,8 @@ def add_data(commands):
                      "trained (default: 2048, or what the text has pairs for; up to 8192 for a "
                      "book or more)")
     one.add_argument("--tokenizer", metavar="MODEL",
-                     help="take the tokenizer of this model, a folder or a hub id, and train none")
+                     help="take the tokenizer of this model, a folder, a hub id or a training run, "
+                     "and train none")
     add("--held-out", type=float, metavar="SHARE",
         help="how much is kept apart, to measure on (default: 0.1)")
     add("--mark", metavar="TEXT", help="a line that ends a document (default: * * *)")
@@ -198,7 +200,7 @@ def add_data(commands):
 # %% ../nbs/90c_cli.ipynb #b3906341
 class Parser(argparse.ArgumentParser):
     "An ArgumentParser whose errors name the help to read."
-    def error(self, message):
+    def error(self, message:str):
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: {message}; {self.prog} -h says more\n")
 
@@ -224,6 +226,16 @@ def parse(argv:list=None):
     return args
 
 # %% ../nbs/90c_cli.ipynb #83d509f9
+def sentence(error:Exception, command:str) -> str:
+    "What to say of an error. If it names no command that helps, the help to read is added."
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"     # without its number
+    asked_wrongly = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError))
+    if not asked_wrongly or "qwen-nb " in text:
+        return text
+    return f"{text}{' ' if text.endswith('?') else '; '}{command} -h says more"
+
 def main(argv:list=None):
     "Run the command and exit; with status 2 and one sentence if it cannot."
     streams = [(sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")]
@@ -238,7 +250,7 @@ def main(argv:list=None):
         os.dup2(nowhere, sys.stdout.fileno())            # for Python's last flush
         status = 141
     except (ValueError, OSError, FloatingPointError) as e:
-        print(f"qwen-nb: {e}", file=sys.stderr)
+        print(f"qwen-nb: {sentence(e, args.parser.prog)}", file=sys.stderr)
     except KeyboardInterrupt as e:
         print(f"qwen-nb: {str(e) or 'stopped'}", file=sys.stderr)
         status = 130

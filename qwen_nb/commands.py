@@ -12,10 +12,15 @@ import os
 import shlex
 import shutil
 import sys
+from argparse import Namespace
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .terminal import EXAMPLE_TEXT, visible
+from .terminal import EXAMPLE_TEXT, resolve, visible
+
+if TYPE_CHECKING:                                        # for editors
+    from qwen_nb.settings import TrainConfig
 
 # %% ../nbs/90b_commands.ipynb #8c1aee01
 def own_folder(folder:Path):
@@ -33,12 +38,12 @@ def own_folder(folder:Path):
                          f"({', '.join(others[:3])}): name another folder with --out")
 
 # %% ../nbs/90b_commands.ipynb #cff1827d
-def run_data(args) -> int:
+def run_data(args:Namespace) -> int:
     "Make a document ready for training. The exit status."
     import logging
     logging.getLogger("pypdf").setLevel(logging.ERROR)   # its remarks about odd but readable files
-    from qwen_nb.pages import world_pdf
     from qwen_nb.documents import prepare
+    from qwen_nb.pages import world_pdf
     from qwen_nb.tokenizer import Tokenizer
     given = {}
     for name in ("vocab_size", "held_out", "mark", "at_most", "questions"):
@@ -50,6 +55,7 @@ def run_data(args) -> int:
         raise FileNotFoundError(f"there is no file or folder {source}; qwen-nb data without a name "
                                 "makes a PDF to try it with")
     if args.tokenizer:
+        args.tokenizer = resolve(args.tokenizer)         # of a training run, its last model
         given["tokenizer"] = Tokenizer.from_pretrained(args.tokenizer)
     if not source:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,9 +65,9 @@ def run_data(args) -> int:
 
 # %% ../nbs/90b_commands.ipynb #587c877f
 def pace(
-    rows:int,          # of the text
-    default,           # a `TrainConfig`
-    talks:bool=False,  # whether there are conversations, so that it shall answer
+    rows:int,               # of the text
+    default:"TrainConfig",  # a `TrainConfig`
+    talks:bool=False,       # whether there are conversations, so that it shall answer
 ) -> list:
     """Settings for a small text, `key=value`; none for a large one.
 
@@ -83,7 +89,7 @@ def counted(number:int, word:str) -> str:
     "`3 shards`, `1 shard`."
     return f"{number:,} {word}{'s' * (number != 1)}"
 
-def report_parts(folder, index:dict):
+def report_parts(folder:str|Path, index:dict):
     "How much there is in each part, and which share of the text is held out."
     parts = index["parts"]
     talks = {name: part.get("conversations", 0) for name, part in parts.items()}
@@ -108,10 +114,10 @@ def first_lines(shards) -> str:
     return "".join(f"  {visible(line)}\n" for line in text.rstrip().split("\n"))
 
 # %% ../nbs/90b_commands.ipynb #492bc458
-def report_data(folder:Path, index:dict, args):
+def report_data(folder:Path, index:dict, args:Namespace):
     "What was made, how it begins, and what to type next."
-    from qwen_nb.shards import Shards
     from qwen_nb.settings import TrainConfig
+    from qwen_nb.shards import Shards
     report_parts(folder, index)
     train = index["parts"]["train"]
     talks = any(part.get("conversations") for part in index["parts"].values())
@@ -151,7 +157,7 @@ def config_of(words:list):
     "The `TrainConfig` that the words ask for: at most one file, the rest key=value."
     from qwen_nb.settings import read_run_config
     for word in words:
-        if word.startswith("--"):
+        if word.startswith("-"):
             name = word.partition("=")[0]
             raise ValueError(f"there is no option {name}; a setting is written without dashes, "
                              "such as lr=5e-4, and qwen-nb train -h lists them")
@@ -162,7 +168,7 @@ def config_of(words:list):
     settings = [word for word in words if "=" in word]
     return read_run_config(files[0] if files else None, settings)
 
-def need_data(config):
+def need_data(config:"TrainConfig"):
     "FileNotFoundError, with the command that makes it, if there is no prepared data."
     folder = Path(config.data)
     if config.data == "world" or (folder / "index.json").is_file():
@@ -178,7 +184,9 @@ def need_data(config):
 def show_progress(lines:list):
     "A line for every evaluation, above the bar."
     from textwrap import fill
+
     from tqdm.auto import tqdm
+
     from qwen_nb.log import line_text
     if not lines[-1].keys() & {"held_out", "sample"}:
         return
@@ -188,7 +196,7 @@ def show_progress(lines:list):
     tqdm.write(text, file=sys.stderr)
 
 # %% ../nbs/90b_commands.ipynb #c82dea26
-def engine_for(kind:str, config):
+def engine_for(kind:str, config:"TrainConfig"):
     "What `train` runs on, for `with`: this process alone (None), or those that torchrun started."
     if "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
         from qwen_nb.parallel import many
@@ -198,7 +206,7 @@ def engine_for(kind:str, config):
                          f"--nproc-per-node 2 --no-python qwen-nb train --engine {kind} …")
     return nullcontext()
 
-def tell_going_on(config, checkpoint:Path):
+def tell_going_on(config:"TrainConfig", checkpoint:Path):
     "Say where a run is taken up."
     done = int(checkpoint.name.partition("-")[2])
     where = f"stopped after step {done}: going on from {checkpoint}"
@@ -207,16 +215,18 @@ def tell_going_on(config, checkpoint:Path):
     print(f"{config.out} holds this run, {where}", file=sys.stderr, flush=True)
 
 # %% ../nbs/90b_commands.ipynb #eaad2acd
-def run_train(args) -> int:
+def run_train(args:Namespace) -> int:
     "Train a model, or go on with a run. The exit status."
     config, first = config_of(args.settings), os.environ.get("RANK", "0") == "0"
     need_data(config)
     import torch
+
     from qwen_nb.durable import checkpoints
+    if first and not checkpoints(config.out):
+        resolve(config.init_from)                        # says which model a new run begins from
     from qwen_nb.run import train
     def on_resume(checkpoint):
-        if first:
-            tell_going_on(config, checkpoint)
+        if first: tell_going_on(config, checkpoint)
     try:
         with engine_for(args.engine, config) as engine, redirect_stdout(sys.stderr):
             final = train(config, engine, show_progress, on_resume)
@@ -236,10 +246,9 @@ def run_train(args) -> int:
     return 0
 
 # %% ../nbs/90b_commands.ipynb #b342b849
-def report_training(config, final:Path):
+def report_training(config:"TrainConfig", final:Path):
     "The last losses, what they mean, and the command that shows what came of it."
-    from qwen_nb.log import end_note
-    from qwen_nb.log import read_log
+    from qwen_nb.log import end_note, read_log
     log = read_log(config.out)
     if not log:
         return print(f"The model is {final}. (Its log is gone.)")
@@ -263,19 +272,17 @@ def report_training(config, final:Path):
         print(f"and ask, for example: {question}\nAsked in this form, it answers with a sentence "
               "of the text that it has learnt by heart. It knows nothing else.")
 
-def example_question(folder) -> str:
+def example_question(folder:str|Path) -> str:
     "The first question in a data folder; None if there are no conversations."
     from qwen_nb.shards import Shards
     shards = Shards(folder, verify=False)
-    conversations = shards.index["parts"]["train"].get("conversations", 0)
-    if not conversations:
-        return None
-    ids = shards.document(shards.documents - conversations).tolist()   # they stand at the end
+    if not shards.conversations: return None
+    ids = shards.document(shards.documents - shards.conversations).tolist()   # at the end
     text = shards.tokenizer().decode(ids, skip_special=True)           # user, question, …
     return visible(text.split("\n")[1])
 
 # %% ../nbs/90b_commands.ipynb #0444e0a8
-def try_it(config, final, question:str=None) -> str:
+def try_it(config:"TrainConfig", final:Path, question:str=None) -> str:
     "The command to try a model with: one that knows conversations can chat, others write on."
     from qwen_nb.shards import Shards
     from qwen_nb.tokenizer import Tokenizer

@@ -26,8 +26,8 @@ def _tensor_of(out):
 
 
 def record(
-    model,         # any module
-    *args, **kw,   # what to call it with
+    model:torch.nn.Module,  # any module
+    *args, **kw,            # what to call it with
 ) -> dict:
     """Call the model and keep what every submodule gave: name → output, in the order they finished.
 
@@ -59,7 +59,7 @@ def _worst(a, b):
 
 
 def worst_steps(
-    ours, theirs,  # dicts from `record`
+    ours:dict, theirs:dict,  # dicts from `record`
 ) -> dict:
     """The largest error of each module, in rounding steps, in theirs' order of execution.
 
@@ -76,8 +76,8 @@ def worst_steps(
 
 
 def first_difference(
-    ours, theirs,   # dicts from `record`
-    steps:float=64, # tolerance, in rounding steps
+    ours:dict, theirs:dict,  # dicts from `record`
+    steps:float=64,          # tolerance, in rounding steps
 ):
     """The name of the first module, in order of execution, whose output differs; None if none does.
 
@@ -104,11 +104,11 @@ def _mark_layers(ax, names):
 
 # %% ../nbs/01a_compare.ipynb #6ef12148
 def plot_errors(
-    ours, theirs,    # dicts from `record`
-    steps:float=64,  # tolerance, in rounding steps
-    ax=None,         # axes to draw on; None: a figure of its own
-    color:str=ERROR, # of the dots
-    label=None,      # for a legend, where several runs share the axes
+    ours:dict, theirs:dict,  # dicts from `record`
+    steps:float=64,          # tolerance, in rounding steps
+    ax:plt.Axes=None,        # axes to draw on; None: a figure of its own
+    color:str=ERROR,         # of the dots
+    label:str=None,          # for a legend, where several runs share the axes
 ):
     """Error against depth: one dot per module, hollow where equal bit for bit, a cross where
     infinitely far. Marks the first one over the tolerance; shades every other layer."""

@@ -8,9 +8,15 @@ __all__ = ['COMMANDS', 'KEYS', 'EXAMPLE', 'can_think', 'command', 'set_thinking'
 
 # %% ../nbs/90a_conversation.ipynb #64d9df94
 import sys
+from argparse import Namespace
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 from .terminal import EXAMPLE_TEXT, Screen, check_utf8, choose_model, load, sampling_of
+
+if TYPE_CHECKING:                                        # for editors
+    from qwen_nb.chat import Chat
+    from qwen_nb.tokenizer import Tokenizer
 
 # %% ../nbs/90a_conversation.ipynb #f72aa35a
 COMMANDS = {
@@ -19,11 +25,11 @@ COMMANDS = {
 KEYS = """Ctrl-C         stop the answer
 A question that begins with / needs a blank before it."""
 
-def can_think(chat) -> bool:
+def can_think(chat:"Chat") -> bool:
     "Whether the model has learnt to think before it answers."
     return chat.family not in ("qwen1", "qwen2.5") and "</think>" in chat.tokenizer.special
 
-def command(chat, line:str) -> str:
+def command(chat:"Chat", line:str) -> str:
     "Do what a line beginning with `/` asks; what to tell about it. EOFError to leave."
     words = line.split()
     if words[0] == "/think":
@@ -39,7 +45,7 @@ def command(chat, line:str) -> str:
             return "What was said is forgotten."
     return f"There is no command {line.strip()}; /help lists them."
 
-def set_thinking(chat, words:list) -> str:
+def set_thinking(chat:"Chat", words:list) -> str:
     "What follows `/think`: nothing, on or off."
     if not can_think(chat):
         return "This model has not learnt to think before it answers."
@@ -52,7 +58,7 @@ def set_thinking(chat, words:list) -> str:
     return f"Thinking is {words[0]}."
 
 # %% ../nbs/90a_conversation.ipynb #06828f31
-def answer(chat, question:str, screen:Screen):
+def answer(chat:"Chat", question:str, screen:Screen):
     "Show one answer as it is written."
     with closing(chat.say(check_utf8(question))) as pieces:
         for kind, piece in pieces:
@@ -63,7 +69,7 @@ def answer(chat, question:str, screen:Screen):
 
 # %% ../nbs/90a_conversation.ipynb #a4757789
 def talk(
-    chat,                # a `Chat`
+    chat:"Chat",         # a `Chat`
     ask,                 # a function that returns the next line, or raises EOFError
     screen:Screen,
     terminal:bool=True,  # somebody sits there: Ctrl-C stops an answer only
@@ -116,7 +122,7 @@ def asker(terminal:bool):
     if not terminal:
         return from_pipe
     try:
-        import readline                                  # input() uses it from now on
+        import readline  # input() uses it from now on
         if "libedit" not in readline.__doc__:
             readline.parse_and_bind("set enable-bracketed-paste on")
     except ImportError:
@@ -126,7 +132,7 @@ def asker(terminal:bool):
 # %% ../nbs/90a_conversation.ipynb #10a23052
 EXAMPLE = "Max is in the kitchen. Anna is in the garden. Anna has the ball. Where is the ball?"
 
-def greeting(args, chat) -> str:
+def greeting(args:Namespace, chat:"Chat") -> str:
     "What it is, what it can talk about, and how to leave."
     known = [name for name in COMMANDS if can_think(chat) or "/think" not in name]
     text = f"This is {args.model or 'the small model of the package'}. "
@@ -136,7 +142,7 @@ def greeting(args, chat) -> str:
                  f"ask, for example:\n  {EXAMPLE}")
     return text
 
-def check_chat_tokens(tokenizer, model:str):
+def check_chat_tokens(tokenizer:"Tokenizer", model:str):
     "ValueError if the tokens are missing that part a conversation into turns."
     missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.special]
     if missing:
@@ -147,7 +153,7 @@ def check_chat_tokens(tokenizer, model:str):
                          f"write on: {EXAMPLE_TEXT}{option}")
 
 # %% ../nbs/90a_conversation.ipynb #e9644aad
-def run_chat(args) -> int:
+def run_chat(args:Namespace) -> int:
     "Talk with a model. The exit status."
     choose_model(args)
     terminal, screen = sys.stdin.isatty(), Screen()

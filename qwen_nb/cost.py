@@ -55,7 +55,7 @@ def marker(
 
 # %% ../nbs/16a_cost.ipynb #b499be00
 def label_ends(
-    ax,             # its limits and scales are set
+    ax:plt.Axes,    # its limits and scales are set
     ends:dict,      # name → y at the right edge
     gap:float=.06,  # between labels, as a share of the height
 ):
@@ -79,7 +79,7 @@ def label_ends(
 
 # %% ../nbs/16a_cost.ipynb #21839d4c
 def plot_growth(
-    ax,           # matplotlib's
+    ax:plt.Axes,  # matplotlib's
     lines:dict,   # name → (for each token, once)
     unit:float,   # divides both
     longest:int,  # tokens
@@ -118,7 +118,7 @@ def growth(
     return cache, work
 
 def plot_family(
-    models=FAMILY,        # names, of releases; or name → config
+    models:dict=FAMILY,   # names, of releases; or name → config
     longest:int=262_144,  # tokens
 ):
     "Three panels: parameters, cache and cost of the next token against context."

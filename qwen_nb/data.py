@@ -7,7 +7,9 @@ __all__ = ['MARK', 'SENTENCE_END', 'FEW', 'world_stories', 'last_end', 'broken',
            'hashes_aside', 'split_documents', 'cut_all', 'divide', 'held_out_share']
 
 # %% ../nbs/20_data.ipynb #234898c8
-import hashlib, math, re
+import hashlib
+import math
+import re
 from random import Random
 
 from .bpe import nfc
@@ -30,12 +32,12 @@ def world_stories(
 # %% ../nbs/20_data.ipynb #80fc0de1
 SENTENCE_END = r"""[.!?।؟]["'”’»)\]]*(?=\s)|[。！？]["'”’」』）]*"""
 
-def last_end(line, start, stop, pattern):
+def last_end(line:str, start:int, stop:int, pattern:str):
     "Where the last match between two places ends; None if there is none."
     matches = re.compile(pattern).finditer(line, start, stop + 1)
     return max((m.end() for m in matches if m.end() <= stop), default=None)
 
-def broken(line, room):
+def broken(line:str, room:int):
     "A line in parts of at most `room` characters, cut where it hurts least."
     at = 0
     while len(line) - at > room:
@@ -81,7 +83,7 @@ def fingerprint(text:str) -> str:
     words = " ".join(nfc(text).split())
     return hashlib.sha256(words.encode()).hexdigest()
 
-def different(texts) -> dict:
+def different(texts:list) -> dict:
     "The first text of each fingerprint."
     found = {}
     for text in texts:
@@ -89,7 +91,7 @@ def different(texts) -> dict:
     return found
 
 # %% ../nbs/20_data.ipynb #c3b1a6d0
-def hashes_aside(marks, share, exact):
+def hashes_aside(marks:list, share:float, exact:bool):
     "Those of the fingerprints that are held out."
     if exact:
         n = math.ceil(len(marks) * share - 1e-9)  # 0.1 · 30 is a little over 3 in float64
@@ -97,9 +99,9 @@ def hashes_aside(marks, share, exact):
     return {mark for mark in marks if int(mark[:12], 16) < share * 16 ** 12}
 
 def split_documents(
-    texts,
-    held_out:float=0.1, # the share that is held out
-    exact:bool=False,   # exactly this share of them (the lowest hashes), rather than about
+    texts:list,
+    held_out:float=0.1,  # the share that is held out
+    exact:bool=False,    # exactly this share of them (the lowest hashes), rather than about
 ) -> dict:
     """`train` and `held_out`, two lists that share no text. Copies are left out; the order stays.
 
@@ -125,7 +127,7 @@ def split_documents(
 # %% ../nbs/20_data.ipynb #2c85f9d6
 FEW = 10  # documents; fewer are cut before they are divided
 
-def cut_all(texts, mark, at_most) -> list:
+def cut_all(texts:list, mark:str, at_most:int) -> list:
     "The documents of all the texts, one after the other."
     found = []
     for text in texts:
@@ -133,7 +135,7 @@ def cut_all(texts, mark, at_most) -> list:
     return found
 
 def divide(
-    texts,               # of whole files
+    texts:list,          # of whole files
     held_out:float=0.1,  # the share of the text that is held out, about
     mark:str=MARK,       # a line that ends a document
     at_most:int=4_000,   # characters of a piece

@@ -19,11 +19,11 @@ def l2_norm(
 
 # %% ../nbs/15_delta.ipynb #9183059e
 def delta_rule(
-    q, k,        # (batch, heads, seq, key dim); keys of length 1, queries of length 1 / √(key dim)
-    v,           # (batch, heads, seq, value dim)
-    g,           # (batch, heads, seq), at most 0: before a token the state is multiplied by exp(g)
-    beta,        # (batch, heads, seq), 0 to 1: how far the value under the key moves to the new one
-    state=None,  # (batch, heads, key dim, value dim), from the text before; None: zeros
+    q:torch.Tensor, k:torch.Tensor, # (batch, heads, seq, key dim); k of length 1, q of 1/√(key dim)
+    v:torch.Tensor,     # (batch, heads, seq, value dim)
+    g:torch.Tensor,     # (batch, heads, seq), at most 0: each token scales the state by exp(g)
+    beta:torch.Tensor,  # (batch, heads, seq), 0 to 1: how far the key's value moves to the new one
+    state:torch.Tensor=None, # (batch, heads, key dim, value dim), from the text before; None: zeros
 ) -> tuple:
     """The gated delta rule, token by token: what each query reads,
     `(batch, heads, seq, value dim)`, and the state after the last token.
@@ -43,9 +43,10 @@ def delta_rule(
 
 # %% ../nbs/15_delta.ipynb #23ab4ff3
 def delta_rule_chunked(
-    q, k, v, g, beta,  # as for `delta_rule`
-    state=None,        # as for `delta_rule`
-    size:int=64,       # tokens in a chunk
+    q:torch.Tensor, k:torch.Tensor, v:torch.Tensor,
+    g:torch.Tensor, beta:torch.Tensor,  # as for `delta_rule`
+    state:torch.Tensor=None,            # as for `delta_rule`
+    size:int=64,                        # tokens in a chunk
 ) -> tuple:
     """`delta_rule`, a chunk of tokens at a time: the same up to rounding, by large products.
 

@@ -19,9 +19,9 @@ from .norm import RMSNorm
 
 # %% ../nbs/15a_deltanet.ipynb #02c80051
 def causal_conv(
-    x:torch.Tensor,       # (batch, channels, seq)
-    weight:torch.Tensor,  # (channels, 1, kernel)
-    recent=None,          # (batch, channels, kernel - 1): the inputs before these; None: zeros
+    x:torch.Tensor,            # (batch, channels, seq)
+    weight:torch.Tensor,       # (channels, 1, kernel)
+    recent:torch.Tensor=None,  # (batch, channels, kernel - 1): the inputs before these; None: zeros
 ) -> tuple:
     """Each channel by itself: a weighted sum of this input and the kernel - 1 before it.
 
@@ -35,8 +35,8 @@ def causal_conv(
 
 # %% ../nbs/15a_deltanet.ipynb #4e31d777
 def log_decay(
-    a:torch.Tensor,  # (batch, seq, heads), from the token
-    A_log, dt_bias,  # (heads,)
+    a:torch.Tensor,                            # (batch, seq, heads), from the token
+    A_log:torch.Tensor, dt_bias:torch.Tensor,  # (heads,)
 ) -> torch.Tensor:
     """g, in float32: the state is multiplied by exp(g), between 0 and 1. Same shape out.
 
@@ -48,7 +48,7 @@ def log_decay(
 class GatedRMSNorm(RMSNorm):
     "RMSNorm, then times `silu(z)`, in float32. Source: Qwen3_5RMSNormGated in transformers."
     def forward(self,
-                x, z):  # the same shape, (…, size)
+                x:torch.Tensor, z:torch.Tensor):  # the same shape, (…, size)
         return (super().forward(x) * F.silu(z.float())).to(x.dtype)
 
 # %% ../nbs/15a_deltanet.ipynb #e32eb1f4
@@ -101,7 +101,7 @@ class DeltaNetWeights(nn.Module):
         heads, values = self.value_heads, self.sizes[2]
         return dict(qkv=sum(self.sizes), z=values, b=heads, a=heads)
 
-    def project(self, x):
+    def project(self, x:torch.Tensor):
         return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
 
 # %% ../nbs/15a_deltanet.ipynb #18fe1ff1
@@ -109,16 +109,16 @@ class GatedDeltaNet(DeltaNetWeights):
     """A token mixer with a memory of fixed size: `(batch, seq, hidden_size)` in and out.
 
     Source: Qwen3_5GatedDeltaNet in transformers."""
-    def first_values(self, generator=None):  # for training from scratch
+    def first_values(self, generator:torch.Generator=None):  # for training from scratch
         draw_decays(self, generator)
 
     def forward(self,
-                x,           # (batch, seq, hidden_size)
-                mask=None,   # tells what is padding, and where documents begin
-                cache=None): # a `MixedCache`
+                x:torch.Tensor,          # (batch, seq, hidden_size)
+                mask:torch.Tensor=None,  # tells what is padding, and where documents begin
+                cache=None):             # a `MixedCache`
         return self.mix(x, cache) if mask is None else each_alone(self.mix, x, mask, cache)
 
-    def mix(self, x, cache):
+    def mix(self, x:torch.Tensor, cache):
         recent, state = None, None
         if cache is not None: recent, state = cache.layers[self.layer_idx]
         mixed, z, b, a = self.project(x)
@@ -175,8 +175,8 @@ def each_alone(
 
 # %% ../nbs/15a_deltanet.ipynb #1fda2b43
 def draw_decays(
-    layer,           # with A_log, dt_bias and conv1d; changed in place
-    generator=None,  # of the random numbers
+    layer:nn.Module,                 # with A_log, dt_bias and conv1d; changed in place
+    generator:torch.Generator=None,  # of the random numbers
 ):
     """First values for training.
 

@@ -8,7 +8,9 @@ __all__ = ['CONTENTS', 'SUFFIXES', 'KNOWN', 'SAVE_AS', 'LONGEST_ANSWER', 'QUESTI
            'sentences', 'answers_to', 'made_up', 'conversations', 'talk_texts', 'with_conversations', 'prepare']
 
 # %% ../nbs/20d_documents.ipynb #d5000003
-import os, re, unicodedata
+import os
+import re
+import unicodedata
 from pathlib import Path
 from random import Random
 
@@ -32,7 +34,7 @@ def extract(page) -> list:
         wide = ""
     return page_lines(page.extract_text(), wide)
 
-def open_pdf(path) -> list:
+def open_pdf(path:str|Path) -> list:
     "The pages of a PDF, each a list of lines. ValueError for one that cannot be read."
     locked = (f"{path} is encrypted: remove the password first (open it, and save or print it "
               "as a PDF without one)")
@@ -54,11 +56,11 @@ def open_pdf(path) -> list:
         raise ValueError(f"{path} is damaged and cannot be read as a PDF ({said})") from e
 
 # %% ../nbs/20d_documents.ipynb #d5000014
-def is_odd(letter) -> bool:
+def is_odd(letter:str) -> bool:
     "Whether it is no letter of any script."
     return letter == "\ufffd" or unicodedata.category(letter) in ("Co", "Cs", "Cn")
 
-def read_pdf(path) -> str:
+def read_pdf(path:str|Path) -> str:
     "The text of a PDF, cleaned. ValueError for one damaged, encrypted, scanned or without pages."
     data = Path(path).read_bytes()
     if not data:
@@ -86,7 +88,7 @@ KNOWN = {".docx": "a Word document", ".doc": "a Word document", ".odt": "an Open
          ".rtf": "a Rich Text document", ".epub": "an e-book"}
 SAVE_AS = "open it in its program and save it as .pdf, or as .txt in UTF-8"
 
-def read_text_file(path) -> str:
+def read_text_file(path:str|Path) -> str:
     "The text of a file in UTF-8. ValueError, in one sentence, for anything else."
     data = Path(path).read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -108,7 +110,7 @@ def read_text_file(path) -> str:
     return text
 
 def read_document(
-    path,  # a .pdf, or a .txt or .md in UTF-8
+    path:str|Path,  # a .pdf, or a .txt or .md in UTF-8
 ) -> str:
     "The text of a file. ValueError, in one sentence, if it has none; OSError if it is not there."
     path = Path(path)
@@ -121,7 +123,7 @@ def read_document(
     return read_pdf(path) if suffix == ".pdf" else read_text_file(path)
 
 # %% ../nbs/20d_documents.ipynb #d5000007
-def files_in(folder) -> list:
+def files_in(folder:str|Path) -> list:
     "All files of a folder and its subfolders, sorted. OSError for one that cannot be read."
     def unreadable(e):
         what = f"cannot read a folder ({e.strerror}): check its rights, or take it out"
@@ -132,7 +134,7 @@ def files_in(folder) -> list:
     return sorted(p for p in files if p.is_file())
 
 def read_documents(
-    source,  # a file, or a folder: all its files with the right suffix, and those of its subfolders
+    source:str|Path, # a file, or a folder: all its files of these kinds, also in its subfolders
 ) -> list:
     """A list of `(name, text)`. Word documents and their like are left out, and named.
 
@@ -171,7 +173,7 @@ def sentences(text:str) -> list:
 # %% ../nbs/20d_documents.ipynb #d500000f
 LONGEST_ANSWER = 240  # characters of a sentence that may be an answer
 
-def answers_to(texts) -> dict:
+def answers_to(texts:list) -> dict:
     """Each word of four letters or more, and the first sentence that begins with it, or else
     the first that has it. A word is in small letters if it stands so anywhere."""
     spelled, first, begins = {}, {}, {}
@@ -189,7 +191,7 @@ def answers_to(texts) -> dict:
 QUESTIONS = "What does it say about {}?", "Tell me about {}."
 ANSWER_FORM, NOTHING = "What it says about {}: {}", "nothing."
 
-def made_up(words, n, choose, taken=()) -> list:
+def made_up(words:list, n:int, choose:Random, taken:list|tuple=()) -> list:
     "About n words that are none of these (nor taken): the beginning of one, the end of another."
     halves = [(word[:len(word) // 2], word[len(word) // 2:]) for word in words]
     known = {word.lower() for word in [*words, *taken]}
@@ -197,12 +199,12 @@ def made_up(words, n, choose, taken=()) -> list:
     return [word for word in drawn if word.lower() not in known]
 
 def conversations(
-    texts,                  # of one part
-    questions=QUESTIONS,    # each word is asked about in each of these ways
+    texts:list,                 # of one part
+    questions:tuple=QUESTIONS,  # each word is asked about in each of these ways
     seed:int=0,
-    times:int=None,         # how often, each time in other company; None: 8 times in a small text
-    unknown:float=0.25,     # made-up words, for each word that is there
-    taken=(),               # words that are not asked about: train answers them
+    times:int=None,  # how often, each time in other company; None: 8 times in a small text
+    unknown:float=0.25,         # made-up words, for each word that is there
+    taken:list|tuple=(),        # words that are not asked about: train answers them
 ) -> list:
     "Conversations about the texts, each a list of messages. None if no sentence can answer."
     choose, skip = Random(f"conversations {seed}"), {word.lower() for word in taken}
@@ -223,27 +225,27 @@ def conversations(
             left = left[n:]
     return found
 
-def talk_texts(talks) -> list:
+def talk_texts(talks:list) -> list:
     "What a tokenizer learns from conversations: who speaks, and the words."
     return [f"{m['role']}\n{m['content']}" for talk in talks for m in talk]
 
 # %% ../nbs/20d_documents.ipynb #ed11a44a
-def with_conversations(parts, questions=QUESTIONS) -> dict:
+def with_conversations(parts:dict, questions:tuple=QUESTIONS) -> dict:
     "Each part's texts and the conversations about them; held out, only what train does not answer."
     train, aside = parts["train"], parts["held_out"]
     unanswered = conversations(aside, questions, times=1, taken=answers_to(train))
     return dict(train=train + conversations(train, questions), held_out=aside + unanswered)
 
 def prepare(
-    source,                  # a .pdf, .txt or .md, or a folder of them
-    folder,                  # where the shards go
-    vocab_size:int=2048,     # of the tokenizer that is trained on the train part, at most
-    tokenizer=None,          # or one that is there already
-    held_out:float=0.1,      # the share of the text that is held out, about
-    mark:str=MARK,           # a line that ends a document
-    at_most:int=4_000,       # characters; a longer document is cut
-    shard_tokens:int=2**22,  # ids in one file, at most
-    questions=QUESTIONS,     # asked about each word, and answered with a sentence; (): none
+    source:str|Path,            # a .pdf, .txt or .md, or a folder of them
+    folder:str|Path,            # where the shards go
+    vocab_size:int=2048,        # of the tokenizer that is trained on the train part, at most
+    tokenizer:Tokenizer=None,   # or one that is there already
+    held_out:float=0.1,         # the share of the text that is held out, about
+    mark:str=MARK,              # a line that ends a document
+    at_most:int=4_000,          # characters; a longer document is cut
+    shard_tokens:int=2**22,     # ids in one file, at most
+    questions:tuple=QUESTIONS,  # asked about each word, and answered with a sentence; (): none
 ) -> dict:
     """From documents to shards. Returns the index; `held_out_share` in it is of the text.
 

@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
+from .model import Qwen, QwenConfig
 from .prompt import SMALL_TEMPLATE
 from .shards import digest, what_to_do
-from .model import QwenConfig
 from .tokenizer import Tokenizer, tokenizer_json
 
 # %% ../nbs/21b_durable.ipynb #76d998a4
-def json_bytes(value) -> bytes:
+def json_bytes(value:object) -> bytes:
     "A value as an indented JSON file."
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
-def read_folder(folder) -> dict:
+def read_folder(folder:str|Path) -> dict:
     """The files of a folder that `write_folder` wrote, from name to bytes.
 
     ValueError if one is missing or damaged."""
@@ -49,7 +49,7 @@ def read_folder(folder) -> dict:
                              "checksums.json")
     return files
 
-def is_whole(folder) -> bool:
+def is_whole(folder:str|Path) -> bool:
     "Whether `write_folder` wrote the folder, and its files are as they were."
     try:
         return bool(read_folder(folder))
@@ -57,7 +57,7 @@ def is_whole(folder) -> bool:
         return False
 
 # %% ../nbs/21b_durable.ipynb #6929aebb
-def not_ours(folder, files) -> str:
+def not_ours(folder:Path, files:dict) -> str:
     "What a folder holds that `write_folder` may not replace; an empty string if it may."
     if folder.exists() and not folder.is_dir():
         return "is a file, not a folder"
@@ -69,7 +69,7 @@ def not_ours(folder, files) -> str:
     others = found - listed - {*files, "checksums.json"}
     return f"holds {min(others)}, which would be lost" if others else ""
 
-def sync_folder(path):
+def sync_folder(path:str|Path):
     "Make a folder's list of names safe from a power cut. Nothing on Windows, which has no way to."
     if os.name == "nt":
         return
@@ -81,7 +81,7 @@ def sync_folder(path):
 
 # %% ../nbs/21b_durable.ipynb #6be63567
 def write_folder(
-    folder,
+    folder:str|Path,
     files:dict,  # name → bytes
 ) -> Path:
     """Write a folder at once or not at all, with a checksum of every file in `checksums.json`.
@@ -124,8 +124,8 @@ def write_folder(
 # %% ../nbs/21b_durable.ipynb #d0121a25
 def config_json(
     config:QwenConfig,
-    special=None,         # ids of the added tokens by name, from a tokenizer
-    dtype="bfloat16",
+    special:dict=None,  # ids of the added tokens by name, from a tokenizer
+    dtype:str="bfloat16",
 ) -> dict:
     """What `config.json` says of a model, as Qwen's repositories have it.
 
@@ -159,7 +159,7 @@ TOKENIZER_FILES = [
     "chat_template.jinja", "chat_template.json", "added_tokens.json", "special_tokens_map.json"]
 
 def tokenizer_files(
-    source,  # a folder with a tokenizer, or a `Tokenizer`; None: none
+    source:str|Path|Tokenizer,  # a folder with a tokenizer, or a `Tokenizer`; None: none
 ) -> tuple:
     """What saving needs of a tokenizer: its files, from name to bytes, and its added tokens' ids.
 
@@ -181,10 +181,10 @@ def tokenizer_files(
 
 # %% ../nbs/21b_durable.ipynb #4bf2e8e0
 def model_files(
-    weights:dict,       # name → tensor
+    weights:dict,     # name → tensor
     config:QwenConfig,
-    tokenizer,          # from `tokenizer_files`
-    dtype=torch.bfloat16,
+    tokenizer:tuple,  # from `tokenizer_files`
+    dtype:torch.dtype=torch.bfloat16,
 ) -> dict:
     "The files of a model's folder, from name to bytes."
     files, special = tokenizer
@@ -203,10 +203,10 @@ def model_files(
     }
 
 def save_pretrained(
-    model,                 # ours, without adapters
-    folder,                # where it goes; an older one there is replaced
-    tokenizer=None,        # a `Tokenizer`, or a folder whose tokenizer is copied
-    dtype=torch.bfloat16,  # of the weights in the file
+    model:Qwen,                         # ours, without adapters
+    folder:str|Path,                    # where it goes; an older one there is replaced
+    tokenizer:Tokenizer|str|Path=None,  # a `Tokenizer`, or a folder whose tokenizer is copied
+    dtype:torch.dtype=torch.bfloat16,   # of the weights in the file
 ) -> Path:
     """Write a model as a folder that `Qwen.from_pretrained`, `transformers` and vLLM open.
 
@@ -220,7 +220,7 @@ def save_pretrained(
     return write_folder(folder, files)
 
 # %% ../nbs/21b_durable.ipynb #0640a598
-def checkpoints(out) -> list:
+def checkpoints(out:str|Path) -> list:
     "The run's checkpoints, `step-000123` and so on, the oldest first."
     found = []
     for p in Path(out).glob("step-*"):
@@ -229,7 +229,7 @@ def checkpoints(out) -> list:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 def prune(
-    out,
+    out:str|Path,
     keep:int,  # how many stay; 0: all
     step:int,  # known to be whole; later ones are left alone
 ):
@@ -243,14 +243,14 @@ def prune(
 
 # %% ../nbs/21b_durable.ipynb #e61f6768
 def save_checkpoint(
-    out,                # the run's folder
-    step:int,           # how many steps are done
-    weights:dict,       # name → float32 tensor
-    moments:dict,       # the optimizer's, "exp_avg.NAME" and "exp_avg_sq.NAME"
+    out:str|Path,     # the run's folder
+    step:int,         # how many steps are done
+    weights:dict,     # name → float32 tensor
+    moments:dict,     # the optimizer's, "exp_avg.NAME" and "exp_avg_sq.NAME"
     config:QwenConfig,
-    tokenizer,          # from `tokenizer_files`
-    about:dict,         # what else a resume needs, in JSON
-    keep:int=3,         # how many checkpoints stay; 0: all
+    tokenizer:tuple,  # from `tokenizer_files`
+    about:dict,       # what else a resume needs, in JSON
+    keep:int=3,       # how many checkpoints stay; 0: all
 ) -> Path:
     """Write `out/step-000123`: a model's folder with the optimizer's state beside the weights.
 
@@ -265,7 +265,7 @@ def save_checkpoint(
     prune(out, keep, step)
     return folder
 
-def load_checkpoint(folder) -> dict:
+def load_checkpoint(folder:str|Path) -> dict:
     """`step`, `config`, … (what `save_checkpoint` was told), `weights`, `moments` and `rng`.
 
     ValueError, in one sentence, for a damaged one."""

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 
 from .hybrid import cache_parts
+from .loading import SkipInit, family_config
 from .memory import QWEN_CONFIGS
 from .mixture import MoEConfig
 from .model import QwenConfig
-from .loading import SkipInit, family_config
 from .qwen1 import Qwen1Config
 from .qwen3_5 import HybridConfig
 from .qwen3_next import NextConfig
@@ -38,7 +38,7 @@ REPORTS = {"Qwen1": "https://arxiv.org/abs/2309.16609",
            "Qwen3.5": "https://huggingface.co/Qwen/Qwen3.5-0.8B"}
 
 # %% ../nbs/16_family.ipynb #4f7fad12
-def dense_config(name):
+def dense_config(name:str):
     "The config of a dense Qwen2.5 or Qwen3 from its row of QWEN_CONFIGS."
     return family_config(QWEN_CONFIGS[name] | dict(rope_theta=1e6))
 
@@ -84,10 +84,10 @@ def layers_of(
         return [(config.block(same[0]), len(same)) for same in alike.values()]
 
 # %% ../nbs/16_family.ipynb #62fa076a
-def size(module): return sum(p.numel() for p in module.parameters())
+def size(module:torch.nn.Module): return sum(p.numel() for p in module.parameters())
 
 def resting(
-    block,  # from `layers_of`
+    block:torch.nn.Module,  # from `layers_of`
 ) -> int:
     "Parameters of the experts that a token does not use."
     experts = getattr(block.mlp, "experts", ())
@@ -175,7 +175,7 @@ def traits(
 
 # %% ../nbs/16_family.ipynb #4f0fd41b
 def find_config(
-    model,  # a name in FAMILY, or a config
+    model:str|QwenConfig,  # a name in FAMILY, or a config
 ) -> QwenConfig:
     "Its config. ValueError for a name that is not there."
     if not isinstance(model, str): return model
@@ -185,7 +185,7 @@ def find_config(
     return FAMILY[model].config
 
 def changes(
-    before, after,  # names in FAMILY, or configs
+    before:str|QwenConfig, after:str|QwenConfig,  # names in FAMILY, or configs
 ) -> dict:
     "In which traits the two differ, sizes aside: trait → (value before, value after)."
     old, new = traits(find_config(before)), traits(find_config(after))
@@ -222,7 +222,7 @@ def table_row(
     return f"| {label} | {new} | {total / 1e9:.3g} B | {active / 1e9:.3g} B | {kept} |"
 
 def family_table(
-    models=FAMILY,  # names, of releases; or name → config
+    models:dict=FAMILY,  # names, of releases; or name → config
 ) -> str:
     "The table, in Markdown. A config that is no release is compared with its nearest relative."
     rows = ["| model | what is new | parameters | for a token | cache a token |",

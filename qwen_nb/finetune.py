@@ -17,14 +17,16 @@ from .chat import quiz
 from .rows import IGNORED
 from .train import forward, learning_rate, next_token_loss, parameter_groups
 from .world import Chooser, World, ask, opening, tell
+from .model import Qwen
+from .tokenizer import Tokenizer
 
 # %% ../nbs/22_finetune.ipynb #50a17a00
 IN_A_SENTENCE = "Answer in a sentence."
 
 def sentence_talk(
-    choose,              # a `Chooser`
-    system:bool=True,    # with the system message, and a whole sentence; False: the short answer
-    n_events=range(3),   # how many things happen: one of these
+    choose:Chooser,           # a `Chooser`
+    system:bool=True,  # with the system message, and a whole sentence; False: the short answer
+    n_events:range=range(3),  # how many things happen: one of these
 ) -> list:
     """Messages: some sentences about a world, a question, and the right answer.
 
@@ -42,7 +44,7 @@ def sentence_talk(
     messages.append(dict(role="assistant", content=answer, kind=kind))
     return messages
 
-def whole_sentence(world, kind, name, short) -> str:
+def whole_sentence(world:World, kind:str, name:str, short:str) -> str:
     "The short answer as a sentence."
     if kind == "who":
         return f"{short[:-1]} has the {name}."
@@ -54,7 +56,7 @@ def talks(n:int, first_seed:int, talk=sentence_talk, **kw) -> list:
     return [talk(Chooser(random.Random(seed)), **kw) for seed in range(first_seed, first_seed + n)]
 
 # %% ../nbs/22_finetune.ipynb #f197a663
-def share_right(model, tokenizer, conversations:list) -> float:
+def share_right(model:Qwen, tokenizer:Tokenizer, conversations:list) -> float:
     "The share of conversations whose last message the model finds, at once and greedily."
     marks = quiz(model, tokenizer, conversations, enable_thinking=False)
     right = sum(marks[kind] * n for kind, n in marks["asked"].items())
@@ -62,9 +64,9 @@ def share_right(model, tokenizer, conversations:list) -> float:
 
 # %% ../nbs/22_finetune.ipynb #7f0b0420
 def answer_example(
-    tokenizer,
-    messages,    # the last one is the answer to learn
-    family:str,  # whose template
+    tokenizer:Tokenizer,
+    messages:list,  # the last one is the answer to learn
+    family:str,     # whose template
 ) -> dict:
     """`input_ids` and `labels`, two lists of one length.
 
@@ -103,8 +105,8 @@ def turns(messages:list) -> list:
 
 # %% ../nbs/22_finetune.ipynb #3f4af056
 def pack(
-    examples,      # from `answer_example`
-    seq_len:int,   # positions of a row
+    examples:list,  # from `answer_example`
+    seq_len:int,    # positions of a row
 ) -> dict:
     """Whole conversations laid into rows: input_ids, labels, document_ids and position_ids.
 
@@ -130,9 +132,9 @@ def pack(
     def stacked(name): return torch.tensor([row[name] for row in laid])
     return {name: stacked(name) for name in laid[0]}
 
-def len_of(example): return len(example["input_ids"])
+def len_of(example:dict): return len(example["input_ids"])
 
-def lay(row, seq_len) -> dict:
+def lay(row:list, seq_len:int) -> dict:
     "The examples of one row end to end, then padding: four lists of `seq_len` numbers."
     left = seq_len - sum(map(len_of, row))
     padding = dict(input_ids=[0] * left, labels=[IGNORED] * left)
@@ -147,9 +149,9 @@ def lay(row, seq_len) -> dict:
 
 # %% ../nbs/22_finetune.ipynb #c9b1050b
 def make_step(
-    optimizer,
-    loss,      # one number, with its graph
-    step:int,  # counted from 1, for the error
+    optimizer:torch.optim.Optimizer,
+    loss:torch.Tensor,  # one number, with its graph
+    step:int,           # counted from 1, for the error
 ):
     """One step of the optimizer, the gradient clipped to length 1.
 
@@ -166,17 +168,17 @@ def make_step(
                          f"{norm.item()}: the weights stay as they were; lower the learning rate")
     optimizer.step()
 
-def beside(model, batch:dict) -> dict:
+def beside(model:Qwen, batch:dict) -> dict:
     "The batch on the model's device."
     device = next(model.parameters()).device
     return {name: t.to(device) for name, t in batch.items()}
 
 # %% ../nbs/22_finetune.ipynb #b62c2c42
 def tune(
-    model,             # changed in place
-    batches,           # a list, one for each step, from `pack`
-    lr:float=1e-3,     # the highest learning rate
-    warmup:int=8,      # steps
+    model:Qwen,     # changed in place
+    batches:list,   # a list, one for each step, from `pack`
+    lr:float=1e-3,  # the highest learning rate
+    warmup:int=8,   # steps
     weight_decay:float=0.,
 ):
     """Train on the batches in order; yields `(step, loss)` after each step, counted from 1.
@@ -201,10 +203,10 @@ def tune(
 
 # %% ../nbs/22_finetune.ipynb #e27a9d71
 def lesson(
-    tokenizer, family:str,
+    tokenizer:Tokenizer, family:str,
     steps:int,
-    per_step:int=16,     # conversations a step
-    replay:float=0.5,    # the share of them that are as before, without the system message
+    per_step:int=16,   # conversations a step
+    replay:float=0.5,  # the share of them that are as before, without the system message
     seq_len:int=256,
     first_seed:int=0,
 ) -> list:

@@ -8,6 +8,7 @@ __all__ = ['SPECIAL', 'TAGS', 'make_tokenizer', 'encode_story', 'measure']
 # %% ../nbs/03f_floor.ipynb #a64d8036
 import math
 import random
+from collections.abc import Iterable
 
 import tokenizers
 import torch
@@ -22,7 +23,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 
 def make_tokenizer(
-    texts,           # an iterable of strings to learn merges from
+    texts:Iterable,  # an iterable of strings to learn merges from
     vocab_size:int,  # the most ids it may use, the added tokens included
 ) -> tokenizers.Tokenizer:
     "A byte-level BPE tokenizer built like Qwen's: 256 bytes and merges, then the added tokens."
@@ -52,9 +53,9 @@ def encode_story(
 # %% ../nbs/03f_floor.ipynb #dc1d3d65
 @torch.no_grad()
 def measure(
-    model,      # anything that takes ids `(1, seq)` and gives logits `(1, seq, vocab)`
-    tokenizer,
-    seeds,      # one story each
+    model,             # anything that takes ids `(1, seq)` and gives logits `(1, seq, vocab)`
+    tokenizer:tokenizers.Tokenizer,
+    seeds:list,        # one story each
     tell_story=story,  # what makes one from a `Chooser`
 ) -> dict:
     """Loss and floor in nats per token, and the share of right answers by kind of question.

@@ -8,13 +8,14 @@ __all__ = ['maybe_begun', 'check_stream', 'TextStream', 'max_positions', 'check_
 # %% ../nbs/09c_stream.ipynb #84d62437
 import torch
 
+from .model import QwenConfig
 from .sampling import sampling_for
 from .writing import beam_search, write
 
 # %% ../nbs/09c_stream.ipynb #c8273e10
 def maybe_begun(
     text:str,
-    stop,      # strings
+    stop:list,  # strings
 ) -> int:
     "How many characters at the end of the text may be the beginning of a stop string."
     longest = 0
@@ -25,7 +26,7 @@ def maybe_begun(
     return longest
 
 # %% ../nbs/09c_stream.ipynb #dafa55a2
-def check_stream(tokenizer, stop):
+def check_stream(tokenizer, stop:list):
     "ValueError unless the tokenizer decodes, and the stop strings are strings."
     if not all(isinstance(string, str) and string for string in stop):
         expected = "expected a string, or several, that are not empty"
@@ -42,8 +43,8 @@ class TextStream:
     to the first stop string. `stopped` says whether there was one. (Characters, not what looks like
     one: a family emoji is several characters, and may come in parts.)"""
     def __init__(self,
-                 tokenizer,   # anything with `decode(ids)`
-                 stop=None):  # a string or several
+                 tokenizer,            # anything with `decode(ids)`
+                 stop:str|list=None):  # a string or several
         self.stop = [stop] if isinstance(stop, str) else list(stop or ())
         check_stream(tokenizer, self.stop)
         self.tokenizer = tokenizer
@@ -52,7 +53,7 @@ class TextStream:
         self.held = ""        # may be the beginning of a stop string
         self.stopped = False
 
-    def add(self, id, final=False) -> str:
+    def add(self, id:int, final:bool=False) -> str:
         "One more id. What can now be shown, often nothing."
         if id is not None:
             self.ids.append(int(id))
@@ -64,7 +65,7 @@ class TextStream:
             self.ids, self.taken = [], 0
         return self.release(final)
 
-    def release(self, final):
+    def release(self, final:bool):
         "What of the held text can be shown: up to a stop string, or to where one may begin."
         found = [self.held.find(s) for s in self.stop if s in self.held]
         kept_back = 0 if final else maybe_begun(self.held, self.stop)
@@ -81,7 +82,7 @@ class TextStream:
 
 # %% ../nbs/09c_stream.ipynb #26be8994
 def max_positions(
-    config,  # the model's
+    config:QwenConfig,  # the model's
 ) -> int:
     """How many positions the model knows.
 
@@ -114,11 +115,11 @@ def _check_mask(mask, input_ids):
 
 # %% ../nbs/09c_stream.ipynb #d18bcc38
 def check_prompt(
-    model,
-    input_ids,            # (batch, seq)
-    max_new_tokens,       # None: as many as there is room for
-    attention_mask=None,  # (batch, seq), 0 where a prompt is padding
-    **counts,             # other whole numbers above 0, by name
+    model:torch.nn.Module,
+    input_ids:torch.Tensor,            # (batch, seq)
+    max_new_tokens:int,                # None: as many as there is room for
+    attention_mask:torch.Tensor=None,  # (batch, seq), 0 where a prompt is padding
+    **counts,                          # other whole numbers above 0, by name
 ) -> tuple:
     """The number of new tokens, and the mask (None if nothing is padding).
 
@@ -147,24 +148,24 @@ def check_prompt(
 
 # %% ../nbs/09c_stream.ipynb #a3e736d8
 def generate(
-    model,                    # ours
-    input_ids,                # the prompts, (batch, seq)
-    max_new_tokens=None,      # None: as many as the model has positions for
-    attention_mask=None,      # (batch, seq), 0 where a prompt is padding; as `pad_left` makes it
-    temperature=None,         # None, here and below: as the model's generation_config.json says
-    top_k=None,               # choose among the k likeliest; 0: off
-    top_p=None,               # … among those that together have probability p; 1: off
-    min_p=None,               # leave out what is below p times the likeliest; 0: off
-    repetition_penalty=None,  # above 1: rather not what the text has already; 1: off
-    presence_penalty=None,    # above 0: rather not what it has written already; 0: off
-    stop_ids=None,            # ids that end a row; (): none
-    stop=None,                # a string or several that end a row, looked for in what is written
-    tokenizer=None,           # anything with `decode(ids)`, needed for `stop`
-    num_beams=1,              # above 1: beam search, which does not sample
-    length_penalty=1.0,       # of beam search
-    seed=None,                # the same seed, the same draws; None: PyTorch's own generator
-    use_cache=True,           # False: read everything again for each token
-    prefill_chunk=None,       # read the prompt in pieces of this length, to save memory
+    model:torch.nn.Module,             # ours
+    input_ids:torch.Tensor,            # the prompts, (batch, seq)
+    max_new_tokens:int=None,           # None: as many as the model has positions for
+    attention_mask:torch.Tensor=None,  # (batch, seq), 0 where padding; as `pad_left` makes it
+    temperature:float=None,  # None, here and below: as the model's generation_config.json says
+    top_k:int=None,                    # choose among the k likeliest; 0: off
+    top_p:float=None,                  # … among those that together have probability p; 1: off
+    min_p:float=None,                  # leave out what is below p times the likeliest; 0: off
+    repetition_penalty:float=None,     # above 1: rather not what the text has already; 1: off
+    presence_penalty:float=None,       # above 0: rather not what it has written already; 0: off
+    stop_ids:list=None,                # ids that end a row; (): none
+    stop:str|list=None,  # a string or several that end a row, looked for in what is written
+    tokenizer=None,                    # anything with `decode(ids)`, needed for `stop`
+    num_beams:int=1,                   # above 1: beam search, which does not sample
+    length_penalty:float=1.0,          # of beam search
+    seed:int=None,  # the same seed, the same draws; None: PyTorch's own generator
+    use_cache:bool=True,               # False: read everything again for each token
+    prefill_chunk:int=None,            # read the prompt in pieces of this length, to save memory
 ) -> torch.Tensor:
     """The prompts and what the model writes after them, `(batch, seq + new)`.
 
@@ -202,9 +203,9 @@ def _best_beams(model, input_ids, new, mask, sampling, num_beams, length_penalty
 
 # %% ../nbs/09c_stream.ipynb #debcbe4d
 def text_pieces(
-    ids,          # whatever yields ids
-    text,         # a `TextStream`
-    stop_ids=(),  # end the text and are not part of it
+    ids,                     # whatever yields ids
+    text:TextStream,         # a `TextStream`
+    stop_ids:list|tuple=(),  # end the text and are not part of it
 ):
     "Yield the text of the ids in pieces, none of them empty."
     for i in ids:
@@ -219,14 +220,14 @@ def text_pieces(
 
 # %% ../nbs/09c_stream.ipynb #abb753d9
 def stream(
-    model,                # ours
-    input_ids,            # one prompt, (1, seq)
-    max_new_tokens=None,  # None: as many as the model has positions for
-    tokenizer=None,       # anything with `decode(ids)`; None: ids are yielded
-    stop=None,            # a string or several; neither they nor stop ids are shown in the text
-    seed=None,            # the same seed, the same draws; None: PyTorch's own generator
-    prefill_chunk=None,   # read the prompt in pieces of this length, to save memory
-    **settings,           # temperature, top_k, … and stop_ids, as for `generate`
+    model:torch.nn.Module,    # ours
+    input_ids:torch.Tensor,   # one prompt, (1, seq)
+    max_new_tokens:int=None,  # None: as many as the model has positions for
+    tokenizer=None,           # anything with `decode(ids)`; None: ids are yielded
+    stop:str|list=None,       # a string or several; neither they nor stop ids are shown in the text
+    seed:int=None,            # the same seed, the same draws; None: PyTorch's own generator
+    prefill_chunk:int=None,   # read the prompt in pieces of this length, to save memory
+    **settings,               # temperature, top_k, … and stop_ids, as for `generate`
 ):
     """Yield what the model writes as it comes.
 

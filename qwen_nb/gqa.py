@@ -16,7 +16,7 @@ from .norm import RMSNorm
 from .rope import apply_rope
 
 # %% ../nbs/06a_gqa.ipynb #f2819f3b
-def check_sharing(heads, kv_heads):
+def check_sharing(heads:int, kv_heads:int):
     "Both numbers; ValueError if the key/value heads do not divide the query heads."
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
@@ -48,10 +48,10 @@ class Attention(nn.Module):
         norms = [RMSNorm(head_dim, eps) if qk_norm else nn.Identity() for _ in "qk"]
         self.q_norm, self.k_norm = norms
 
-    def split_heads(self, x):                 # (…, heads * head_dim) → (…, heads, head_dim)
+    def split_heads(self, x:torch.Tensor):    # (…, heads * head_dim) → (…, heads, head_dim)
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def qkv(self, x, cos, sin):
+    def qkv(self, x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor):
         "Queries, keys and values, `(batch, heads, seq, head_dim)` each, normed and turned."
         q = self.q_norm(self.split_heads(self.q_proj(x))).transpose(1, 2)
         k = self.k_norm(self.split_heads(self.k_proj(x))).transpose(1, 2)
@@ -59,9 +59,10 @@ class Attention(nn.Module):
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def forward(self,
-                x,           # (batch, seq, hidden_size)
-                cos, sin,    # (1 or batch, seq, head_dim), from `Rotary`
-                mask=None, cache=None): # see `causal_mask`; has `update(layer_idx, k, v)`
+                x:torch.Tensor,                      # (batch, seq, hidden_size)
+                cos:torch.Tensor, sin:torch.Tensor,  # (1 or batch, seq, head_dim), from `Rotary`
+                mask:torch.Tensor=None,              # see `causal_mask`
+                cache=None):                         # has `update(layer_idx, k, v)`
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)

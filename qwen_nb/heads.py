@@ -13,11 +13,11 @@ import torch
 # %% ../nbs/06b_heads.ipynb #82243fd4
 @contextmanager
 def copied_heads(
-    model,      # a causal language model whose attention has `o_proj` and `head_dim`
-    layer:int,  # which layer
-    at:int,     # at which token
-    mix,        # what its heads gave in another run, (batch, heads, seq, head_dim)
-    which=None, # the heads to copy; None: all of the layer
+    model:torch.nn.Module,  # a causal language model whose attention has `o_proj` and `head_dim`
+    layer:int,              # which layer
+    at:int,                 # at which token
+    mix:torch.Tensor,       # what its heads gave in another run, (batch, heads, seq, head_dim)
+    which:list=None,        # the heads to copy; None: all of the layer
 ):
     "Inside the `with` block these heads give, at this token, what they gave in the other run."
     attention = model.model.layers[layer].self_attn

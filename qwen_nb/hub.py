@@ -7,7 +7,8 @@ __all__ = ['WANTED', 'open_file', 'cut_into_shards', 'save_shards', 'files_found
            'find_model', 'verify_download', 'hub_error', 'download']
 
 # %% ../nbs/02b_hub.ipynb #a847d182
-import json, os
+import json
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,8 +17,8 @@ from .inspect import packaged_model
 
 # %% ../nbs/02b_hub.ipynb #10a4789b
 def open_file(
-    path,        # of a safetensors file
-    names=None,  # of the tensors wanted; None: all
+    path:str|Path,    # of a safetensors file
+    names:list=None,  # of the tensors wanted; None: all
 ) -> dict:
     """Tensors of one safetensors file by name, memory-mapped through the library.
 
@@ -50,9 +51,9 @@ def cut_into_shards(
 
 
 def save_shards(
-    tensors:dict,   # by name
-    folder,         # to write into; it must not hold weights yet
-    max_bytes:int,  # of tensors in one file; a larger tensor gets a file of its own
+    tensors:dict,     # by name
+    folder:str|Path,  # to write into; it must not hold weights yet
+    max_bytes:int,    # of tensors in one file; a larger tensor gets a file of its own
 ):
     """Write a checkpoint as shards with an index, the way `transformers` does.
 
@@ -77,7 +78,7 @@ def save_shards(
 
 # %% ../nbs/02b_hub.ipynb #1f9f6b07
 def files_found(
-    folder,
+    folder:str|Path,
 ) -> str:
     "The end of an error message: what is in the folder instead."
     folder = Path(folder)
@@ -88,8 +89,8 @@ def files_found(
 
 
 def read_json(
-    folder,    # from `find_model`
-    name:str,  # "config.json", say
+    folder:str|Path,  # from `find_model`
+    name:str,         # "config.json", say
 ) -> dict:
     "A JSON file of the model. FileNotFoundError if it is missing, ValueError if it is no object."
     path = Path(folder) / name
@@ -113,7 +114,7 @@ def _is_shard_name(name):
 
 
 def read_index(
-    folder,  # with a `model.safetensors.index.json`
+    folder:str|Path,  # with a `model.safetensors.index.json`
 ) -> dict:
     """Which tensors are in which shard: a dict from the shard's file name to a list of names.
 
@@ -135,7 +136,7 @@ def read_index(
 
 # %% ../nbs/02b_hub.ipynb #aeb3a7ed
 def open_weights(
-    folder,  # from `find_model`
+    folder:str|Path,  # from `find_model`
 ) -> dict:
     """Every tensor of the checkpoint by name.
 
@@ -164,7 +165,7 @@ WANTED = [
 ]
 
 def find_model(
-    name_or_path=None,  # None: the packaged model; a folder; or a hub id, "Qwen/Qwen3-0.6B"
+    name_or_path:str|Path=None, # None: the packaged model; a folder; or a hub id, "Qwen/Qwen3-0.6B"
 ) -> Path:
     """The folder that holds the model's files. A hub id is downloaded once, into the hub's cache.
 
@@ -218,8 +219,8 @@ def verify_download(
 
 # %% ../nbs/02b_hub.ipynb #9c762ab9
 def hub_error(
-    name:str,  # the hub id that was asked for
-    error,     # what `huggingface_hub` raised
+    name:str,         # the hub id that was asked for
+    error:Exception,  # what `huggingface_hub` raised
 ) -> Exception:
     "The same as one sentence that says what was asked, what was found and what to do."
     from huggingface_hub import constants, errors
@@ -241,7 +242,7 @@ def hub_error(
         url = getattr(response, "url", error)
         return FileNotFoundError(f"{name} lists a file that {hub} does not have: {url}")
     if isinstance(error, errors.OfflineModeIsEnabled):
-        found = f"{name} is not in the cache {constants.HF_HUB_CACHE}"
+        found = f"{name} is neither a folder here nor in the cache {constants.HF_HUB_CACHE}"
         todo = "unset it, or name a folder"
         return ConnectionError(f"{found}, and HF_HUB_OFFLINE forbids fetching it: {todo}")
     if status in (401, 403):

@@ -28,18 +28,18 @@ class ZeroCentredRMSNorm(RMSNorm):
         super().__init__(size, eps)
         self.weight = nn.Parameter(torch.zeros(size))
 
-    def first_values(self, generator=None):  # for training from scratch
+    def first_values(self, generator:torch.Generator=None):  # for training from scratch
         self.weight.data.zero_()
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor):
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return (h * (1.0 + self.weight.float())).to(x.dtype)
 
 # %% ../nbs/15b_hybrid.ipynb #d7deb60e
 def apply_partial_rope(
-    x:torch.Tensor,  # queries or keys, (batch, heads, seq, head_dim)
-    cos, sin,        # (1 or batch, seq, r): tables for the first r channels
+    x:torch.Tensor,                      # queries or keys, (batch, heads, seq, head_dim)
+    cos:torch.Tensor, sin:torch.Tensor,  # (1 or batch, seq, r): tables for the first r channels
 ) -> torch.Tensor:
     """Turn the first r channels of each head and leave the others. Same shape out.
 
@@ -70,7 +70,8 @@ class GatedAttention(Attention):
         self.q_norm = ZeroCentredRMSNorm(head_dim, eps)
         self.k_norm = ZeroCentredRMSNorm(head_dim, eps)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
+    def forward(self, x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor,
+                mask:torch.Tensor=None, cache=None):
         by_head = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim))
         q, gate = by_head.chunk(2, -1)                         # (batch, seq, heads, head_dim) each
         k, v = self.split_heads(self.k_proj(x)), self.split_heads(self.v_proj(x))
@@ -104,11 +105,11 @@ class MixedCache:
     with room for `max_length` positions, or Gated DeltaNet's last inputs and its state, of one size
     for any text. For writing text: no gradient flows into it."""
     def __init__(self,
-                 config,               # a `HybridConfig`
-                 batch:int,            # rows
-                 max_length:int,       # positions that there is room for
-                 dtype=torch.float32,  # the model's; the states are float32 always
-                 device="cpu"):        # the model's
+                 config,                           # a `HybridConfig`
+                 batch:int,                        # rows
+                 max_length:int,                   # positions that there is room for
+                 dtype:torch.dtype=torch.float32,  # the model's; the states are float32 always
+                 device:str|torch.device="cpu"):   # the model's
         self.length, self.room, self.layers = 0, max_length, []
         shapes = memory_shapes(config, max_length)
         for kind in config.layer_types:
@@ -118,7 +119,7 @@ class MixedCache:
                     torch.zeros(batch, *second, dtype=kept_in, device=device))
             self.layers.append(pair)
 
-    def end(self, layer_idx, new):
+    def end(self, layer_idx:int, new:int):
         """Where the text ends with these tokens; after the last layer, that is the new length.
         ValueError if there is no room."""
         end = self.length + new
@@ -128,19 +129,19 @@ class MixedCache:
         if layer_idx == len(self.layers) - 1: self.length = end
         return end
 
-    def update(self, layer_idx, k, v):
+    def update(self, layer_idx:int, k:torch.Tensor, v:torch.Tensor):
         "Add an attention layer's new `(batch, kv heads, new, head_dim)`; all of them come back."
         (keys, values), start = self.layers[layer_idx], self.length
         end = self.end(layer_idx, k.shape[2])
         keys[:, :, start:end], values[:, :, start:end] = k.detach(), v.detach()
         return keys[:, :, :end], values[:, :, :end]
 
-    def keep(self, layer_idx, recent, state, new):
+    def keep(self, layer_idx:int, recent:torch.Tensor, state:torch.Tensor, new:int):
         "A Gated DeltaNet's last inputs and state, after `new` tokens, replace the old ones."
         self.end(layer_idx, new)
         self.layers[layer_idx] = recent.detach(), state.detach()
 
-    def select(self, rows):
+    def select(self, rows:torch.Tensor):
         "Keep these rows of the batch, in this order; a row may come twice."
         self.layers = [(first[rows], second[rows]) for first, second in self.layers]
 
@@ -159,7 +160,8 @@ class HybridBlock(nn.Module):
         else: self.self_attn = config.attention(layer_idx)
         self.mlp = config.mlp(layer_idx)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
+    def forward(self, x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor,
+                mask:torch.Tensor=None, cache=None):
         h = self.input_layernorm(x)
         if self.linear: mixed = self.linear_attn(h, mask, cache)
         else: mixed = self.self_attn(h, cos, sin, mask, cache)

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from inspect import getsourcelines, unwrap  # Python's own `inspect`
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:                                        # for editors
+    import torch
 
 # %% ../nbs/00_inspect.ipynb #35417ae9
 # Colours that colour-blind eyes tell apart. They mean the same all through the course.
@@ -47,7 +51,7 @@ def packaged_model(
 
 # %% ../nbs/00_inspect.ipynb #2bdcc54a
 def find_folder(
-    name_or_path,  # None or "": the model inside the package; or a hub id, or a folder
+    name_or_path:str|Path,  # None or "": the model inside the package; or a hub id, or a folder
 ):
     """The folder as a `Path`, or the hub id unchanged.
 
@@ -91,8 +95,8 @@ def _open(path, dtype, attn_implementation):
 
 # %% ../nbs/00_inspect.ipynb #db1ba6f6
 def load_reference(
-    name_or_path=None,  # None: the model inside the package; or a hub id, or a folder
-    dtype=None,         # a torch dtype, for the weights once loaded; None: torch.float32
+    name_or_path:str|Path=None,       # None: the model inside the package; or a hub id, or a folder
+    dtype:"torch.dtype"=None,  # a torch dtype, for the weights once loaded; None: torch.float32
     attn_implementation:str="eager",  # "eager" spells attention out; "sdpa": PyTorch's fast kernel
 ) -> tuple:
     """The reference: the checkpoint opened by `transformers`. Returns `(model, tokenizer)`.
@@ -149,7 +153,7 @@ def tint(
 
 # %% ../nbs/00_inspect.ipynb #b84da60c
 def ancestry(
-    obj,  # a class, or an object of it
+    obj:object,  # a class, or an object of it
 ) -> list:
     "The classes in which Python looks up what `obj` has, in that order: its MRO, without `object`."
     cls = obj if isinstance(obj, type) else type(obj)
@@ -157,8 +161,8 @@ def ancestry(
 
 # %% ../nbs/00_inspect.ipynb #6bf4513c
 def defined_in(
-    obj,       # a class, or an object of it
-    name:str,  # of a method or class attribute
+    obj:object,  # a class, or an object of it
+    name:str,    # of a method or class attribute
 ) -> type:
     "The class whose `name` is used: the first in the ancestry that has it, else AttributeError."
     for c in ancestry(obj):
@@ -168,7 +172,7 @@ def defined_in(
 
 # %% ../nbs/00_inspect.ipynb #dcebc800
 def source(
-    obj,  # a class, method or function
+    obj:object,  # a class, method or function
 ) -> str:
     "Its source text as installed, headed by file, line and version."
     f = unwrap(obj)  # past decorators
@@ -179,7 +183,7 @@ def source(
 
 # %% ../nbs/00_inspect.ipynb #19a7e2bc
 def decoder_layers(
-    model,  # a causal language model of `transformers`, or one with `config.num_hidden_layers`
+    model:"torch.nn.Module", # of `transformers`, or another with `config.num_hidden_layers`
 ):
     "The `nn.ModuleList` of the repeated layers. ValueError if none is as long as the config says."
     from torch import nn
@@ -231,9 +235,9 @@ def _groups(module):
 
 # %% ../nbs/00_inspect.ipynb #bd8d5b36
 def outline(
-    module,       # any `nn.Module`
-    name:str="",  # how to call it
-    seen=None,    # ids of tensors counted already
+    module:"torch.nn.Module",  # any `nn.Module`
+    name:str="",               # how to call it
+    seen:set=None,             # ids of tensors counted already
 ) -> Node:
     "The tree of a module."
     seen = set() if seen is None else seen
@@ -271,9 +275,9 @@ def _lines(node, depth, first="", rest=""):
 
 
 def tree(
-    module,        # any `nn.Module`
-    depth:int=99,  # how many levels to show; the counts are always complete
-    name:str="",   # how to call the top
+    module:"torch.nn.Module",  # any `nn.Module`
+    depth:int=99,              # how many levels to show; the counts are always complete
+    name:str="",               # how to call the top
 ) -> str:
     "The tree of a module as text: names, classes, weights with their shapes, parameters."
     rows = list(_lines(outline(module, name), depth))
@@ -284,8 +288,8 @@ def tree(
 
 # %% ../nbs/00_inspect.ipynb #268f528f
 def caught(
-    fn, *args,             # what to call, and with what
-    error=AssertionError,  # the kind of error that is expected
+    fn, *args,                  # what to call, and with what
+    error:type=AssertionError,  # the kind of error that is expected
 ):
     "Run what must fail and print what it says. AssertionError if nothing fails."
     try:

@@ -8,11 +8,12 @@ __all__ = ['quantize', 'dequantize', 'Int8Cache', 'NearestCache']
 # %% ../nbs/11b_int8.ipynb #i8imp001
 import torch
 
+from .model import QwenConfig
 from .qwen1 import NTKCache
 
 # %% ../nbs/11b_int8.ipynb #b757f789
 def quantize(
-    x,                   # keys or values, (batch, heads, new, head_dim)
+    x:torch.Tensor,      # keys or values, (batch, heads, new, head_dim)
     nearest:bool=False,  # True: round to the nearest code; the original cuts the fraction off
 ) -> tuple:
     """Codes of a byte, shaped like x; for each head the step and the zero, `(batch, heads, 1, 1)`.
@@ -29,8 +30,8 @@ def quantize(
     return codes.clamp(0, 255).to(torch.uint8), step, zero  # the cast cuts the fraction off
 
 def dequantize(
-    codes,       # (batch, heads, seq, head_dim), bytes
-    step, zero,  # float32, broadcast to the codes
+    codes:torch.Tensor,                    # (batch, heads, seq, head_dim), bytes
+    step:torch.Tensor, zero:torch.Tensor,  # float32, broadcast to the codes
 ) -> torch.Tensor:
     """The numbers that the codes stand for, float32.
 
@@ -45,16 +46,16 @@ class Int8Cache(NTKCache):
     nearest = False  # as the original: cut, not rounded
 
     def __init__(self,
-                 config,                # the model's: layers, kv heads, head_dim
-                 batch:int,             # rows
-                 max_length:int,        # positions that there is room for
-                 dtype=torch.float32,   # of the keys and values that come back
-                 device="cpu"):
+                 config:QwenConfig,                # the model's: layers, kv heads, head_dim
+                 batch:int,                        # rows
+                 max_length:int,                   # positions that there is room for
+                 dtype:torch.dtype=torch.float32,  # of the keys and values that come back
+                 device:str|torch.device="cpu"):
         super().__init__(config, batch, max_length, torch.uint8, device)
         self.dtype = dtype
         self.steps = torch.empty(*self.kv.shape[:-1], 2, device=device)
 
-    def update(self, layer_idx, k, v):
+    def update(self, layer_idx:int, k:torch.Tensor, v:torch.Tensor):
         start, found = self.length, [quantize(t.detach(), self.nearest) for t in (k, v)]
         codes = super().update(layer_idx, found[0][0], found[1][0])    # all keys' and all values'
         end, out = codes[0].shape[2], []
@@ -64,7 +65,7 @@ class Int8Cache(NTKCache):
             out.append(dequantize(code, all_steps, all_zeros).to(self.dtype))
         return tuple(out)
 
-    def select(self, rows):
+    def select(self, rows:list):
         super().select(rows)
         self.steps = self.steps[:, :, rows]
 

@@ -11,7 +11,7 @@ from .tokenizer import Tokenizer
 # %% ../nbs/03d_languages.ipynb #de32cdc6
 def bytes_per_token(
     tokenizer:Tokenizer,
-    texts,  # a list of str
+    texts:list,  # a list of str
 ) -> float:
     "How many bytes of these texts a token holds on average; 1: nothing was learned."
     size = sum(len(text.encode()) for text in texts)

@@ -19,15 +19,16 @@ from .shards import END
 from qwen_nb.world import (
     PEOPLE, PLACES, THINGS, Chooser, Line, World, ask, conversation, opening, pick, story,
 )
+from .tokenizer import Tokenizer
 
 # %% ../nbs/20e_lessons.ipynb #68f7d680
-def small_world(choose):
+def small_world(choose:Chooser):
     "A world of two to four people and one to three things, and the `Line`s that tell it."
     w = World()
     lines = list(opening(choose, w, choose([2, 3, 4]), choose([1, 2, 3])))
     return w, lines
 
-def pairs(w) -> list:
+def pairs(w:World) -> list:
     "What is true, one fact for each name: `(kind of question, name, value)`."
     facts = [("person", name, w.at[name]) for name in w.people()]
     for name in w.things():
@@ -38,11 +39,11 @@ def pairs(w) -> list:
     return facts
 
 # %% ../nbs/20e_lessons.ipynb #ae0fd067
-def told_pairs(choose, known) -> str:
+def told_pairs(choose:Chooser, known:list) -> str:
     "Each pair once, in any order."
     return "".join(f" {name} {value}" for _, name, value in pick(choose, known, len(known)))
 
-def list_lesson(choose) -> list:
+def list_lesson(choose:Chooser) -> list:
     "Pairs, then six of them again."
     known = pairs(small_world(choose)[0])
     again = [choose(known) for _ in range(6)]
@@ -52,7 +53,7 @@ def list_lesson(choose) -> list:
     return lesson
 
 # %% ../nbs/20e_lessons.ipynb #8a9d3b45
-def asked(choose, w, n, unknown=0):
+def asked(choose:Chooser, w:World, n:int, unknown:int=0):
     "n questions that one fact answers. Of eight, about `unknown` are about a name never told."
     known = pairs(w)
     often = [1 + 2 * (kind == "who") for kind, *_ in known]
@@ -70,7 +71,7 @@ def asked(choose, w, n, unknown=0):
             kind, answer = "unknown", "I do not know."
         yield Line(f"{question} {answer}", len(question) + 1, kind)
 
-def line_parts(lines):
+def line_parts(lines:list):
     "Lines of a story as `(text, counts)`: the answers count."
     for line in lines:
         text = line.text + "\n"
@@ -80,24 +81,24 @@ def line_parts(lines):
         yield text[at:], bool(line.kind)
 
 # %% ../nbs/20e_lessons.ipynb #6ea966da
-def asked_lesson(choose) -> list:
+def asked_lesson(choose:Chooser) -> list:
     "Pairs, then five questions."
     w, _ = small_world(choose)
     told = told_pairs(choose, pairs(w)) + "\n"
     return [(told, False), *line_parts(asked(choose, w, 5))]
 
-def facts_lesson(choose) -> list:
+def facts_lesson(choose:Chooser) -> list:
     "Sentences, then six questions, some of which nobody can answer."
     w, lines = small_world(choose)
     told = choose([" ", "\n"]).join(line.text for line in lines)
     return [(told + "\n", False), *line_parts(asked(choose, w, 6, unknown=1))]
 
 # %% ../nbs/20e_lessons.ipynb #179fb89e
-def dense_lesson(choose) -> list:
+def dense_lesson(choose:Chooser) -> list:
     "A story with many questions."
     return list(line_parts(story(choose, range(6), range(2, 5), [1, 2, 3])))
 
-def story_lesson(choose) -> list:
+def story_lesson(choose:Chooser) -> list:
     "A story as in `story`."
     return list(line_parts(story(choose)))
 
@@ -107,7 +108,7 @@ LESSONS = dict(list=list_lesson, asked=asked_lesson, facts=facts_lesson,
 # %% ../nbs/20e_lessons.ipynb #644df522
 ANSWER = 2.0  # the weight of an answer's tokens
 
-def text_row(choose, name, encode, end, answer=ANSWER):
+def text_row(choose:Chooser, name:str, encode, end:int, answer:float=ANSWER):
     "A lesson's ids with `<|endoftext|>` at the end, and how much each of them counts."
     ids, weights, rest = [], [], 1.0 if name == "story" else 0.0
     for text, counts in LESSONS[name](choose):
@@ -117,7 +118,7 @@ def text_row(choose, name, encode, end, answer=ANSWER):
     return ids + [end], weights + [rest]
 
 # %% ../nbs/20e_lessons.ipynb #bd96924f
-def chat_row(choose, tokenizer, answer=ANSWER):
+def chat_row(choose:Chooser, tokenizer:Tokenizer, answer:float=ANSWER):
     "A conversation in Qwen3's template up to an answer: its ids, and how much each counts."
     *before, last = conversation(choose)
     thinks = choose([True, False])
@@ -128,7 +129,7 @@ def chat_row(choose, tokenizer, answer=ANSWER):
     end = len(full) - full[::-1].index(tokenizer.special["<|im_end|>"])
     return full[:end], [0.0] * start + [answer] * (end - start)
 
-def talk_row(choose, tokenizer, answer=ANSWER):
+def talk_row(choose:Chooser, tokenizer:Tokenizer, answer:float=ANSWER):
     "Four to eight turns in which every answer counts, and keeps its thought."
     messages, thinks = conversation(choose, range(4, 9)), choose([True, True, False])
     ids, weights = [], []
@@ -160,14 +161,14 @@ def cut_course(
     return [(end and min(end, rows), mix) for end, mix in COURSE]
 
 # %% ../nbs/20e_lessons.ipynb #e0000005
-def course_row(choose, mix, tokenizer, encode, answer) -> tuple:
+def course_row(choose:Chooser, mix:dict, tokenizer:Tokenizer, encode, answer:float) -> tuple:
     "The ids and weights of a row of one of the lessons in the mixture."
     name = choose(mix, list(mix.values()))
     if name in CHATS:
         return CHATS[name](choose, tokenizer, answer)
     return text_row(choose, name, encode, tokenizer.special[END], answer)
 
-def batch_of(rows, end) -> dict:
+def batch_of(rows:list, end:int) -> dict:
     """Rows of ids and weights as one batch, `(batch, seq)` each.
 
     seq is what the longest of them needs, in sixteens. Short rows are filled up behind
@@ -189,7 +190,7 @@ class WorldRows:
 
     ValueError for a tokenizer without the tokens of documents and of chats."""
     def __init__(self,
-                 tokenizer,            # with `<|endoftext|>`, and with ChatML's tokens
+                 tokenizer:Tokenizer,  # with `<|endoftext|>`, and with ChatML's tokens
                  seq_len:int,          # the longest row; a longer one is drawn again
                  course:list=COURSE,   # (up to this row, shares of the lessons)
                  answer:float=ANSWER,  # how much an answer's tokens count

@@ -9,12 +9,13 @@ __all__ = ['FAMILIES', 'REQUIRED', 'LATER', 'DTYPE_NAMES', 'parse_config', 'fami
 # %% ../nbs/08a_loading.ipynb #05802b3b
 import importlib
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .model import Qwen, QwenConfig
 from .hub import find_model, open_weights, read_json
+from .model import Qwen, QwenConfig
 
 # %% ../nbs/08a_loading.ipynb #5f1a7502
 FAMILIES = {  # model_type → what the family fixes in its code and does not say in its config
@@ -85,8 +86,8 @@ DTYPE_NAMES = dict(float32=torch.float32, bfloat16=torch.bfloat16,  # what a mod
                    float16=torch.float16, float64=torch.float64)
 
 def as_dtype(
-    dtype,   # None, a torch dtype, or its name
-    device,  # None, or where it is to be used
+    dtype:str|torch.dtype,    # None, a torch dtype, or its name
+    device:str|torch.device,  # None, or where it is to be used
 ):
     "The torch dtype (None stays None), tried on the device. ValueError if it cannot be used."
     wanted = DTYPE_NAMES.get(str(dtype).removeprefix("torch."))
@@ -128,11 +129,11 @@ def match_weights(
 
 # %% ../nbs/08a_loading.ipynb #5f266e06
 def open_model(
-    kind:type,          # the class to make: `Qwen`, or one that extends it
-    name_or_path=None,  # None: the packaged model; or a folder, or a hub id
-    dtype=None,         # None: as stored; or torch.float32, "bfloat16", …
-    device=None,        # None: the CPU
-    progress=iter,      # or `tqdm`: goes round the tensors as they are read
+    kind:type,                     # the class to make: `Qwen`, or one that extends it
+    name_or_path:str|Path=None,    # None: the packaged model; or a folder, or a hub id
+    dtype:str|torch.dtype=None,    # None: as stored; or torch.float32, "bfloat16", …
+    device:str|torch.device=None,  # None: the CPU
+    progress=iter,                 # or `tqdm`: goes round the tensors as they are read
 ) -> Qwen:
     "What `Qwen.from_pretrained` does: plan, compare, put the file's tensors in place."
     dtype, folder = as_dtype(dtype, device), find_model(name_or_path)

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 
-from .shards import what_to_do, write_file
 from .cost import cost_parts
 from .lessons import cut_course
 from .model import QwenConfig
 from .settings import TrainConfig
+from .shards import what_to_do, write_file
 
 # %% ../nbs/21d_log.ipynb #304bb124
 LOG = "log.jsonl"
 
-def read_log(out) -> list:
+def read_log(out:str|Path) -> list:
     "The lines of a run's log, one dict each. A line that was cut off, or is damaged, is left out."
     path, lines = Path(out) / LOG, []
     if not path.is_file():
@@ -40,7 +40,7 @@ def read_log(out) -> list:
             lines.append(line)
     return lines
 
-def cut_log(out, step:int):
+def cut_log(out:str|Path, step:int):
     "Forget what the log says of steps after this one: they will come again."
     lines = [json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= step]
     write_file(Path(out) / LOG, "".join(lines).encode())
@@ -49,8 +49,8 @@ def cut_log(out, step:int):
 class Log:
     "Lines of a run: into a file, into TensorBoard if it is installed, and to whoever watches."
     def __init__(self,
-                 out,            # the run's folder
-                 on_log=None):   # called with all lines so far, each time there is a new one
+                 out:str|Path,  # the run's folder
+                 on_log=None):  # called with all lines so far, each time there is a new one
         self.lines, self.on_log, self.board = read_log(out), on_log, None
         self.file = open(Path(out) / LOG, "a", encoding="utf-8")
         try:
@@ -95,9 +95,9 @@ def flops_per_token(
 
 # %% ../nbs/21d_log.ipynb #374fff90
 def measure_peak(
-    device,
+    device:str|torch.device,
     dtype:str="float32",
-    size:int=None,     # of the square matrices; None: 512 on a CPU, 8192 on a GPU
+    size:int=None,  # of the square matrices; None: 512 on a CPU, 8192 on a GPU
     repeats:int=5,
     clock=time.perf_counter,
 ) -> float:
@@ -161,8 +161,8 @@ def too_short(config:TrainConfig) -> str:
 
 def end_note(
     config:TrainConfig,
-    log:list,     # from `read_log`
-    asks=False,   # whether the text has questions that it is to answer
+    log:list,         # from `read_log`
+    asks:bool=False,  # whether the text has questions that it is to answer
 ) -> str:
     "What a run's held-out losses say at its end; an empty string if they are lowest there."
     held = [(line["held_out"], line["step"]) for line in log if "held_out" in line]

@@ -26,10 +26,10 @@ class LoRALinear(nn.Module):
     W and b keep their names, and are frozen. The adapter is in float32 if W is narrower.
     Source: Hu et al., arXiv:2106.09685; `lora.Linear` in PEFT."""
     def __init__(self,
-                 base,             # what it stands in for: has a weight (out, in) and a bias
+                 base:nn.Module,  # what it stands in for: has a weight (out, in) and a bias
                  rank:int,
                  alpha:float,
-                 generator=None):  # of A's first values
+                 generator:torch.Generator=None):  # of A's first values
         super().__init__()
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
         self.kept = None                         # the old weight, once the adapter is merged
@@ -43,7 +43,7 @@ class LoRALinear(nn.Module):
             self.lora_A.weight.copy_(start / math.sqrt(n_in))
         nn.init.zeros_(self.lora_B.weight)
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor):
         y = F.linear(x, self.weight, self.bias)
         if self.kept is not None:                # merged: W holds it already
             return y
@@ -57,30 +57,30 @@ class LoRALinear(nn.Module):
 # %% ../nbs/22a_lora.ipynb #c7e76f13
 LINEAR = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 
-def lora_layers(model) -> dict:
+def lora_layers(model:nn.Module) -> dict:
     "The model's adapters by name."
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
-def linear_layers(model) -> dict:
+def linear_layers(model:nn.Module) -> dict:
     "The model's plain linear layers by name, those inside adapters left out."
     modules = model.named_modules()
     return {n: m for n, m in modules if isinstance(m, nn.Linear) and "lora_" not in n}
 
-def put(model, name:str, layer):
+def put(model:nn.Module, name:str, layer:nn.Module):
     "Put a layer in the place of that name."
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
 
-def is_positive(number) -> bool:
+def is_positive(number:object) -> bool:
     return type(number) in (int, float) and 0 < number < math.inf
 
 # %% ../nbs/22a_lora.ipynb #79470b73
 def add_lora(
-    model,             # changed in place
+    model:nn.Module,       # changed in place
     rank:int=8,
-    alpha:float=None,  # None: twice the rank
-    targets=LINEAR,    # ends of the names of the layers that get an adapter
-    seed:int=0,        # of A's first values
+    alpha:float=None,      # None: twice the rank
+    targets:tuple=LINEAR,  # ends of the names of the layers that get an adapter
+    seed:int=0,            # of A's first values
 ):
     """Freeze the model and put an adapter beside each chosen linear layer. Returns the model.
 
@@ -107,13 +107,13 @@ def add_lora(
     return model
 
 # %% ../nbs/22a_lora.ipynb #1c030b1c
-def merge_layer(layer):
+def merge_layer(layer:nn.Module):
     "Add the adapter into the weight, and keep the old one."
     merged = (layer.weight + layer.delta()).to(layer.weight.dtype).detach()
     layer.kept = (layer.weight,)                 # in a tuple, so that it is no parameter
     layer.weight = nn.Parameter(merged, requires_grad=False)
 
-def merge_lora(model):
+def merge_lora(model:nn.Module):
     "Add every adapter into its weight. Returns the model; merging twice raises ValueError."
     layers = lora_layers(model).values()
     if not layers:
@@ -125,7 +125,7 @@ def merge_lora(model):
     return model
 
 # %% ../nbs/22a_lora.ipynb #c5aed408
-def unmerge_lora(model):
+def unmerge_lora(model:nn.Module):
     "Put back the weights as they were, bit for bit. ValueError if nothing is merged."
     merged = [m for m in lora_layers(model).values() if m.kept is not None]
     if not merged:
@@ -134,7 +134,7 @@ def unmerge_lora(model):
         m.weight, m.kept = m.kept[0], None
     return model
 
-def bake_lora(model):
+def bake_lora(model:nn.Module):
     """Merge for good: plain linear layers again, and the names of a model without adapters.
 
     What is merged already stays so. ValueError if there are no adapters."""
@@ -154,8 +154,8 @@ def bake_lora(model):
 PREFIX = "base_model.model."
 
 def save_lora(
-    model,
-    folder,              # made if it is not there
+    model:nn.Module,
+    folder:str|Path,     # made if it is not there
     base_name:str=None,  # the model that the adapters belong to, noted in the config
 ):
     """Write the adapters in PEFT's layout. The folder appears whole or not at all.
@@ -184,7 +184,7 @@ def save_lora(
     write_folder(folder, {"adapter_model.safetensors": save(tensors, {"format": "pt"}),
                           "adapter_config.json": text.encode()})
 
-def target_names(model) -> list:
+def target_names(model:nn.Module) -> list:
     "The ends of the names that have adapters, or the whole names where others end alike."
     layers = lora_layers(model)
     ends = {name.rpartition(".")[2] for name in layers}
@@ -201,7 +201,7 @@ MUST_BE = dict(
 # Other starts of A and B (PiSSA, OLoRA, …) change the base model's weights too.
 PLAIN_STARTS = True, False, None, "gaussian", "orthogonal"
 
-def read_lora_config(folder) -> dict:
+def read_lora_config(folder:str|Path) -> dict:
     "adapter_config.json, ValueError if it means something else than plain LoRA."
     config = read_json(Path(folder), "adapter_config.json")
     for key, want in MUST_BE.items():
@@ -219,7 +219,7 @@ def read_lora_config(folder) -> dict:
     return config
 
 # %% ../nbs/22a_lora.ipynb #bd61df04
-def read_lora(folder) -> tuple:
+def read_lora(folder:str|Path) -> tuple:
     """The config and the tensors, `{layer: (A, B)}`, of an adapter in PEFT's layout.
 
     FileNotFoundError or ValueError if they cannot be read or mean something else."""
@@ -252,8 +252,8 @@ def read_lora(folder) -> tuple:
 
 # %% ../nbs/22a_lora.ipynb #8170af61
 def load_lora(
-    model,   # changed in place, without adapters yet
-    folder,  # in PEFT's layout
+    model:nn.Module,  # changed in place, without adapters yet
+    folder:str|Path,  # in PEFT's layout
 ):
     """Freeze the model and give it the adapters of the folder. Returns the model.
 

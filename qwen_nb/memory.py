@@ -10,9 +10,13 @@ __all__ = ['QWEN_CONFIGS', 'T4_GIB', 'draw_tree', 'component_sizes', 'count_para
 import gc
 import math
 import weakref
+from typing import TYPE_CHECKING
 
 from .architecture import parameter_shapes, read_config
 from .inspect import OURS, PARTS, outline, part_of, tint
+
+if TYPE_CHECKING:                                        # for editors
+    import torch
 
 # %% ../nbs/00b_memory.ipynb #71091219
 def _box_text(node, share, room, is_top):
@@ -42,7 +46,7 @@ def _draw_node(ax, node, whole, x, y, copies=1, path=""):
 
 # %% ../nbs/00b_memory.ipynb #81c28b52
 def draw_tree(
-    module,  # any `nn.Module`
+    module:"torch.nn.Module",  # any `nn.Module`
 ):
     "The tree of a module as boxes, from left to right, as high as their shares of the parameters."
     import matplotlib.pyplot as plt
@@ -69,7 +73,7 @@ def draw_tree(
 
 # %% ../nbs/00b_memory.ipynb #d3a31661
 def component_sizes(
-    shapes,  # a dict from parameter names to shapes
+    shapes:dict,  # a dict from parameter names to shapes
 ) -> dict:
     "Parameters by part: a dict from the keys of `PARTS` that occur to counts."
     sizes = {}
@@ -80,7 +84,7 @@ def component_sizes(
 
 
 def count_parameters(
-    config,  # of a dense Qwen2 or Qwen3: a dict, or a config object of `transformers`
+    config:object,  # of a dense Qwen2 or Qwen3: a dict, or a config object of `transformers`
 ) -> dict:
     "Parameters by part, by formula, each tied tensor once. Their sum is the size of the model."
     return component_sizes(parameter_shapes(config))
@@ -109,7 +113,7 @@ QWEN_CONFIGS = {name: dict(zip(_KEYS, numbers)) for name, numbers in _SIZES.item
 T4_GIB = 14.7  # what PyTorch sees on Colab's T4
 
 def memory_gib(
-    config,            # of a dense Qwen2 or Qwen3
+    config:object,     # of a dense Qwen2 or Qwen3
     bits:int=16,       # per weight: 32, 16, 8 or 4
     context:int=4096,  # tokens in the KV cache
     batch:int=1,       # sequences at once
@@ -125,10 +129,10 @@ def memory_gib(
 
 # %% ../nbs/00b_memory.ipynb #4b9e343e
 def draw_fit(
-    context:int=4096,      # tokens in the KV cache
-    gpu_gib:float=T4_GIB,  # memory that can be used
-    spare:float=1.,        # GiB to leave for activations and libraries
-    configs=QWEN_CONFIGS,  # name → config
+    context:int=4096,           # tokens in the KV cache
+    gpu_gib:float=T4_GIB,       # memory that can be used
+    spare:float=1.,             # GiB to leave for activations and libraries
+    configs:dict=QWEN_CONFIGS,  # name → config
 ):
     "Which models fit on a GPU, at 4, 8, 16 and 32 bits a weight: GiB of weights + GiB of cache."
     import matplotlib.pyplot as plt
@@ -154,14 +158,14 @@ def draw_fit(
 
 # %% ../nbs/00b_memory.ipynb #2783a25b
 def watch_memory(
-    module,  # any `nn.Module`
+    module:"torch.nn.Module",  # any `nn.Module`
 ) -> list:
     "Weak references to its parameters: they tell whether one still exists, and keep none alive."
     return [weakref.ref(p) for p in module.parameters()]
 
 
 def alive_mib(
-    refs,  # from `watch_memory`
+    refs:list,  # from `watch_memory`
 ) -> float:
     "MiB of the watched parameters that still exist."
     alive = [ref() for ref in refs]

@@ -18,7 +18,7 @@ from .qwen2 import KINDS, WindowConfig, layer_windows
 
 # %% ../nbs/14a_mixture.ipynb #2676a16d
 def check_experts(
-    config,  # a `MoEConfig`
+    config:"MoEConfig",  # a `MoEConfig`
 ):
     "ValueError, in one sentence, for numbers that do not fit together."
     k, experts = config.num_experts_per_tok, config.num_experts
@@ -51,24 +51,24 @@ class MoEConfig(WindowConfig):
         self.mlp_only_layers = tuple(self.mlp_only_layers)
         check_experts(self)
 
-    def is_sparse(self, layer_idx):
+    def is_sparse(self, layer_idx:int):
         in_step = (layer_idx + 1) % self.decoder_sparse_step == 0
         return in_step and layer_idx not in self.mlp_only_layers
 
-    def mlp(self, layer_idx):
+    def mlp(self, layer_idx:int):
         if not self.is_sparse(layer_idx): return super().mlp(layer_idx)
         return SparseMLP(self.hidden_size, self.num_experts, self.num_experts_per_tok,
                          self.moe_intermediate_size, self.norm_topk_prob,
                          self.shared_expert_intermediate_size)
 
-    def rename(self, stored): return unfuse(stored)
+    def rename(self, stored:dict): return unfuse(stored)
     def as_json(self): return moe_json(self)
     def extra_loss(self, model):
         balance = importlib.import_module("qwen_nb.balance")  # of the next lesson
         return balance.balanced(model, self.num_experts_per_tok, self.router_aux_loss_coef)
 
     @classmethod
-    def read(cls, raw):
+    def read(cls, raw:dict):
         known = parse_config(raw | dict(use_sliding_window=False)) | parse_experts(raw)
         return cls(**known, windows=expert_windows(raw, known["num_hidden_layers"]))
 

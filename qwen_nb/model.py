@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from .attention import causal_mask
 from .gqa import Attention
+from .hub import find_model, open_weights, read_json
 from .mlp import SwiGLU
 from .norm import RMSNorm
 from .yarn import Rotary
-from .hub import find_model, open_weights, read_json
 
 # %% ../nbs/08_model.ipynb #db4f37d3
 class Block(nn.Module):
@@ -27,15 +27,16 @@ class Block(nn.Module):
 
     `(batch, seq, hidden_size)` in and out. Source: Qwen3DecoderLayer in transformers."""
     def __init__(self,
-                 config,         # gives the parts: `norm()`, `attention(i)`, `mlp(i)`
-                 layer_idx:int): # which layer this is
+                 config:"Parts",  # gives the parts: `norm()`, `attention(i)`, `mlp(i)`
+                 layer_idx:int):  # which layer this is
         super().__init__()
         self.input_layernorm = config.norm()
         self.self_attn = config.attention(layer_idx)
         self.post_attention_layernorm = config.norm()
         self.mlp = config.mlp(layer_idx)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
+    def forward(self, x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor,
+                mask:torch.Tensor=None, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -47,38 +48,38 @@ class Parts:
     def norm(self):
         return RMSNorm(self.hidden_size, self.rms_norm_eps)
 
-    def attention(self, layer_idx):
+    def attention(self, layer_idx:int):
         return Attention(self.hidden_size, self.num_attention_heads, self.num_key_value_heads,
                          self.head_dim, self.qkv_bias, self.o_bias, self.qk_norm,
                          self.rms_norm_eps, layer_idx)
 
-    def mlp(self, layer_idx):
+    def mlp(self, layer_idx:int):
         return SwiGLU(self.hidden_size, self.intermediate_size)
 
-    def block(self, layer_idx):
+    def block(self, layer_idx:int):
         return Block(self, layer_idx)
 
     def rotary(self):
         return Rotary(self.head_dim, self.rope_theta, self.rope_scaling,
                       self.max_position_embeddings)
 
-    def mask(self, q_len, k_len, is_real, device):
+    def mask(self, q_len:int, k_len:int, is_real:torch.Tensor, device:str|torch.device):
         return causal_mask(q_len, k_len, is_real, device)
 
-    def rename(self, stored):
+    def rename(self, stored:dict):
         "A checkpoint's tensors, under our names."
         return stored
 
-    def original(self, weights):
+    def original(self, weights:dict):
         "And the way back."
         return weights
 
-    def extra_loss(self, model):
+    def extra_loss(self, model:nn.Module):
         "Around a pass in training: nothing here; or it gives a function, for a loss to add."
         return nullcontext()
 
 # %% ../nbs/08_model.ipynb #de32bf3e
-def check_numbers(config):
+def check_numbers(config:"QwenConfig"):
     "ValueError, in a sentence, for a number that makes no sense. None: not given yet."
     for field in fields(config):
         value = getattr(config, field.name)
@@ -124,7 +125,7 @@ class QwenConfig(Parts):
 
     @classmethod
     def from_pretrained(cls,
-                        name_or_path=None):  # None: the packaged model; or a folder, or a hub id
+                        name_or_path:str=None): # None: the packaged model; or a folder, or a hub id
         "Read `config.json`. ValueError for a family or a setting that is not covered."
         loading = importlib.import_module("qwen_nb.loading")   # the next notebook
         return loading.family_config(read_json(find_model(name_or_path), "config.json"))
@@ -149,7 +150,8 @@ class Decoder(nn.Module):
         self.norm = config.norm()
         self.rotary = config.rotary()
 
-    def forward(self, input_ids, position_ids, mask=None, cache=None):
+    def forward(self, input_ids:torch.Tensor, position_ids:torch.Tensor,
+                mask:torch.Tensor=None, cache=None):
         x = self.embed_tokens(input_ids)
         cos, sin = self.rotary(position_ids, x.dtype, cache)
         for layer in self.layers:
@@ -158,14 +160,14 @@ class Decoder(nn.Module):
 
 # %% ../nbs/08_model.ipynb #f15d395b
 def positions(
-    attention_mask,  # (batch, length), 1 for a real token and 0 for padding
-    seq:int,         # for how many columns, from the end
+    attention_mask:torch.Tensor,  # (batch, length), 1 for a real token and 0 for padding
+    seq:int,                      # for how many columns, from the end
 ) -> torch.Tensor:
     "How many real tokens stand before each of the last `seq` columns, `(batch, seq)`; padding: 0."
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq:]
 
 # %% ../nbs/08_model.ipynb #322b46f8
-def check_inputs(input_ids, attention_mask, past, vocab_size):
+def check_inputs(input_ids:torch.Tensor, attention_mask:torch.Tensor, past:int, vocab_size:int):
     "ValueError for shapes or ids that do not fit; `past` positions are in the cache."
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, seq)")
@@ -187,17 +189,17 @@ class Qwen(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def head(self, x):
+    def head(self, x:torch.Tensor):
         "`(…, hidden_size)` → `(…, vocab_size)`"
         if self.config.tie_word_embeddings:
             return F.linear(x, self.model.embed_tokens.weight)
         return self.lm_head(x)
 
     def forward(self,
-                input_ids,              # (batch, seq)
-                attention_mask=None,    # (batch, cached + seq), 0 where a key is padding
-                position_ids=None,      # (1 or batch, seq); counted if not given
-                cache=None,             # has `length` and `update(layer_idx, k, v)`
+                input_ids:torch.Tensor,            # (batch, seq)
+                attention_mask:torch.Tensor=None,  # (batch, cached + seq), 0 where a key is padding
+                position_ids:torch.Tensor=None,    # (1 or batch, seq); counted if not given
+                cache=None,                        # has `length` and `update(layer_idx, k, v)`
                 last_only:bool=False):  # the last position's logits only, all that writing needs
         past = 0 if cache is None else cache.length
         check_inputs(input_ids, attention_mask, past, self.config.vocab_size)
@@ -215,10 +217,10 @@ class Qwen(nn.Module):
 
     @classmethod
     def from_pretrained(cls,
-                        name_or_path=None,  # None: the packaged model; or a folder, or a hub id
-                        dtype=None,         # None: as stored; or torch.float32, "bfloat16", …
-                        device=None,        # None: the CPU
-                        progress=iter):     # or `tqdm`: goes round the tensors as they are read
+                        name_or_path:str=None,  # None: the packaged model; or a folder, or a hub id
+                        dtype:str|torch.dtype=None,    # None: as stored; or torch.float32, …
+                        device:str|torch.device=None,  # None: the CPU
+                        progress=iter):  # or `tqdm`: goes round the tensors as they are read
         "Open a checkpoint, ready to run. ValueError or OSError, in one sentence, if it cannot."
         loading = importlib.import_module("qwen_nb.loading")   # the next notebook
         return loading.open_model(cls, name_or_path, dtype, device, progress)

@@ -28,7 +28,7 @@ def route(
 
 # %% ../nbs/14_moe.ipynb #66e6e576
 def mix_experts(
-    experts,               # modules or functions, (n, hidden_size) → (n, hidden_size)
+    experts:list,          # modules or functions, (n, hidden_size) → (n, hidden_size)
     x:torch.Tensor,        # (tokens, hidden_size)
     weights:torch.Tensor,  # (tokens, k), from `route`
     chosen:torch.Tensor,   # (tokens, k)
@@ -75,7 +75,7 @@ class SparseMLP(nn.Module):
             self.shared_expert = SwiGLU(hidden_size, shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor):
         flat = x.reshape(-1, x.shape[-1])                          # (tokens, hidden_size)
         weights, chosen = route(self.gate(flat), self.k, self.norm_topk_prob)
         y = mix_experts(self.experts, flat, weights, chosen)

@@ -8,7 +8,8 @@ __all__ = ['PAGE', 'GAP', 'CELLS', 'DOTS', 'NO_END', 'ENDED', 'paint', 'page_str
            'mend_hyphens', 'goes_on', 'rows_last', 'join_lines']
 
 # %% ../nbs/20c_pages.ipynb #c5000003
-import re, unicodedata
+import re
+import unicodedata
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +21,7 @@ from .shards import write_file
 PAGE = ("<< /Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] "
         "/Resources << /Font << /F1 3 0 R >> >> /Contents %d 0 R >>")
 
-def paint(line) -> str:
+def paint(line:str|tuple) -> str:
     "The orders that paint a line: a str below the one before, or `(x, y, str)` at a place."
     text = line if isinstance(line, str) else line[2]
     text = re.sub(r"([()\\])", r"\\\1", text)
@@ -28,15 +29,15 @@ def paint(line) -> str:
         return f"({text}) Tj T*\n"
     return f"1 0 0 1 {line[0]} {line[1]} Tm ({text}) Tj\n"
 
-def page_stream(lines) -> bytes:
+def page_stream(lines:list) -> bytes:
     "A page's drawing orders as an object of the file."
     shown = "".join(map(paint, lines)).encode("latin-1")
     orders = b"BT /F1 11 Tf 14 TL 60 780 Td\n%sET" % shown
     return b"<< /Length %d >>\nstream\n%s\nendstream" % (len(orders), orders)
 
 def write_pdf(
-    path,
-    pages,  # a list of pages, each a list of lines: str, or (x, y, str), of Latin-1 characters
+    path:str|Path,
+    pages:list,  # a list of pages, each a list of lines: str, or (x, y, str), of Latin-1 characters
 ) -> Path:
     "Write lines as a PDF with one font. Source: ISO 32000-1, sections 7.5 and 9.4."
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
@@ -57,7 +58,7 @@ def write_pdf(
 
 # %% ../nbs/20c_pages.ipynb #c5000005
 def world_pdf(
-    path,
+    path:str|Path,
     n_stories:int=300,
     seed:int=0,
 ) -> Path:
@@ -76,7 +77,7 @@ def is_page_number(line:str, number:int) -> bool:
     found = re.fullmatch(r"\W*(?:page\s*)?(\d+)(?:\s*(?:/|of)\s*\d+)?\W*", line, re.I)
     return bool(found) and int(found[1]) == number
 
-def line_kind(page, slot):
+def line_kind(page:list, slot:int):
     "What lines that are headers of two pages have in common: the line with # for each number."
     if not -len(page) <= slot < len(page):
         return None
@@ -85,7 +86,7 @@ def line_kind(page, slot):
     is_title = len(line) < 60 and not re.search(r"[.!?;,]$", line)
     return numbered[0] if numbered and is_title else line
 
-def returns(pages, i, slot) -> bool:
+def returns(pages:list, i:int, slot:int) -> bool:
     "Whether this line of page i comes again on the pages around, or is its number."
     page = pages[i]
     if page[slot].strip() == MARK:
@@ -99,7 +100,7 @@ def returns(pages, i, slot) -> bool:
     return len(pages) > 2 and same >= (4 if len(pages) > 7 else 3)
 
 def drop_headers(
-    pages,       # a list of pages, each a list of lines
+    pages:list,  # a list of pages, each a list of lines
     edge:int=4,  # how many lines at the top and the bottom of a page may be headers
 ) -> list:
     """The pages without page numbers and the lines that come again at the edges of pages.
@@ -119,7 +120,7 @@ def drop_headers(
 # %% ../nbs/20c_pages.ipynb #c5000008
 GAP = re.compile(r"(?<=\S) {3,}(?=\S)")  # blanks wider than between two words
 
-def halves(line, width):
+def halves(line:str, width:int):
     "The left and the right part of a line that has one wide gap, in its middle; None without."
     gaps = [m for m in GAP.finditer(line)]
     if len(gaps) != 1:
@@ -129,7 +130,7 @@ def halves(line, width):
         return None
     return line[:gap.start()].strip(), line[gap.end():].strip()
 
-def read_columns(wide) -> list:
+def read_columns(wide:list) -> list:
     "The lines of a two-column page in the order of reading; None for any other page."
     width = max(map(len, wide), default=0)
     divided = [halves(line, width) for line in wide]
@@ -157,12 +158,12 @@ def read_columns(wide) -> list:
     return out + left + right
 
 # %% ../nbs/20c_pages.ipynb #c500000b
-def squeezed(line): return "".join(line.split())
+def squeezed(line:str): return "".join(line.split())
 
 CELLS = re.compile(r"(?<=\S) {5,}(?=\S)")  # blanks between two cells
 DOTS = re.compile(r"([.·…_]\s*){5,}")      # a line of a table of contents has them
 
-def table_rows(wide) -> dict:
+def table_rows(wide:list) -> dict:
     "Rows of tables in a page's `layout` lines: without blanks, and with ` | ` between cells."
     cells = [[line] if DOTS.search(line) else CELLS.split(line.strip()) for line in wide]
     rows = {}
@@ -192,7 +193,7 @@ NO_END = (r"(?<!\b\w)(?<!\bDr|\bMr|\bMs|\bSt|\bJr|\bNo|\bNr|\b[Vv]s|\b[Cc]a|\b[C
           r"(?<!\bMrs|\b[Ff]ig|\b[Vv]ol|\betc)(?<!\bProf)")  # initials, e.g. and i.e. too
 ENDED = rf"""((?:{NO_END}\.|[!?।؟。！？])["'”’»)\]」』）]*)"""  # the end of a sentence
 
-def mend_hyphens(text) -> str:
+def mend_hyphens(text:str) -> str:
     "Words that were divided at the end of a line are whole again."
     known = Counter(re.findall(r"\w+(?:-\w+)*", text.lower()))
     def mend(m):
@@ -205,7 +206,7 @@ def mend_hyphens(text) -> str:
         return first + "-" * (known[parts] > known[whole])
     return re.sub(r"(\w+)[-\u2010]\n(?=([^\W\d_]\w*))", mend, text)
 
-def goes_on(before, line, longest) -> bool:
+def goes_on(before:str, line:str, longest:int) -> bool:
     "Whether a line is the continuation of the one before; `longest`: what fits on the paper."
     if " | " in before + line or MARK in (before.strip(), line.strip()):
         return False
@@ -216,7 +217,7 @@ def goes_on(before, line, longest) -> bool:
     return long and bool(re.match(r"""[\w(\["“‘«'$£€§&]""", line))
 
 # %% ../nbs/20c_pages.ipynb #f6fe3855
-def rows_last(lines, longest) -> list:
+def rows_last(lines:list, longest:int) -> list:
     "The lines with rows of tables moved behind the sentence that they interrupt."
     out, rows, before = [], [], ""
     for line in lines:
@@ -232,7 +233,7 @@ def rows_last(lines, longest) -> list:
     return out + rows
 
 def join_lines(
-    lines,  # of a whole document
+    lines:list,  # of a whole document
 ) -> str:
     """The lines as text: divided words are whole, and lines that stop in mid-sentence go on.
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .durable import checkpoints
-from .resume import OneProcess
+from .resume import OneProcess, Run
 
 # %% ../nbs/21g_parallel.ipynb #2dd4a644
 class DDP(OneProcess):
@@ -26,18 +27,18 @@ class DDP(OneProcess):
 
     For `train(config, engine)`, in each process of a group (see `many`).
     Source: arXiv:2006.15704, `torch.nn.parallel.DistributedDataParallel`."""
-    def __init__(self, device="cpu"):
+    def __init__(self, device:str|torch.device="cpu"):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(device)
 
-    def wrap(self, objective):
+    def wrap(self, objective:torch.nn.Module):
         # Gradients are averaged where they lie.
         return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
-    def syncing(self, objective, last):
+    def syncing(self, objective:torch.nn.Module, last:bool):
         return nullcontext() if last else objective.no_sync()
 
-    def sum(self, tensor):
+    def sum(self, tensor:torch.Tensor):
         dist.all_reduce(tensor)
         return tensor
 
@@ -52,9 +53,9 @@ class DDP(OneProcess):
         if found[1] is not None: raise found[1]
         return found[0]
 
-    def full(self, tensor): return self.keep(tensor.detach())
+    def full(self, tensor:torch.Tensor): return self.keep(tensor.detach())
 
-    def keep(self, tensor):
+    def keep(self, tensor:torch.Tensor):
         "What is only written is needed on rank 0 alone; a number on all."
         return tensor.cpu() if self.rank == 0 or not tensor.dim() else None
 
@@ -64,7 +65,7 @@ class FSDP(DDP):
 
     Weights are gathered layer by layer as they are needed.
     Source: arXiv:2304.11277, `torch.distributed.fsdp.fully_shard`."""
-    def wrap(self, objective):
+    def wrap(self, objective:torch.nn.Module):
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
         for layer in objective.model.model.layers:
@@ -77,13 +78,13 @@ class FSDP(DDP):
         objective.register_forward_hook(drop)
         return objective
 
-    def syncing(self, objective, last):
+    def syncing(self, objective:torch.nn.Module, last:bool):
         objective.set_requires_gradient_sync(last)
         return nullcontext()
 
-    def full(self, tensor): return self.keep(tensor.detach().full_tensor())
+    def full(self, tensor:torch.Tensor): return self.keep(tensor.detach().full_tensor())
 
-    def part(self, whole, like):
+    def part(self, whole:torch.Tensor, like:torch.Tensor):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
@@ -115,7 +116,7 @@ def local_device() -> torch.device:
     return torch.device("cuda", here) if gpus else torch.device("cpu")
 
 # %% ../nbs/21g_parallel.ipynb #f1ab674d
-def process_died(out) -> str:
+def process_died(out:str|Path|Path) -> str:
     "What to say when the others cannot go on."
     go_on = ", and it goes on from there"
     if not out:
@@ -127,7 +128,7 @@ def process_died(out) -> str:
     return (f"another process of this run died or was stopped, so process {dist.get_rank()} stops "
             f"too; {saved}: start the same command again{go_on}")
 
-def watch_sigterm(out):
+def watch_sigterm(out:str|Path|Path):
     """End this process with a sentence when SIGTERM comes, even in a wait for another rank.
 
     Returns a call that ends the watch. Through `signal.set_wakeup_fd`."""
@@ -158,8 +159,8 @@ ENGINES = dict(ddp=DDP, fsdp=FSDP)
 
 @contextmanager
 def many(
-    kind="ddp",  # or "fsdp"
-    out=None,    # the run's folder, to say what is safe when a process dies
+    kind:str="ddp",          # or "fsdp"
+    out:str|Path|Path=None,  # the run's folder, to say what is safe when a process dies
 ):
     """The engine of this process, one of those that `torchrun` started.
 
@@ -189,7 +190,7 @@ def many(
         end_watch()
 
 # %% ../nbs/21g_parallel.ipynb #e5999193
-def held(run) -> dict:
+def held(run:Run) -> dict:
     "Bytes of weights, gradients and moments that this process keeps for a `Run` after a step."
     def own(t): return t.to_local() if hasattr(t, "to_local") else t
 

@@ -12,18 +12,19 @@ import copy
 import torch
 from torch.nn import functional as F
 
-from .prompt import encode_chat
 from .chat import chat_stop_ids
-from .rows import IGNORED
 from .finetune import answer_example, beside, make_step
-from .writing import pad_left
 from .generation import generate
+from .prompt import encode_chat
+from .rows import IGNORED
+from .tokenizer import Tokenizer
 from .train import forward, parameter_groups
-from .world import PEOPLE, PLACES
+from .world import PEOPLE, PLACES, Chooser
+from .writing import pad_left
 
 # %% ../nbs/22b_preference.ipynb #c7409431
 def pad(
-    examples,  # from `answer_example`
+    examples:list,  # from `answer_example`
 ) -> dict:
     """One conversation a row, padded on the right without labels.
 
@@ -38,7 +39,7 @@ def pad(
                 document_ids=torch.zeros_like(ids),
                 position_ids=torch.arange(longest).expand_as(ids))
 
-def answer_log_probs(model, batch:dict):
+def answer_log_probs(model:torch.nn.Module, batch:dict):
     "The log-probability of each label, in float32, `(rows, seq)`; 0 where it is IGNORED."
     labels = batch["labels"]
     log_p = forward(model, batch).float().log_softmax(-1)              # (rows, seq, vocab)
@@ -46,15 +47,15 @@ def answer_log_probs(model, batch:dict):
     return log_p.masked_fill(labels == IGNORED, 0.)
 
 # %% ../nbs/22b_preference.ipynb #d5518ac4
-def answer_sums(model, batch:dict) -> tuple:
+def answer_sums(model:torch.nn.Module, batch:dict) -> tuple:
     "The log-probabilities of whole answers, chosen and rejected: `(pairs,)` each."
     return answer_log_probs(model, batch).sum(-1).chunk(2)
 
 # %% ../nbs/22b_preference.ipynb #1c5cbdc9
 def dpo_loss(
-    chosen, rejected,          # (pairs,) log-probabilities of the answers under the model
-    ref_chosen, ref_rejected,  # (pairs,) the same under the reference
-    beta:float=0.1,            # how much a step away from the reference counts
+    chosen:torch.Tensor, rejected:torch.Tensor,          # (pairs,) the answers' log-probabilities
+    ref_chosen:torch.Tensor, ref_rejected:torch.Tensor,  # (pairs,) the same under the reference
+    beta:float=0.1,  # how much a step away from the reference counts
 ) -> tuple:
     """The loss of each pair and its margin, `(pairs,)` each. ValueError if beta is not above 0.
 
@@ -66,9 +67,9 @@ def dpo_loss(
 
 # %% ../nbs/22b_preference.ipynb #954bd3e6
 def sample_answers(
-    model, tokenizer,
-    prompts,                 # lists of ids
-    group:int,               # answers to each
+    model:torch.nn.Module, tokenizer:Tokenizer,
+    prompts:list,  # lists of ids
+    group:int,     # answers to each
     seed:int=None,
     max_new_tokens:int=16,
 ) -> tuple:
@@ -92,13 +93,13 @@ def sample_answers(
         texts.append(tokenizer.decode([i for i in answer if i not in ends]))
     return examples, texts
 
-def prompts_of(tokenizer, talks, family:str) -> list:
+def prompts_of(tokenizer:Tokenizer, talks:list, family:str) -> list:
     "The ids of each talk up to where its last message, the answer, would begin."
     return [encode_chat(tokenizer, t[:-1], family, enable_thinking=False) for t in talks]
 
 def right_or_wrong(
-    texts,  # the groups one after another
-    talks,  # one for each group; the last message is right
+    texts:list,  # the groups one after another
+    talks:list,  # one for each group; the last message is right
 ):
     "1 where an answer is right to the letter, else 0. `(talks, group)`."
     group, left = divmod(len(texts), len(talks))
@@ -111,8 +112,8 @@ def right_or_wrong(
 
 # %% ../nbs/22b_preference.ipynb #7239e793
 def preference_pair(
-    talk,    # from `sentence_talk`: the last message is right
-    choose,  # a `Chooser`
+    talk:list,       # from `sentence_talk`: the last message is right
+    choose:Chooser,  # a `Chooser`
 ) -> tuple:
     "The talk with the right answer, and with a wrong one of the same form."
     right, is_who = talk[-1]["content"], talk[-1]["kind"] == "who"
@@ -131,8 +132,8 @@ def preference_pair(
 
 # %% ../nbs/22b_preference.ipynb #7239e794
 def own_pairs(
-    model, tokenizer, talks,
-    choose,              # a `Chooser`, for what is made up
+    model:torch.nn.Module, tokenizer:Tokenizer, talks:list,
+    choose:Chooser,  # a `Chooser`, for what is made up
     family:str="qwen3", seed:int=0,
 ) -> list:
     """For each talk the right answer and a wrong one: the model's own.
@@ -149,7 +150,7 @@ def own_pairs(
         pairs.append((right, wrong))
     return pairs
 
-def dpo_batches(tokenizer, family:str, pairs, per_step:int=16) -> list:
+def dpo_batches(tokenizer:Tokenizer, family:str, pairs:list, per_step:int=16) -> list:
     "A list of batches for `dpo`: the chosen of all pairs first, then their rejected."
     batches = []
     for i in range(0, len(pairs), per_step):
@@ -159,11 +160,11 @@ def dpo_batches(tokenizer, family:str, pairs, per_step:int=16) -> list:
     return batches
 
 # %% ../nbs/22b_preference.ipynb #89547ca9
-def frozen(model):
+def frozen(model:torch.nn.Module):
     "A copy that nothing trains: the reference."
     return copy.deepcopy(model).requires_grad_(False).eval()
 
-def not_itself(model, reference):
+def not_itself(model:torch.nn.Module, reference:torch.nn.Module):
     "ValueError if the two share a parameter."
     shared = {*map(id, model.parameters())} & {*map(id, reference.parameters())}
     if shared:
@@ -171,7 +172,7 @@ def not_itself(model, reference):
                          "take frozen(model)")
 
 @torch.no_grad()
-def with_reference(reference, batches) -> list:
+def with_reference(reference:torch.nn.Module, batches:list) -> list:
     "The batches, each with what the reference gives its answers: `ref_sums`, `(2, pairs)`."
     found = []
     for batch in batches:
@@ -181,8 +182,8 @@ def with_reference(reference, batches) -> list:
 
 # %% ../nbs/22b_preference.ipynb #89547caa
 def dpo(
-    model, reference,     # the reference is frozen and stays
-    batches,              # from `dpo_batches`; or from `with_reference`, for several runs on them
+    model:torch.nn.Module, reference:torch.nn.Module,  # the reference is frozen and stays
+    batches:list,         # from `dpo_batches`; or from `with_reference`, for several runs on them
     beta:float=0.1, lr:float=2e-4,
     anchor:float=0.,      # weight of the chosen answer's own log-probability
     preference:float=1.,  # weight of the pairs; 0: only the anchor, which is fine-tuning

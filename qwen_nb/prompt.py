@@ -8,6 +8,7 @@ __all__ = ['SMALL_TEMPLATE', 'FAMILY_OF', 'runs', 'encode_pieces', 'encode_chat'
            'has_small_template', 'family_of', 'default_thinking']
 
 # %% ../nbs/10b_prompt.ipynb #c1c1f002
+from typing import TYPE_CHECKING
 import html, json
 from collections import Counter
 from pathlib import Path
@@ -17,8 +18,11 @@ from .template import chat_pieces, check_tools
 from .bpe import Picture, box_text, nfc
 from .hub import find_model, read_json
 
+if TYPE_CHECKING:                                        # for editors
+    from qwen_nb.tokenizer import Tokenizer
+
 # %% ../nbs/10b_prompt.ipynb #da4e2f04
-def runs(tokenizer, pieces):
+def runs(tokenizer:"Tokenizer", pieces:list):
     "Yield each control token that the tokenizer has; between them lists of neighbouring text."
     text = []
     for piece in pieces:
@@ -32,8 +36,8 @@ def runs(tokenizer, pieces):
     if text: yield text
 
 def encode_pieces(
-    tokenizer,  # a `Tokenizer`
-    pieces,     # of a prompt, from `chat_pieces`
+    tokenizer:"Tokenizer",  # a `Tokenizer`
+    pieces:list,            # of a prompt, from `chat_pieces`
 ) -> list:
     "The ids of a prompt in pieces."
     ids = []
@@ -44,12 +48,12 @@ def encode_pieces(
 
 # %% ../nbs/10b_prompt.ipynb #21e28008
 def encode_chat(
-    tokenizer,              # a `Tokenizer`
+    tokenizer:"Tokenizer",  # a `Tokenizer`
     messages:list,          # these and the rest as for `render_chat`
     family:str,
-    tools=None,
+    tools:object=None,
     add_generation_prompt:bool=True,
-    enable_thinking=None,
+    enable_thinking:bool=None,
 ) -> list:
     """The conversation as ids. ValueError as `render_chat`.
 
@@ -61,7 +65,7 @@ def encode_chat(
     return ids
 
 # %% ../nbs/10b_prompt.ipynb #ecf5f7b9
-def token_writers(tokenizer, pieces):
+def token_writers(tokenizer:"Tokenizer", pieces:list):
     "Yield (id, who wrote it): the template, or a role. Of a token by two, who wrote more of it."
     for run in runs(tokenizer, pieces):
         if isinstance(run, Control):
@@ -79,8 +83,8 @@ def token_writers(tokenizer, pieces):
 
 # %% ../nbs/10b_prompt.ipynb #72a6c00c
 def draw_writers(
-    tokenizer,
-    pieces,         # from `chat_pieces`
+    tokenizer:"Tokenizer",
+    pieces:list,    # from `chat_pieces`
     width:int=700,  # of the picture, in pixels
 ) -> Picture:
     "The prompt's tokens, coloured by who wrote them. Control tokens are black."
@@ -105,7 +109,7 @@ def draw_writers(
         if token == b"\n": x, y = 4, y + 25
     return Picture(svg_page(boxes, texts, width, y + 30))
 
-def svg_page(boxes, texts, width, height):
+def svg_page(boxes:list, texts:list, width:int, height:int):
     "An SVG of boxes and the texts in them."
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     font = 'font-family="DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="12"'
@@ -118,14 +122,14 @@ def svg_page(boxes, texts, width, height):
     )
 
 # %% ../nbs/10b_prompt.ipynb #ebc78c94
-def read_tokenizer_config(folder) -> dict:
+def read_tokenizer_config(folder:str|Path) -> dict:
     "What `tokenizer_config.json` says, {} without one."
     is_there = Path(folder, "tokenizer_config.json").is_file()
     return read_json(folder, "tokenizer_config.json") if is_there else {}
 
 def folder_template(
-    folder,
-    tools=None,  # with tools, a template named `tool_use` is taken if there is one
+    folder:str|Path,
+    tools:object=None,  # with tools, a template named `tool_use` is taken if there is one
 ) -> str:
     "`chat_template.jinja`, or what `tokenizer_config.json` says. ValueError if there is none."
     jinja = Path(folder) / "chat_template.jinja"
@@ -157,7 +161,7 @@ def sandbox():
     jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return jinja
 
-def special_names(folder) -> dict:
+def special_names(folder:str|Path) -> dict:
     "What templates may ask for by name: `eos_token` and its like."
     found = {}
     for key, value in read_tokenizer_config(folder).items():
@@ -167,11 +171,11 @@ def special_names(folder) -> dict:
 
 # %% ../nbs/10b_prompt.ipynb #34e22c4c
 def render_folder(
-    folder_or_name,  # a folder, a hub id; None: the model inside the package
-    messages:list,   # dicts with role and content
-    tools=None,      # as for `render_chat`
+    folder_or_name:str|Path,          # a folder, a hub id; None: the model inside the package
+    messages:list,                    # dicts with role and content
+    tools:object=None,          # as for `render_chat`
     add_generation_prompt:bool=True,  # end with the beginning of the next answer
-    **variables,     # what else the template reads, such as enable_thinking
+    **variables,                      # what else the template reads, such as enable_thinking
 ) -> str:
     """The conversation by the model's own Jinja template, as `apply_chat_template` renders it.
 
@@ -230,18 +234,18 @@ FAMILY_OF = dict(
     qwen3_5="qwen3.5", qwen3_5_text="qwen3.5", qwen3_5_moe="qwen3.5", qwen3_5_moe_text="qwen3.5",
 )
 
-def folder_of(model):
+def folder_of(model:object):
     "The folder a model came from, None if it came from none."
     if model is None or isinstance(model, (str, Path)): return find_model(model)
     return getattr(model, "folder", None)
 
-def has_small_template(folder) -> bool:
+def has_small_template(folder:str|Path) -> bool:
     "Whether the folder has `SMALL_TEMPLATE`, as the small models of all generations do."
     try: return folder_template(folder) == SMALL_TEMPLATE
     except ValueError: return False
 
 def family_of(
-    model,  # ours, or one of transformers; a config as a dict; a folder or hub id; None: packaged
+    model:object, # ours, or of transformers; a config as a dict; a folder, a hub id; None: packaged
 ) -> str:
     """Which template a model has learnt, by its model_type. ValueError for a model of no family.
 
@@ -259,7 +263,7 @@ def family_of(
 
 # %% ../nbs/10b_prompt.ipynb #c1c1f010
 def default_thinking(
-    model,  # as for `family_of`
+    model:object,  # as for `family_of`
 ):
     """What a model's own template does when nobody says whether to think, for `enable_thinking`.
 

@@ -59,7 +59,7 @@ class NTKRotary(nn.Module):
         self.dynamic = dynamic
 
     def alphas(self,
-               position_ids,           # (1 or batch, seq)
+               position_ids:torch.Tensor,  # (1 or batch, seq)
                cache=None) -> list:
         "One alpha for all rows, or one for each."
         if self.training or not self.dynamic: return [1]
@@ -76,7 +76,7 @@ class NTKRotary(nn.Module):
         if cache is not None: cache.ntk_alpha = found
         return found
 
-    def forward(self, position_ids, dtype=None, cache=None) -> tuple:
+    def forward(self, position_ids:torch.Tensor, dtype:torch.dtype=None, cache=None) -> tuple:
         "cos and sin for `apply_rope`, each `(1 or batch, seq, head_dim)`, float32."
         alphas = self.alphas(position_ids, cache)
         rows = [position_ids] if len(alphas) == 1 else position_ids.split(1)
@@ -89,8 +89,8 @@ class NTKRotary(nn.Module):
 
 # %% ../nbs/11a_long.ipynb #8353fb4d
 def logn_scale(
-    position,        # (…) integers: which token it is, counted from 1
-    seq_length:int,  # L, tokens in training
+    position:torch.Tensor,  # (…) integers: which token it is, counted from 1
+    seq_length:int,         # L, tokens in training
 ) -> torch.Tensor:
     """`log(position) / log(seq_length)` past the training length, 1 up to it. Float32.
 
@@ -105,11 +105,12 @@ class LogNAttention(Attention):
     Source: `QWenAttention.forward` in modeling_qwen.py. (There padding counts as a position.)"""
     seq_length, use_logn = None, True
 
-    def qkv(self, x, cos, sin):
+    def qkv(self, x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor):
         q, k, v = super().qkv(x, cos, sin)                 # turned in float32
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
+    def forward(self, x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor,
+                mask:torch.Tensor=None, cache=None):
         if self.training or not self.use_logn:
             return super().forward(x, cos, sin, mask, cache)
         q, k, v = self.qkv(x, cos, sin)
@@ -120,7 +121,7 @@ class LogNAttention(Attention):
         mix = attend(q, k, v, mask)                        # (batch, heads, q_len, head_dim)
         return self.o_proj(mix.transpose(1, 2).flatten(-2))
 
-    def keys_seen(self, q, k, mask):
+    def keys_seen(self, q:torch.Tensor, k:torch.Tensor, mask:torch.Tensor):
         "How many keys each query sees, itself included: `(1 or batch, q_len)`."
         if mask is not None: return mask.sum(-1)[:, 0]
         q_len, k_len = q.shape[2], k.shape[2]
@@ -154,9 +155,9 @@ class Qwen1Config(QwenConfig):
     use_cache_quantization: bool = False   # write with the int8 cache
 
     @classmethod
-    def read(cls, raw): return cls(**parse_qwen1(raw))
+    def read(cls, raw:dict): return cls(**parse_qwen1(raw))
 
-    def attention(self, layer_idx):
+    def attention(self, layer_idx:int):
         attn = LogNAttention(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim,
             self.qkv_bias, self.o_bias, self.qk_norm, self.rms_norm_eps, layer_idx)
@@ -166,8 +167,8 @@ class Qwen1Config(QwenConfig):
     def rotary(self):
         return NTKRotary(self.head_dim, self.rope_theta, self.seq_length, self.use_dynamic_ntk)
 
-    def rename(self, stored): return our_names(stored)
-    def original(self, weights): return original_names(weights)
+    def rename(self, stored:dict): return our_names(stored)
+    def original(self, weights:dict): return original_names(weights)
     def as_json(self): return original_config(self)
 
     @property
@@ -239,7 +240,7 @@ class NTKCache(KVCache):
     "A `KVCache` that keeps the base chosen for each row, in `ntk_alpha`."
     ntk_alpha = None  # one number for all rows, or one for each
 
-    def select(self, rows):
+    def select(self, rows:list):
         super().select(rows)
         if self.ntk_alpha and len(self.ntk_alpha) > 1:
             self.ntk_alpha = [self.ntk_alpha[int(i)] for i in rows]

@@ -7,16 +7,17 @@ __all__ = ['SYSTEM', 'chatml_prompt', 'qwen1_stop_ids']
 
 # %% ../nbs/11c_qwen1_chat.ipynb #cmimp001
 from .template import SYSTEMS
+from .tokenizer import Tokenizer
 
 # %% ../nbs/11c_qwen1_chat.ipynb #eb4efdd6
 SYSTEM = SYSTEMS["qwen1"]  # "You are a helpful assistant."
 
 def chatml_prompt(
-    tokenizer,                # a `Tokenizer`
+    tokenizer:Tokenizer,  # a `Tokenizer`
     question:str,
-    history=(),               # pairs of (question, answer), oldest first
+    history:tuple=(),     # pairs of (question, answer), oldest first
     system:str=SYSTEM,
-    max_tokens:int=6144,      # earlier turns are kept while system message and turns stay below
+    max_tokens:int=6144,  # earlier turns are kept while system message and turns stay below
 ) -> list:
     """The ids that Qwen-1.8B-Chat reads. What is in a message is never a control token.
 
@@ -37,8 +38,8 @@ def chatml_prompt(
 
 # %% ../nbs/11c_qwen1_chat.ipynb #13cdc0a1
 def qwen1_stop_ids(
-    tokenizer,        # a `Tokenizer`
-    chat_format:str,  # "raw" or "chatml", as generation_config.json says
+    tokenizer:Tokenizer,  # a `Tokenizer`
+    chat_format:str,      # "raw" or "chatml", as generation_config.json says
 ) -> tuple:
     """The ids that end a text. ValueError for another format.
 

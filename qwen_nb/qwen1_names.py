@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .inspect import packaged_model
 from .compare import record
+from .inspect import packaged_model
 
 # %% ../nbs/11_qwen1.ipynb #88ca558b
 def qwen1_tiny() -> Path:
@@ -74,8 +74,8 @@ def original_names(
 
 # %% ../nbs/11_qwen1.ipynb #1aa00423
 def hidden_states(
-    model,  # one of ours
-    ids,    # (batch, seq)
+    model:torch.nn.Module,  # one of ours
+    ids:torch.Tensor,       # (batch, seq)
 ) -> tuple:
     """What the original lists, `(batch, seq, hidden_size)` each, and the logits.
 

@@ -12,8 +12,8 @@ import torch
 
 from .attention import attend, causal_mask
 from .gqa import Attention
-from .model import QwenConfig
 from .loading import parse_config
+from .model import QwenConfig
 
 # %% ../nbs/12_qwen2.ipynb #0002352d
 KINDS = "full_attention", "sliding_attention"
@@ -49,10 +49,10 @@ def layer_windows(
 
 # %% ../nbs/12_qwen2.ipynb #2c90a70b
 def window_mask(
-    q_len:int,    # number of queries: the last q_len of the k_len positions
-    k_len:int,    # number of keys
-    window:int,   # how many positions a query sees, itself included
-    device=None,
+    q_len:int,   # number of queries: the last q_len of the k_len positions
+    k_len:int,   # number of keys
+    window:int,  # how many positions a query sees, itself included
+    device:str|torch.device=None,
 ) -> torch.Tensor:
     """True where a query may look: at itself and the `window - 1` positions before.
 
@@ -72,7 +72,8 @@ class WindowAttention(Attention):
         super().__init__(*args, **kw)
         self.window = window
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
+    def forward(self, x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor,
+                mask:torch.Tensor=None, cache=None):
         "As `Attention.forward`. `mask` may forbid more, such as padding."
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None: k, v = cache.update(self.layer_idx, k, v)
@@ -89,12 +90,12 @@ class WindowConfig(QwenConfig):
     windows: list = None  # from `layer_windows`; None: every layer sees everything
 
     @classmethod
-    def read(cls, raw):
+    def read(cls, raw:dict):
         config = cls(**parse_config(raw | dict(use_sliding_window=False)))  # the rest of the file
         config.windows = layer_windows(raw, config.num_hidden_layers)
         return config
 
-    def attention(self, layer_idx):
+    def attention(self, layer_idx:int):
         window = self.windows and self.windows[layer_idx]
         if window is None: return super().attention(layer_idx)
         return WindowAttention(

@@ -9,12 +9,13 @@ __all__ = ['largest_scores', 'score_bound']
 import torch
 
 from .attention import repeat_kv
+from .gqa import Attention
 
 # %% ../nbs/13_qwen3.ipynb #f35a9025
 @torch.no_grad()
 def largest_scores(
-    model,  # one of ours
-    ids,    # (batch, seq)
+    model:torch.nn.Module,  # one of ours
+    ids:torch.Tensor,       # (batch, seq)
 ) -> list:
     """The largest absolute score of each layer, before the softmax.
 
@@ -33,7 +34,7 @@ def largest_scores(
     return found
 
 def score_bound(
-    attn,  # an `Attention`
+    attn:Attention,  # an `Attention`
 ) -> float:
     """No score of this layer can be larger: √d · max|w_q| · max|w_k|.
 

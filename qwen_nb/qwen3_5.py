@@ -9,6 +9,8 @@ __all__ = ['LAYER_KINDS', 'CONFIGS', 'HybridParts', 'layer_kinds', 'check_hybrid
 # %% ../nbs/15c_qwen3_5.ipynb #ec6364c9
 from dataclasses import dataclass, fields
 
+import torch
+
 from .attention import causal_mask
 from .deltanet import GatedDeltaNet
 from qwen_nb.hybrid import (
@@ -18,8 +20,8 @@ from qwen_nb.hybrid import (
     ZeroCentredRMSNorm,
     memory_shapes,
 )
-from .model import QwenConfig
 from .loading import parse_config
+from .model import QwenConfig
 from .yarn import Rotary
 
 # %% ../nbs/15c_qwen3_5.ipynb #96cf1983
@@ -27,23 +29,23 @@ class HybridParts:
     "What a hybrid's decoder is made of, from the numbers of its config."
     def norm(self): return ZeroCentredRMSNorm(self.hidden_size, self.rms_norm_eps)
 
-    def attention(self, layer_idx):
+    def attention(self, layer_idx:int):
         return GatedAttention(self.hidden_size, self.num_attention_heads, self.num_key_value_heads,
                               self.head_dim, self.qkv_bias, self.o_bias, self.rms_norm_eps,
                               layer_idx)
 
-    def delta_net(self, layer_idx, kind=GatedDeltaNet):
+    def delta_net(self, layer_idx:int, kind:type=GatedDeltaNet):
         return kind(self.hidden_size, self.linear_num_key_heads, self.linear_num_value_heads,
                     self.linear_key_head_dim, self.linear_value_head_dim,
                     self.linear_conv_kernel_dim, self.rms_norm_eps, layer_idx)
 
-    def block(self, layer_idx): return HybridBlock(self, layer_idx)
+    def block(self, layer_idx:int): return HybridBlock(self, layer_idx)
 
     def rotary(self):
         return Rotary(self.turned(), self.rope_theta, self.rope_scaling,
                       self.max_position_embeddings)
 
-    def mask(self, q_len, k_len, is_real, device):
+    def mask(self, q_len:int, k_len:int, is_real:torch.Tensor, device:str|torch.device):
         mask = causal_mask(q_len, k_len, device=device)
         if is_real is None: return mask
         return mask & is_real.bool()[:, None, None]  # padding does not see itself
@@ -59,7 +61,7 @@ def layer_kinds(
     return [LAYER_KINDS[(i + 1) % every == 0] for i in range(layers)]
 
 def check_hybrid(
-    config,  # a `HybridConfig`
+    config:"HybridConfig",  # a `HybridConfig`
 ):
     "ValueError, in one sentence, for numbers that do not fit together."
     c, kinds = config, config.layer_types
@@ -113,14 +115,14 @@ class HybridConfig(HybridParts, QwenConfig):
     def conv_channels(self): return memory_shapes(self, 1)["linear_attention"][0][0]
 
     @classmethod
-    def read(cls, raw): return cls(**hybrid_arguments(raw, cls))
-    def rename(self, stored): return text_only(stored)
+    def read(cls, raw:dict): return cls(**hybrid_arguments(raw, cls))
+    def rename(self, stored:dict): return text_only(stored)
     def as_json(self): return hybrid_json(self)
 
 # %% ../nbs/15c_qwen3_5.ipynb #bc10f880
 def hybrid_arguments(
-    raw:dict,          # what config.json holds
-    cls=HybridConfig,  # whose fields are wanted
+    raw:dict,               # what config.json holds
+    cls:type=HybridConfig,  # whose fields are wanted
 ) -> dict:
     "The arguments of the config. ValueError for a setting that is not covered."
     text = raw.get("text_config", {})

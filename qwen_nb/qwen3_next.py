@@ -23,14 +23,14 @@ class NextDeltaNet(GatedDeltaNet):
     def projections(self):
         return dict(qkvz=sum(self.sizes) + self.sizes[2], ba=2 * self.value_heads)
 
-    def project(self, x):
+    def project(self, x:torch.Tensor):
         widths = [size // self.key_heads for size in (*self.sizes, self.sizes[2])]
         q, k, v, z = self.by_kind(self.in_proj_qkvz(x), widths)
         shared_by = self.value_heads // self.key_heads
         b, a = self.by_kind(self.in_proj_ba(x), [shared_by, shared_by])
         return torch.cat([q, k, v], -1), z, b, a
 
-    def by_kind(self, rows, widths):
+    def by_kind(self, rows:torch.Tensor, widths:list):
         "What stands head by head, `widths` of each kind in a head, as one tensor for each kind."
         by_head = rows.unflatten(-1, (self.key_heads, -1))
         return [part.flatten(-2) for part in by_head.split(widths, -1)]
@@ -54,7 +54,7 @@ class NextConfig(HybridConfig, MoEConfig):
     model_type = "qwen3_next"
 
     @classmethod
-    def read(cls, raw):
+    def read(cls, raw:dict):
         raw = raw | dict(mlp_only_layers=dense_layers(raw))
         if raw.get("num_experts") == 0:  # no mixture at all: every layer is dense
             every_layer = list(range(raw.get("num_hidden_layers", 0)))
@@ -62,7 +62,7 @@ class NextConfig(HybridConfig, MoEConfig):
             raw["mlp_only_layers"] = every_layer
         return super().read(raw)
 
-    def delta_net(self, layer_idx): return super().delta_net(layer_idx, NextDeltaNet)
-    def rename(self, stored): return unfuse(text_only(stored))
+    def delta_net(self, layer_idx:int): return super().delta_net(layer_idx, NextDeltaNet)
+    def rename(self, stored:dict): return unfuse(text_only(stored))
 
 CONFIGS = {"qwen3_next": NextConfig}

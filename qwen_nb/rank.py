@@ -11,13 +11,13 @@ import torch
 # %% ../nbs/22d_rank.ipynb #a7c1e9d0
 @torch.no_grad()
 def energy(
-    matrix,  # (out, in)
+    matrix:torch.Tensor,  # (out, in)
 ):
     "The share of the squared length in the 1, 2, 3, … strongest directions."
     squares = torch.linalg.svdvals(matrix) ** 2
     return squares.cumsum(0) / squares.sum()
 
-def shuffled(matrix, generator):
+def shuffled(matrix:torch.Tensor, generator:torch.Generator):
     "The same numbers at random places."
     order = torch.randperm(matrix.numel(), generator=generator)
     return matrix.flatten()[order].view_as(matrix)

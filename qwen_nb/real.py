@@ -7,12 +7,14 @@ __all__ = ['IDS', 'TESTS', 'QWEN3_TESTS', 'QWEN2_TESTS', 'EXPECTED', 'LOGIT_TOLE
            'check_continuation', 'check_tensor', 'check_count', 'against_reference', 'check_fact', 'verify_model']
 
 # %% ../nbs/08b_real.ipynb #d33e4f77
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer
 
+from .hub import find_model, open_weights, read_json
 from .model import Qwen
 from .verify import rounding_steps
-from .hub import find_model, open_weights, read_json
 
 # %% ../nbs/08b_real.ipynb #7bf62947
 IDS = [1, 306, 4658, 278, 6593, 310, 2834, 338]
@@ -53,8 +55,8 @@ LOGIT_TOLERANCE = 5e-3  # absolute; the printed numbers have four decimals, from
 
 @torch.no_grad()
 def logit_gap(
-    model,      # a `Qwen`
-    fact:dict,  # an entry of EXPECTED with `ids`, `mean` and `first`
+    model:Qwen,  # a `Qwen`
+    fact:dict,   # an entry of EXPECTED with `ids`, `mean` and `first`
 ) -> float:
     "The largest distance from the published logits: the means, and the first ones at position 0."
     logits = model(torch.tensor([fact["ids"]])).float()[0]           # (seq, vocab_size)
@@ -63,7 +65,7 @@ def logit_gap(
     off_first = (logits[0, :len(first)] - first).abs().max().item()
     return max(off_means, off_first)
 
-def check_logits(model, fact):
+def check_logits(model:Qwen, fact:dict):
     "(holds, sentence)"
     off = logit_gap(model, fact)
     said = f"logits: at most {off:.2g} from the published ones ({LOGIT_TOLERANCE:g} allowed)"
@@ -72,9 +74,9 @@ def check_logits(model, fact):
 # %% ../nbs/08b_real.ipynb #bea242a4
 @torch.no_grad()
 def check_continuation(
-    model,      # a `Qwen`
-    tokenizer,  # of the library `tokenizers`
-    fact:dict,  # an entry of EXPECTED with `prompt`, `new` and `text`
+    model:Qwen,           # a `Qwen`
+    tokenizer:Tokenizer,  # of the library `tokenizers`
+    fact:dict,            # an entry of EXPECTED with `prompt`, `new` and `text`
 ) -> tuple:
     "(holds, sentence) for a greedy text, by the plainest loop: run all again for each new token."
     ids = tokenizer.encode(fact["prompt"]).ids
@@ -86,7 +88,7 @@ def check_continuation(
     return False, f"greedy text: {text!r}, published {fact['text']!r}"
 
 # %% ../nbs/08b_real.ipynb #95f2d867
-def check_tensor(weights, fact):
+def check_tensor(weights:dict, fact:dict):
     "(holds, sentence) for the first numbers of some rows of one tensor, as printed."
     tensor, off = weights[fact["tensor"]], 0
     for row, printed in fact["rows"].items():
@@ -96,7 +98,7 @@ def check_tensor(weights, fact):
     said = f"{fact['tensor']}: at most {off:.2g} from the printed numbers ({allowed:.2g} allowed)"
     return off <= allowed, said
 
-def check_count(weights, fact):
+def check_count(weights:dict, fact:dict):
     "(holds, sentence) for how many tensors and how many numbers there are."
     tensors, numbers = len(weights), sum(w.numel() for w in weights.values())
     said = (f"{tensors} tensors, {numbers:,} numbers "
@@ -105,7 +107,7 @@ def check_count(weights, fact):
 
 # %% ../nbs/08b_real.ipynb #15934644
 @torch.no_grad()
-def against_reference(model, folder, ids):
+def against_reference(model:Qwen, folder:str|Path, ids:list):
     """(holds, sentence) for our logits and those of `transformers`, on the same weights.
 
     ValueError for a Qwen1, which `transformers` does not have."""
@@ -120,7 +122,7 @@ def against_reference(model, folder, ids):
     return worst <= 256, f"transformers: logits within {worst:.2g} rounding steps (256 allowed)"
 
 # %% ../nbs/08b_real.ipynb #8e821640
-def check_fact(model, weights, folder, fact):
+def check_fact(model:Qwen, weights:dict, folder:str|Path, fact:dict):
     "(holds, sentence) for one entry of EXPECTED."
     if "first" in fact:
         return check_logits(model, fact)
@@ -130,9 +132,9 @@ def check_fact(model, weights, folder, fact):
     return check_tensor(weights, fact) if "tensor" in fact else check_count(weights, fact)
 
 def verify_model(
-    name_or_path=None,  # None: the model inside the package; or a hub id, or a folder
-    known_as=None,      # the hub id whose published numbers a folder should give
-    say=print,          # called with each finding
+    name_or_path:str|Path=None,  # None: the model inside the package; or a hub id, or a folder
+    known_as:str=None,           # the hub id whose published numbers a folder should give
+    say=print,                   # called with each finding
 ) -> bool:
     """Check a model against every published number known for it, and against `transformers`.
 

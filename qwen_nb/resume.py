@@ -20,9 +20,14 @@ from torch import nn
 
 from .budget import Objective, cast_once, label_weight, use_checkpointing
 from qwen_nb.durable import (
-    checkpoints, json_bytes, load_checkpoint, save_checkpoint, tokenizer_files,
+    checkpoints,
+    json_bytes,
+    load_checkpoint,
+    save_checkpoint,
+    tokenizer_files,
 )
-from .settings import begin_from, build_model, open_data
+from .model import Qwen
+from .settings import TrainConfig, begin_from, build_model, open_data
 from .tokenizer import Tokenizer
 from .train import learning_rate, parameter_groups
 
@@ -35,18 +40,18 @@ class OneProcess:
     rank, world_size = 0, 1
 
     def __init__(self,
-                 device=None):  # None: a GPU if there is one
+                 device:str|torch.device=None):  # None: a GPU if there is one
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def wrap(self, objective):
+    def wrap(self, objective:nn.Module):
         "An `Objective` on the device → what is called in its place. Before the optimizer is made."
         return objective
 
-    def syncing(self, objective, last:bool):
+    def syncing(self, objective:nn.Module, last:bool):
         "Around a forward and backward. Gradients are averaged in the `last` of a step only."
         return nullcontext()
 
-    def sum(self, tensor):
+    def sum(self, tensor:torch.Tensor):
         "Over the ranks."
         return tensor
 
@@ -54,18 +59,18 @@ class OneProcess:
         "Rank 0 calls; every rank gets what came of it: the (small) value, or the error."
         return call()
 
-    def full(self, tensor):
+    def full(self, tensor:torch.Tensor):
         "A parameter, a moment or a gradient norm, whole and on the CPU."
         return tensor.detach().cpu()
 
-    def part(self, whole, like):
+    def part(self, whole:torch.Tensor, like:torch.Tensor):
         "Of a whole tensor, what this rank's parameter `like` holds."
         return whole.to(like.device)
 
 # %% ../nbs/21e_resume.ipynb #7f5893ce
 HELD_OUT_SEED = 1_000_000_007
 
-def rows_of_a_part(config, engine) -> int:
+def rows_of_a_part(config:TrainConfig, engine:OneProcess) -> int:
     "How many rows a process computes at once. ValueError if the parts would not be alike."
     parts = config.accumulate * engine.world_size        # of all processes
     if config.batch_size % parts:
@@ -74,7 +79,7 @@ def rows_of_a_part(config, engine) -> int:
                          f"{parts}")
     return config.batch_size // parts
 
-def adamw(model, config):
+def adamw(model:Qwen, config:TrainConfig):
     "The optimizer of a run."
     groups = parameter_groups(model, config.weight_decay)
     betas = config.beta1, config.beta2
@@ -84,9 +89,9 @@ def adamw(model, config):
 class Run:
     "Model, optimizer, rows, steps done. ValueError for settings or data that do not fit."
     def __init__(self,
-                 config,      # a `TrainConfig`
-                 engine,      # a `OneProcess`, or one for many
-                 last=None):  # the run's last checkpoint, if there is one
+                 config:TrainConfig,   # a `TrainConfig`
+                 engine:OneProcess,    # a `OneProcess`, or one for many
+                 last:str|Path=None):  # the run's last checkpoint, if there is one
         self.config, self.engine, self.step, self.floor = config, engine, 0, None
         rows_of_a_part(config, engine)                   # or ValueError
         folder = begin_from(config, last)
@@ -99,7 +104,7 @@ class Run:
         self.objective = engine.wrap(Objective(self.model, config.dtype))
         self.optimizer = adamw(self.model, config)
 
-    def batches(self, rows, step, seed) -> list:
+    def batches(self, rows, step:int, seed:int) -> list:
         "This process's part of `rows.batch(step, batch_size, seed)`, in `accumulate` parts."
         mine = self.config.accumulate                    # parts of this process
         parts, first = mine * self.engine.world_size, self.engine.rank * mine
@@ -110,7 +115,7 @@ class Run:
             batches.append({name: t.to(self.engine.device) for name, t in batch.items()})
         return batches
 
-    def total(self, x) -> float:
+    def total(self, x:float|torch.Tensor) -> float:
         "The sum of a number over all processes."
         x = torch.as_tensor(x, dtype=torch.float64, device=self.engine.device)
         return self.engine.sum(x).item()
@@ -159,7 +164,7 @@ def optimizer_step(run:Run) -> dict:
     tokens = run.total(sum(b["input_ids"].numel() for b in batches))
     return dict(step=run.step, loss=loss, lr=lr, grad_norm=norm, tokens=int(tokens))
 
-def not_a_number(run, found) -> str:
+def not_a_number(run:Run, found:str) -> str:
     "What to say when a run breaks down."
     there = checkpoints(run.config.out)
     saved = f"the checkpoint {there[-1]} is safe" if there else "nothing had been saved yet"
@@ -170,7 +175,7 @@ def not_a_number(run, found) -> str:
 # %% ../nbs/21e_resume.ipynb #30d57df7
 MOMENTS = ["exp_avg", "exp_avg_sq"]               # PyTorch's names of AdamW's m and v
 
-def model_sizes(run) -> dict:
+def model_sizes(run:Run) -> dict:
     "The model's config, as a file has it."
     return json.loads(json_bytes(asdict(run.model.config)))
 
@@ -197,7 +202,7 @@ MAY_CHANGE = [
     "out", "data", "accumulate", "checkpointing", "save_every", "keep", "log_every", "eval_every",
     "eval_batches", "sample", "peak_tflops"]
 
-def compare_configs(saved, run, folder):
+def compare_configs(saved:dict, run:Run, folder:Path):
     "ValueError, naming them, if settings differ that would make it another run."
     config, sizes, changed = asdict(run.config), model_sizes(run), []
     for key, was in saved["config"].items():
@@ -218,7 +223,7 @@ def compare_configs(saved, run, folder):
 
 def load_run(
     run:Run,
-    folder,  # a checkpoint
+    folder:str|Path,  # a checkpoint
 ):
     """Take up a run where a checkpoint left it.
 
@@ -238,7 +243,7 @@ def load_run(
 
 # %% ../nbs/21e_resume.ipynb #ca2d2065
 def latest_checkpoint(
-    out,
+    out:str|Path,
     note=print,  # is told about each one that is skipped
 ) -> Path:
     """The newest checkpoint that is whole; None if there is none yet.
@@ -257,7 +262,7 @@ def latest_checkpoint(
     return None
 
 # %% ../nbs/21e_resume.ipynb #8ce85f76
-def claim(out):
+def claim(out:str|Path):
     """Make the run's folder ours until the process ends, however it ends. Returns the open lock.
 
     ValueError if the folder holds something else or another process trains in it."""

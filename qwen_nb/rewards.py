@@ -8,16 +8,22 @@ __all__ = ['advantages', 'kl_estimate', 'grpo_objective', 'marked', 'grpo']
 # %% ../nbs/22c_rewards.ipynb #22crewt2
 import torch
 
-from .rows import IGNORED
 from .finetune import beside, make_step
 from qwen_nb.preference import (
-    answer_log_probs, not_itself, pad, prompts_of, right_or_wrong, sample_answers,
+    answer_log_probs,
+    not_itself,
+    pad,
+    prompts_of,
+    right_or_wrong,
+    sample_answers,
 )
+from .rows import IGNORED
+from .tokenizer import Tokenizer
 from .train import parameter_groups
 
 # %% ../nbs/22c_rewards.ipynb #fcaaf760
 def advantages(
-    rewards,  # (prompts, group)
+    rewards:torch.Tensor,  # (prompts, group)
 ):
     """How much better than its group each answer is, in standard deviations: `(prompts, group)`.
 
@@ -33,7 +39,7 @@ def advantages(
 
 # %% ../nbs/22c_rewards.ipynb #ce5aa129
 def kl_estimate(
-    log_p, log_ref,  # of the same sampled tokens, under the model and under the reference
+    log_p:torch.Tensor, log_ref:torch.Tensor, # of the same tokens, by model and reference
 ):
     """k3: an estimate of KL(model ‖ reference) from each sampled token, never below 0.
 
@@ -43,9 +49,10 @@ def kl_estimate(
     return log_ratio.exp() - log_ratio - 1
 
 def grpo_objective(
-    log_p, log_old, log_ref,  # (answers, seq) log-probabilities of the sampled tokens
-    advantage,                # (answers,)
-    graded,                   # (answers, seq) True where a token was sampled
+    log_p:torch.Tensor, log_old:torch.Tensor,
+    log_ref:torch.Tensor,    # (answers, seq) log-probabilities of the sampled tokens
+    advantage:torch.Tensor,  # (answers,)
+    graded:torch.Tensor,     # (answers, seq) True where a token was sampled
     clip:float=0.2, beta:float=0.02,
 ):
     """What is to rise: the mean over each answer's tokens, then over the answers.
@@ -58,7 +65,7 @@ def grpo_objective(
     return of_answer.mean()
 
 # %% ../nbs/22c_rewards.ipynb #d257685b
-def marked(reward, texts, talks, group:int):
+def marked(reward, texts:list, talks:list, group:int):
     "The rewards, `(talks, group)`; ValueError if the function gives something else."
     rewards = torch.as_tensor(reward(texts, talks)).float()
     wanted = (len(talks), group)
@@ -69,8 +76,8 @@ def marked(reward, texts, talks, group:int):
 
 # %% ../nbs/22c_rewards.ipynb #d257685c
 def grpo(
-    model, reference, tokenizer,
-    lessons,                # a list, one for each step, of lists of talks
+    model:torch.nn.Module, reference:torch.nn.Module, tokenizer:Tokenizer,
+    lessons:list,           # a list, one for each step, of lists of talks
     family:str="qwen3",
     reward=right_or_wrong,  # from texts and talks to (talks, group)
     group:int=8,            # answers to each question

@@ -13,9 +13,10 @@ import torch
 from .attention import causal_mask
 from .prompt import encode_chat
 from .shards import Shards
+from .tokenizer import Tokenizer
 
 # %% ../nbs/20b_rows.ipynb #b5000008
-def talk_marks(tokenizer) -> tuple:
+def talk_marks(tokenizer:Tokenizer) -> tuple:
     "The ids that open the model's turn, those of an empty thought, and `<|im_end|>`."
     ask = [dict(role="user", content="?")]
     opened = encode_chat(tokenizer, ask, "qwen3")
@@ -24,8 +25,8 @@ def talk_marks(tokenizer) -> tuple:
     return opened[turn:], without_thought[len(opened):], tokenizer.special["<|im_end|>"]
 
 def said_by_model(
-    ids,    # of a conversation
-    marks,  # from `talk_marks`
+    ids:list,     # of a conversation
+    marks:tuple,  # from `talk_marks`
 ) -> np.ndarray:
     "True for each id that the model writes: its thought, its answer, and `<|im_end|>`."
     head, empty_thought, end = marks
@@ -43,7 +44,7 @@ def said_by_model(
 
 # %% ../nbs/20b_rows.ipynb #b500000b
 def lay_whole(
-    lengths,           # of the things to lay, none over `seq_len`
+    lengths:list,      # of the things to lay, none over `seq_len`
     seq_len:int,       # room in a row
     open_rows:int=32,  # how many of the last rows are tried
 ) -> list:
@@ -65,7 +66,7 @@ class RowOrder:
     "Batches of whatever has a length and `row(i)`, a dict of tensors."
     _order = None, None
 
-    def rows(self, numbers) -> dict:
+    def rows(self, numbers:list) -> dict:
         "Several rows as one batch, `(batch, seq_len)` each."
         found, batch = [self.row(int(i)) for i in numbers], {}
         for name in found[0]:
@@ -95,7 +96,7 @@ IGNORED = -100  # a target that `F.cross_entropy` leaves out
 def read_span(
     shards:Shards,
     first:int, last:int,  # the places from first to before last
-    marks=None,           # from `talk_marks`: only what the model says has a target
+    marks:tuple=None,     # from `talk_marks`: only what the model says has a target
 ) -> tuple:
     "ids, labels, documents and positions, `(last - first,)` each."
     at = np.arange(first, last + 1)
@@ -111,7 +112,7 @@ def read_span(
     return ids[:-1], labels, document[:-1], position[:-1]
 
 # %% ../nbs/20b_rows.ipynb #47a3c8b4
-def talk_spans(shards, seq_len) -> tuple:
+def talk_spans(shards:Shards, seq_len:int) -> tuple:
     "(first, last) of each conversation that fits into a row, and how many do not."
     starts = shards.starts[shards.documents - shards.conversations:].tolist()
     whole = list(zip(starts, starts[1:]))
@@ -184,7 +185,7 @@ def packed_row(
 
 # %% ../nbs/20b_rows.ipynb #c94f3291
 def document_mask(
-    document_ids,  # (batch, seq)
+    document_ids:torch.Tensor,  # (batch, seq)
 ) -> torch.Tensor:
     "True where a query may look: at itself and before, in its document. `(batch, 1, seq, seq)`."
     seq = document_ids.shape[-1]

@@ -23,18 +23,35 @@ from .durable import is_whole, model_files, prune, write_folder
 from .generation import generate
 from .inspect import OURS, QUIET
 from qwen_nb.log import (
-    ENDS, Log, bar_text, cut_log, find_question, flops_per_token, lesson_now, measure_peak,
-    read_log, too_short, why_not_yet,
+    ENDS,
+    Log,
+    bar_text,
+    cut_log,
+    find_question,
+    flops_per_token,
+    lesson_now,
+    measure_peak,
+    read_log,
+    too_short,
+    why_not_yet,
 )
 from .model import Qwen
 from qwen_nb.resume import (
-    HELD_OUT_SEED, OneProcess, Run, claim, latest_checkpoint, load_run, optimizer_step, save_run,
+    HELD_OUT_SEED,
+    OneProcess,
+    Run,
+    claim,
+    latest_checkpoint,
+    load_run,
+    optimizer_step,
+    save_run,
 )
 from .settings import TrainConfig
+from .tokenizer import Tokenizer
 from .train import world_floor
 
 # %% ../nbs/21f_run.ipynb #22d9b69e
-def held_out_documents(run, rows:int=8) -> list:
+def held_out_documents(run:Run, rows:int=8) -> list:
     "The ids of some documents, lists of int; of a row of several, not the first, which may be cut."
     batch = (run.held_out or run.rows).batch(0, rows, HELD_OUT_SEED)
     found = []
@@ -43,7 +60,7 @@ def held_out_documents(run, rows:int=8) -> list:
         found += pieces[1:] or pieces
     return found
 
-def choose_question(run) -> tuple:
+def choose_question(run:Run) -> tuple:
     "`(prompt ids, question, answer)` of the first document that has one; None if none has."
     for ids in held_out_documents(run):
         found = find_question(run.tokenizer.decode(ids))
@@ -53,7 +70,7 @@ def choose_question(run) -> tuple:
             if prompt: return prompt, question, answer
     return None
 
-def cut_at(tokenizer, ids:list, text:str) -> list:
+def cut_at(tokenizer:Tokenizer, ids:list, text:str) -> list:
     "The first ids, which say just this text; None if it ends inside of a token."
     def length(n): return len(tokenizer.decode(ids[:n]))
     n = bisect_left(range(len(ids)), len(text), key=length)
@@ -188,9 +205,9 @@ def loop(run:Run, on_log, asked:list):
 # %% ../nbs/21f_run.ipynb #360ad5a5
 def train(
     config:TrainConfig,
-    engine=None,     # None: this process alone; or one that shares the work with others
-    on_log=None,     # called with all lines of the log so far, each time there is a new one
-    on_resume=None,  # called with the checkpoint that the run goes on from, if there is one
+    engine:OneProcess=None,  # None: this process alone; or one that shares the work with others
+    on_log=None,             # called with all lines of the log so far, each time there is a new one
+    on_resume=None,          # called with the checkpoint that the run goes on from, if there is one
 ) -> Path:
     """Train, or go on where the run in `config.out` was stopped. Returns `config.out/final`.
 
@@ -227,9 +244,9 @@ def train(
 
 # %% ../nbs/21f_run.ipynb #3faa5755
 def plot_log(
-    log,         # lines of a log, or the folder of a run
-    floor=None,  # the loss that no model can beat; None: as the log says, if it does
-    speed=True,  # draw tokens a second and the share of peak as well
+    log:str|Path|list,  # lines of a log, or the folder of a run
+    floor:float=None,   # the loss that no model can beat; None: as the log says, if it does
+    speed:bool=True,    # draw tokens a second and the share of peak as well
 ):
     "Draw a run: loss on train and held-out rows above; learning rate, gradient norm, speed below."
     lines = read_log(log) if isinstance(log, (str, Path)) else log
@@ -258,7 +275,7 @@ def plot_log(
         draw(axes[name], name, color=OURS)
         axes[name].set(xlabel="step", title=label)
 
-def live_plot(floor=None):
+def live_plot(floor:float=None):
     "For `train(config, on_log=…)` in a notebook: the run's picture, drawn anew at each line."
     from IPython.display import clear_output
 

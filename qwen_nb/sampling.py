@@ -76,9 +76,9 @@ def penalize_presence(
 
 # %% ../nbs/09_generate.ipynb #ea022bc7
 def marks(
-    input_ids:torch.Tensor,  # (batch, seq)
+    input_ids:torch.Tensor,            # (batch, seq)
     vocab_size:int,
-    attention_mask=None,     # (batch, seq), 0 where padding, on the left
+    attention_mask:torch.Tensor=None,  # (batch, seq), 0 where padding, on the left
 ) -> torch.Tensor:
     "(batch, vocab_size), True for every token that occurs in the row."
     if attention_mask is not None:
@@ -98,7 +98,7 @@ LIMITS = dict(
     presence_penalty=(float, -math.inf, math.inf),
 )
 
-def check_number(name, value):
+def check_number(name:str, value:object):
     "ValueError if a setting's value makes no sense."
     kind, low, high = LIMITS[name]
     kinds = int if kind is int else (int, float)
@@ -139,9 +139,9 @@ class Sampling:
 # %% ../nbs/09_generate.ipynb #7cfe6fb3
 def penalize(
     sampling:Sampling,
-    logits,    # (batch, vocab_size)
-    seen,      # marks of prompt and new tokens
-    written,   # marks of new tokens
+    logits:torch.Tensor,   # (batch, vocab_size)
+    seen:torch.Tensor,     # marks of prompt and new tokens
+    written:torch.Tensor,  # marks of new tokens
 ):
     "The logits after both penalties."
     if sampling.repetition_penalty != 1:
@@ -151,7 +151,7 @@ def penalize(
     return logits
 
 
-def keep(sampling:Sampling, logits):
+def keep(sampling:Sampling, logits:torch.Tensor):
     "Temperature, then the three filters."
     logits = logits / sampling.temperature
     if sampling.top_k:
@@ -165,8 +165,8 @@ def keep(sampling:Sampling, logits):
 
 def choose(
     sampling:Sampling,
-    logits,          # (batch, vocab_size)
-    generator=None,  # of the draws; None: PyTorch's own
+    logits:torch.Tensor,             # (batch, vocab_size)
+    generator:torch.Generator=None,  # of the draws; None: PyTorch's own
 ):
     "The next token of each row, (batch,) ids."
     if sampling.temperature < 1e-5:

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from .budget import Objective, label_weight
-from .rows import IGNORED
 from .log import flops_per_token
 from .model import Qwen, QwenConfig
+from .rows import IGNORED
 from .tokenizer import Tokenizer
 from .train import init_weights, learning_rate, parameter_groups
 from .world import PEOPLE, Chooser, story
@@ -48,9 +48,9 @@ def end_nats(
 
 # %% ../nbs/21h_scaling.ipynb #89a3aa6b
 def story_ids(
-    tokenizer,
-    n:int,       # stories
-    seed,
+    tokenizer:Tokenizer,
+    n:int,  # stories
+    seed:int,
 ) -> tuple:
     """The ids of n stories, and their floor in nats per token.
 
@@ -78,8 +78,8 @@ def story_batch(
 # %% ../nbs/21h_scaling.ipynb #6a3715ea
 @torch.no_grad()
 def mean_loss(
-    objective,        # an `Objective`
-    ids:list,         # of some stories
+    objective:Objective,  # an `Objective`
+    ids:list,             # of some stories
     batch_size:int=20,
 ) -> float:
     "Over all stories together, in nats per token."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPE_WORDS', 'MODEL_KEYS', 'SMALLEST', 'TrainConfig', 'check_values', 'check_config', 'parse_value', 'read_settings',
-           'read_run_config', 'open_data', 'model_config', 'new_model', 'build_model', 'begin_from']
+           'read_run_config', 'open_data', 'model_config', 'new_model', 'build_model', 'last_model', 'begin_from']
 
 # %% ../nbs/21c_settings.ipynb #c1e44d0b
 import difflib
@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 
-from .shards import Shards, digest
-from .rows import Packed
+from .durable import checkpoints, is_whole
+from .hub import find_model, read_json
 from .inspect import packaged_model
 from .lessons import STORIES, WorldRows, cut_course
-from .model import Qwen, QwenConfig
 from .loading import family_config
+from .model import Qwen, QwenConfig
+from .rows import Packed
+from .shards import Shards, digest
 from .tokenizer import Tokenizer
 from .train import init_weights
-from .hub import find_model, read_json
 
 # %% ../nbs/21c_settings.ipynb #6c08ec93
 @dataclass
@@ -32,7 +33,7 @@ class TrainConfig:
     out: str = "out"                    # folder of the log and the checkpoints
     data: str = "world"                 # a folder of shards, or "world": rows made up on the fly
     lesson_rows: int = 32_000           # of the world, before its stories; 64000: packaged model
-    init_from: str = ""                 # a folder or hub id to go on from; "": random weights
+    init_from: str = ""                 # a model or run to go on from; "": random weights
     config_from: str = ""               # config.json of any Qwen, for random weights of its sizes
     vocab_size: int = 0                 # 0: of config_from, or the tokenizer's, in sixty-fours
     hidden_size: int = 128              # with init_from or config_from this and the next seven
@@ -77,7 +78,7 @@ SMALLEST = dict.fromkeys([
     *MODEL_KEYS[1:-1], "steps", "batch_size", "accumulate", "seq_len", "save_every", "log_every",
     "eval_batches"], 1)                 # of all others it is 0
 
-def check_values(c):
+def check_values(c:TrainConfig):
     "Raise ValueError for a setting of the wrong type or size. A whole number does for a number."
     for f in fields(c):
         value, least = getattr(c, f.name), SMALLEST.get(f.name, 0)
@@ -89,7 +90,7 @@ def check_values(c):
         if f.type in (int, float) and not least <= value < math.inf:
             raise ValueError(f"config: {f.name} is {value}; expected at least {least}")
 
-def check_config(c):
+def check_config(c:TrainConfig):
     "Raise ValueError, in one sentence, for settings that cannot be."
     c.init_from, c.config_from = c.init_from or "", c.config_from or ""
     if c.init_from and c.config_from:
@@ -111,19 +112,23 @@ def check_config(c):
                          f"{c.max_position_embeddings}")
 
 # %% ../nbs/21c_settings.ipynb #688a104a
-def parse_value(key, text, kind):
+def parse_value(key:str, text:str, kind:type):
     "The text of an override as its setting's type. ValueError if it is none."
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        raise ValueError(f"config: {key} is {text!r}; expected {TYPE_WORDS[kind]}") from None
+        example = f"{key}={getattr(TrainConfig, key)}".lower()
+        raise ValueError(f"config: {key} is {text!r}; expected {TYPE_WORDS[kind]}, such as "
+                         f"{example}") from None
 
-def read_settings(path) -> dict:
+def read_settings(path:Path) -> dict:
     "What a .toml or .json file says. ValueError if it is damaged or of another kind."
     if path.suffix not in (".toml", ".json"):
-        raise ValueError(f"{path}: a config ends in .toml or .json")
+        raise ValueError(f"{path} is no setting, such as lr=5e-4, and no file of settings: its "
+                         "name ends in .toml or .json")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no config {path}")
+        raise FileNotFoundError(f"there is no config {path}: expected a .toml or .json file of "
+                                "settings")
     try:
         import tomllib
     except ModuleNotFoundError:                          # Python 3.10
@@ -139,8 +144,8 @@ def read_settings(path) -> dict:
 
 # %% ../nbs/21c_settings.ipynb #f4ba24cb
 def read_run_config(
-    path=None,     # a .toml or .json file; None: the defaults
-    overrides=(),  # texts such as "lr=5e-4", which win over the file
+    path:str|Path=None,       # a .toml or .json file; None: the defaults
+    overrides:list|tuple=(),  # texts such as "lr=5e-4", which win over the file
 ) -> TrainConfig:
     """A run's config. FileNotFoundError if the file is not there.
 
@@ -156,14 +161,15 @@ def read_run_config(
     for key in given:
         if key not in types:
             near = difflib.get_close_matches(key, types, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(types)}"
+            hint = f"qwen-nb train -h lists the {len(types)} that there are"
+            if near: hint = f"did you mean {near[0]}?"
             raise ValueError(f"config: there is no setting {key!r}; {hint}")
     return TrainConfig(**given)
 
 # %% ../nbs/21c_settings.ipynb #7252b294
 def open_data(
     config:TrainConfig,
-    folder=None,  # of the model to go on from
+    folder:str|Path=None,  # of the model to go on from
 ) -> tuple:
     """Where the tokenizer is, rows to train on, held-out rows (or None), and a hash of the data.
 
@@ -190,7 +196,7 @@ def open_data(
 
 # %% ../nbs/21c_settings.ipynb #ec21a6a5
 def model_config(
-    path,  # a config.json, or the folder that holds one
+    path:str|Path,  # a config.json, or the folder that holds one
 ) -> QwenConfig:
     """The config of whichever Qwen the file describes.
 
@@ -198,9 +204,12 @@ def model_config(
     path = Path(path).expanduser()
     if path.is_dir():
         path = path / "config.json"
+    elif not path.exists():
+        raise FileNotFoundError(f"there is no {path}; expected a config.json, or the folder that "
+                                "holds one")
     return family_config(read_json(path.parent, path.name))
 
-def new_model(config, n_ids) -> Qwen:
+def new_model(config:TrainConfig, n_ids:int) -> Qwen:
     "A model with random weights, of the sizes that the config says or points to."
     if config.config_from:
         shape = model_config(config.config_from)
@@ -213,8 +222,8 @@ def new_model(config, n_ids) -> Qwen:
 # %% ../nbs/21c_settings.ipynb #3bbcf875
 def build_model(
     config:TrainConfig,
-    n_ids:int,    # of the tokenizer
-    folder=None,  # of the model to go on from
+    n_ids:int,             # of the tokenizer
+    folder:str|Path=None,  # of the model to go on from
 ) -> Qwen:
     """The model that a run begins with, in float32.
 
@@ -237,13 +246,34 @@ def build_model(
                          f"{have.max_position_embeddings} positions")
     return model.train()
 
-def begin_from(config, last):
+# %% ../nbs/21c_settings.ipynb #5c1d90ab
+def last_model(folder:str|Path) -> Path:
+    """The last model of a training run: `final`, else its newest checkpoint that is whole.
+
+    None for a folder that is no run. ValueError for a run that has no model yet."""
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return None                                      # a model, not a run
+    if (folder / "final/config.json").is_file():
+        return folder / "final"
+    for checkpoint in reversed(checkpoints(folder)):     # the newest first
+        if is_whole(checkpoint):
+            return checkpoint
+    if (folder / "log.jsonl").is_file() or checkpoints(folder):
+        raise ValueError(f"{folder} is a training run without a whole model: go on with it first, "
+                         f"with the same settings: qwen-nb train out={folder} …")
+    return None
+
+def begin_from(config:TrainConfig, last:Path):
     """The folder of the model to go on from; None for random weights.
 
-    Where `init_from` or `config_from` is gone, the run's last checkpoint stands in for it."""
+    Of a training run it is its last model. Where `init_from` or `config_from` is gone, this run's
+    last checkpoint stands in for it."""
     try:
         if config.config_from: model_config(config.config_from)
-        return find_model(config.init_from) if config.init_from else None
+        if not config.init_from: return None
+        folder = find_model(config.init_from)
+        return last_model(folder) or folder
     except (OSError, ValueError):
         if not last: raise
         return last

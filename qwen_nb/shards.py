@@ -25,13 +25,12 @@ FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # the system's numbers for "no r
 
 def what_to_do(error:OSError) -> str:
     "What helps against an error of the disk."
-    if error.errno in FULL:
-        return "free some space and run it again"
+    if error.errno in FULL: return "free some space and run it again"
     return "check the rights of that folder, or name another"
 
 def write_file(
-    path,        # where
-    data:bytes,  # all of it
+    path:str|Path,  # where
+    data:bytes,     # all of it
 ):
     """Write a file at once or not at all.
 
@@ -54,7 +53,7 @@ def write_file(
 # %% ../nbs/20a_shards.ipynb #9639d189
 END = "<|endoftext|>"
 
-def digest(data) -> str:
+def digest(data:bytes) -> str:
     "SHA-256 of bytes, or of an array: 64 hexadecimal digits."
     return hashlib.sha256(data).hexdigest()
 
@@ -65,14 +64,14 @@ def tokenizer_hash(tokenizer:Tokenizer) -> str:
     return digest(json.dumps([v.tokens, merges, added, v.pattern], sort_keys=True).encode())
 
 # %% ../nbs/20a_shards.ipynb #4f9244fc
-def encode_document(tokenizer, document) -> list:
+def encode_document(tokenizer:Tokenizer, document:str|list) -> list:
     "The ids of a text, or of a conversation in Qwen3's form, with `<|endoftext|>` at the end."
     if isinstance(document, str):
         return tokenizer.encode(document) + [tokenizer.special[END]]
     ids = encode_chat(tokenizer, document, "qwen3", add_generation_prompt=False)
     return ids + [tokenizer.special[END]]
 
-def store(folder, stem, array) -> dict:
+def store(folder:Path, stem:str, array:np.ndarray) -> dict:
     "Write an array under a name that ends with its hash; what the index says of it."
     data = array.tobytes()
     code = digest(data)
@@ -80,7 +79,8 @@ def store(folder, stem, array) -> dict:
     write_file(folder / file, data)
     return dict(file=file, count=len(array), sha256=code)
 
-def write_part(folder, name, documents, tokenizer, dtype, shard_tokens) -> dict:
+def write_part(folder:Path, name:str, documents:list, tokenizer:Tokenizer, dtype:str,
+               shard_tokens:int) -> dict:
     "Encode the documents of one part into shards, and return the part's entry in the index."
     texts = [d for d in documents if isinstance(d, str)]
     talks = [d for d in documents if not isinstance(d, str)]
@@ -100,7 +100,7 @@ def write_part(folder, name, documents, tokenizer, dtype, shard_tokens) -> dict:
                 shards=shards, starts=store(folder, f"{name}-starts", np.array(starts, "<i8")))
 
 # %% ../nbs/20a_shards.ipynb #66a3effc
-def need_tokens(tokenizer, parts):
+def need_tokens(tokenizer:Tokenizer, parts:dict):
     "ValueError for a tokenizer that lacks what the documents need."
     if END not in tokenizer.special:
         raise ValueError(f"the tokenizer has no {END}, which ends a document")
@@ -113,8 +113,8 @@ def need_tokens(tokenizer, parts):
 
 # %% ../nbs/20a_shards.ipynb #a500000f
 def write_shards(
-    folder,                  # where; it is made if it is not there
-    documents,               # a list of str, or what `divide` gave, conversations added or not
+    folder:str|Path,         # where; it is made if it is not there
+    documents:list|dict,     # a list of str, or what `divide` gave, conversations added or not
     tokenizer:Tokenizer,     # with an `<|endoftext|>`
     held_out:float=0.1,      # the share that is held out, if documents is a list
     shard_tokens:int=2**22,  # ids in one shard, at most
@@ -155,7 +155,7 @@ def is_ours(name:str) -> bool:
     "Whether a file's name is one that `write_shards` gives (or leaves, when it is killed)."
     return bool(re.fullmatch(OURS_PATTERN, name))
 
-def clean(folder, index):
+def clean(folder:Path, index:dict):
     "Remove shards and tokenizers that the index does not name, and nothing else."
     named = {index["tokenizer"]}
     for part in index["parts"].values():
@@ -169,7 +169,7 @@ def clean(folder, index):
             path.unlink(missing_ok=True)
 
 # %% ../nbs/20a_shards.ipynb #fc2e5410
-def check_index(index):
+def check_index(index:dict):
     "ValueError, KeyError or TypeError for an index that says something impossible."
     if index["format"] != "qwen_nb shards 1" or index["dtype"] not in ("<u2", "<u4"):
         raise ValueError
@@ -183,7 +183,7 @@ def check_index(index):
     if bad_number or any(type(x) is not str for x in names):
         raise ValueError
 
-def read_shard_index(folder) -> dict:
+def read_shard_index(folder:str|Path) -> dict:
     "The index of a data folder. FileNotFoundError if there is none, ValueError if damaged."
     path = Path(folder) / "index.json"
     if not path.is_file():
@@ -198,7 +198,7 @@ def read_shard_index(folder) -> dict:
     return index
 
 # %% ../nbs/20a_shards.ipynb #a5000009
-def read_tokenizer(path, sha256:str) -> Tokenizer:
+def read_tokenizer(path:str|Path, sha256:str) -> Tokenizer:
     "The tokenizer in a folder. ValueError if it is not the one with this hash."
     found = None
     with suppress(OSError, ValueError):
@@ -208,7 +208,7 @@ def read_tokenizer(path, sha256:str) -> Tokenizer:
                          "made with: prepare the data again")
     return found
 
-def open_array(folder, entry, dtype, verify) -> np.memmap:
+def open_array(folder:str|Path, entry:dict, dtype:str, verify:bool) -> np.memmap:
     "One file of a data folder as an array that stays on disk. ValueError if the index differs."
     path = Path(folder) / Path(entry["file"]).name
     want = entry["count"] * np.dtype(dtype).itemsize
@@ -225,7 +225,7 @@ def open_array(folder, entry, dtype, verify) -> np.memmap:
 # %% ../nbs/20a_shards.ipynb #a5000010
 class Joined:
     "Arrays that behave like one: `joined[a:b]` is put together from those that it touches."
-    def __init__(self, maps):
+    def __init__(self, maps:list):
         self.maps = maps
         self.ends = list(accumulate(map(len, maps)))
 
@@ -244,7 +244,7 @@ class Joined:
         return np.concatenate(parts)
 
 # %% ../nbs/20a_shards.ipynb #a5000012
-def must_fit(folder, index, tokenizer, vocab_size):
+def must_fit(folder:Path, index:dict, tokenizer:Tokenizer, vocab_size:int):
     "ValueError for another tokenizer, or for a model with too few rows."
     if tokenizer is not None and tokenizer_hash(tokenizer) != index["tokenizer_sha256"]:
         its = Path(folder) / index["tokenizer"]
@@ -262,11 +262,11 @@ class Shards(Joined):
     `shards[a:b]` are ids, `shards.document(i)` those of one document. ValueError for what is
     not as it was written or does not fit; FileNotFoundError without an index."""
     def __init__(self,
-                 folder,               # from `write_shards`
-                 part:str="train",     # or "held_out"
-                 tokenizer=None,       # if given, it must be the one that the ids were made with
-                 vocab_size:int=None,  # if given, the rows of the model's embedding
-                 verify:bool=True):    # compare checksums, which reads everything once
+                 folder:str|Path,           # from `write_shards`
+                 part:str="train",          # or "held_out"
+                 tokenizer:Tokenizer=None,  # if given, it must be the one that made the ids
+                 vocab_size:int=None,       # if given, the rows of the model's embedding
+                 verify:bool=True):         # compare checksums, which reads everything once
         self.folder, self.part = Path(folder), part
         index = self.index = read_shard_index(self.folder)
         if part not in index["parts"]:

@@ -10,8 +10,16 @@ __all__ = ['DEFAULT_SYSTEM', 'SYSTEMS', 'TOOLS_AS_JSON', 'TOOLS_AS_XML', 'tool_l
 import json
 
 from qwen_nb.chatml import (
-    ROLES, THINKS, Message, Said, check_family, generation_pieces, json_text, last_query,
-    turn_pieces, written,
+    ROLES,
+    THINKS,
+    Message,
+    Said,
+    check_family,
+    generation_pieces,
+    json_text,
+    last_query,
+    turn_pieces,
+    written,
 )
 
 # %% ../nbs/10a_template.ipynb #0055cc61
@@ -64,7 +72,7 @@ knowledge and do not tell the user about function calls
 </IMPORTANT>""")
 
 # %% ../nbs/10a_template.ipynb #b95e0f87
-def tool_list(tools, family):
+def tool_list(tools:object, family:str):
     "The part of the system message that lists the tools."
     words = TOOLS_AS_XML if family == "qwen3.5" else TOOLS_AS_JSON
     before, after = words
@@ -73,7 +81,7 @@ def tool_list(tools, family):
         yield from ("\n", Said(json_text(tool), "system"))
     yield from written(after)
 
-def system_pieces(messages, family, tools):
+def system_pieces(messages:list, family:str, tools:object):
     "The system message, if there is anything to say in it."
     parts = [[SYSTEMS[family]]] if family in SYSTEMS else []
     if messages[0].role == "system": parts = [[Said(messages[0].content, "system")]]
@@ -89,8 +97,8 @@ def system_pieces(messages, family, tools):
 
 # %% ../nbs/10a_template.ipynb #2b7b7a87
 def read_content(
-    content,    # a string, or the API's list of `{'type': 'text', 'text': …}`
-    where:str,  # which message this is, for the error
+    content:str|list,  # a string, or the API's list of `{'type': 'text', 'text': …}`
+    where:str,         # which message this is, for the error
 ) -> str:
     "The text of a message. ValueError for anything else, pictures among it."
     if isinstance(content, str): return content
@@ -104,7 +112,7 @@ def read_content(
                              "{'type': 'text', 'text': …}, as this model reads text only")
     return "".join(part["text"] for part in content)
 
-def read_call(call, where, family):
+def read_call(call:dict, where:str, family:str):
     "A tool call as (name, arguments), from the flat form or the API's. ValueError for others."
     inner = call.get("function", call) if isinstance(call, dict) else call
     name = inner.get("name") if isinstance(inner, dict) else None
@@ -118,7 +126,7 @@ def read_call(call, where, family):
                      + "a dict" + " (json.loads makes one)" * is_text)
 
 # %% ../nbs/10a_template.ipynb #57fee45f
-def read_thinking(content, m, where, family):
+def read_thinking(content:object, m:dict, where:str, family:str):
     "(content, thinking) of the message `m`: the thought from its own field, or from the content."
     thinking = m.get("reasoning_content")
     if m["role"] != "assistant" or family not in THINKS: return content, ""
@@ -154,7 +162,7 @@ def read_message(
     return Message(role, content, thinking, tuple(read_call(c, where, family) for c in calls))
 
 # %% ../nbs/10a_template.ipynb #b415b5a3
-def read_messages(messages, family:str) -> list:
+def read_messages(messages:list, family:str) -> list:
     "All messages, checked: each by itself, and their order. ValueError says what is wrong."
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages is {messages!r:.60}; expected a list of dicts, at least one")
@@ -171,7 +179,7 @@ def read_messages(messages, family:str) -> list:
     return read
 
 # %% ../nbs/10a_template.ipynb #8f8b958a
-def check_tools(tools) -> list:
+def check_tools(tools:object) -> list:
     "The tools' descriptions as a list of dicts. ValueError for anything else."
     tools = getattr(tools, "schemas", tools) or []
     is_list = isinstance(tools, (list, tuple))
@@ -184,7 +192,10 @@ def check_tools(tools) -> list:
     return list(tools)
 
 # %% ../nbs/10a_template.ipynb #4056d58f
-def chat_pieces(messages, family, tools=None, add_generation_prompt=True, enable_thinking=None):
+def chat_pieces(
+    messages:list, family:str, tools:object=None,
+    add_generation_prompt:bool=True, enable_thinking:bool=None,
+):
     "Yield the prompt in pieces: `Control` and text of the template's own, `Said` for messages."
     messages, tools = read_messages(messages, check_family(family)), check_tools(tools)
     uses_tools = tools or any(m.calls or m.role == "tool" for m in messages)
@@ -196,11 +207,11 @@ def chat_pieces(messages, family, tools=None, add_generation_prompt=True, enable
     if add_generation_prompt: yield from generation_pieces(family, enable_thinking)
 
 def render_chat(
-    messages:list,          # dicts, as `read_message` takes them
-    family:str,             # "qwen2.5", "qwen3", "qwen3.5" or "qwen1"
-    tools=None,             # descriptions of functions (dicts), or `Tools`
+    messages:list,                    # dicts, as `read_message` takes them
+    family:str,                       # "qwen2.5", "qwen3", "qwen3.5" or "qwen1"
+    tools:object=None,                # descriptions of functions (dicts), or `Tools`
     add_generation_prompt:bool=True,  # end with the beginning of the assistant's next message
-    enable_thinking=None,   # False: an empty thought is put in, and the model answers at once
+    enable_thinking:bool=None,  # False: an empty thought is put in, and the model answers at once
 ) -> str:
     """The conversation as the text that the model reads, equal to the official template's.
 

@@ -12,6 +12,7 @@ import operator
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class TokenTable:
 
     @classmethod
     def from_pretrained(cls,
-                        name_or_path=None): # None: the model inside the package; a folder; a hub id
+                        name_or_path:str|Path=None): # None: the packaged model; a folder; a hub id
         "The tokenizer of a model. Raises what `find_model` and `read_vocabulary` raise."
         from qwen_nb.hub import find_model
         return cls(read_vocabulary(find_model(name_or_path)))
@@ -69,7 +70,7 @@ class TokenTable:
         return self._added[id].encode() if id in self._added else unspell(self._spelled.get(id, ""))
 
     def tokens(self,
-               ids) -> list:
+               ids:list) -> list:
         "The tokens as they are: bytes, or for an added token its name (str)."
         return [self._added[i] if i in self._added else self.token_bytes(i) for i in ids]
 
@@ -77,7 +78,7 @@ class TokenTable:
 class TokenDecoder(TokenTable):
     "What turns ids back into text."
     def decode(self,
-               ids,                      # of one text: a list, or a tensor with one axis
+               ids:list,                 # of one text: a list, or a tensor with one axis
                skip_special:bool=False,  # leave the control tokens out
               ) -> str:
         "The text. Bytes that are no UTF-8 become U+FFFD."
@@ -155,8 +156,8 @@ class PlainTokenizer(OrdinaryEncoder):
 
 # %% ../nbs/03c_special.ipynb #89f1be78
 def library_tokenizer(
-    model,          # a `tokenizers.models.BPE`
-    pattern=SPLIT,  # of the pieces
+    model:models.BPE,   # a `tokenizers.models.BPE`
+    pattern:str=SPLIT,  # of the pieces
 ) -> tokenizers.Tokenizer:
     "The library's own tokenizer with NFC, this split and this model, and no added tokens."
     tok = tokenizers.Tokenizer(model)
@@ -182,8 +183,8 @@ class FastTokenizer(PlainTokenizer):
 
 # %% ../nbs/03c_special.ipynb #c555fc89
 def learn(
-    texts,  # an iterable of str
-    n:int,  # how many merges at most
+    texts:Iterable,  # an iterable of str
+    n:int,           # how many merges at most
 ) -> tuple:
     "The tokens with their ids, and the merges, both spelled in stand-ins. In plain Python."
     pieces = Counter()
@@ -198,8 +199,8 @@ def learn(
     return ids, [(spelled[a], spelled[b]) for a, b, _ in merges]
 
 def learn_with_library(
-    texts,  # an iterable of str
-    n:int,  # how many merges at most
+    texts:Iterable,  # an iterable of str
+    n:int,           # how many merges at most
 ) -> tuple:
     "As `learn`, by the library's trainer."
     tok = library_tokenizer(models.BPE())
@@ -211,11 +212,11 @@ def learn_with_library(
 
 # %% ../nbs/03c_special.ipynb #969214e2
 def trained_vocabulary(
-    texts,              # an iterable of str
-    vocab_size:int,     # the most ids it may use, all added tokens included
-    special_tokens=(),  # names of control tokens, which get the ids after the last merge
-    tags=(),            # of added tokens that `decode(skip_special=True)` keeps
-    learn=learn,        # or `learn_with_library`
+    texts:Iterable,           # an iterable of str
+    vocab_size:int,           # the most ids it may use, all added tokens included
+    special_tokens:tuple=(),  # names of control tokens, which get the ids after the last merge
+    tags:tuple=(),            # of added tokens that `decode(skip_special=True)` keeps
+    learn=learn,              # or `learn_with_library`
 ) -> Vocabulary:
     """Learn a vocabulary built like Qwen's.
 
@@ -263,17 +264,17 @@ class Tokenizer(FastTokenizer):
     Python."""
     @classmethod
     def train(cls,
-              texts,                      # an iterable of str
-              vocab_size:int,             # the most ids it may use, all added tokens included
-              special_tokens=QWEN_ADDED,  # names of control tokens
-              tags=(),                    # of added tokens that `decode(skip_special=True)` keeps
+              texts:Iterable,                   # an iterable of str
+              vocab_size:int,                   # the most ids it may use, all added tokens included
+              special_tokens:tuple=QWEN_ADDED,  # names of control tokens
+              tags:tuple=(),  # of added tokens that `decode(skip_special=True)` keeps
              ):
         "Learn a tokenizer from texts. Raises what `trained_vocabulary` raises."
         learned = trained_vocabulary(texts, vocab_size, special_tokens, tags, learn_with_library)
         return cls(learned)
 
     def save(self,
-             folder):                     # made if it is not there
+             folder:str|Path):  # made if it is not there
         "Write `tokenizer.json`. An older one is replaced at once, never half."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

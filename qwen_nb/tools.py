@@ -15,6 +15,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from .chatml import check_family, json_text
 from .generation import TextStream
+from .tokenizer import Tokenizer
 
 # %% ../nbs/10c_tools.ipynb #4e2b9651
 def split_thinking(
@@ -35,8 +36,8 @@ JSON_TYPES = {
 }
 
 def type_schema(
-    hint,       # a type, `list[…]` or `Literal[…]`
-    where:str,  # whose it is, for the error
+    hint:object,  # a type, `list[…]` or `Literal[…]`
+    where:str,    # whose it is, for the error
 ) -> dict:
     "A parameter's type as JSON schema. ValueError for one that has none here."
     origin, inside = get_origin(hint), get_args(hint)
@@ -78,7 +79,7 @@ def describe(
     return {"type": "function", "function": described}
 
 # %% ../nbs/10c_tools.ipynb #7bad4f7f
-def parse_xml_call(text) -> dict:
+def parse_xml_call(text:str) -> dict:
     "Qwen3.5's form of a call: {'name', 'arguments'}. ValueError if it cannot be read."
     found = re.search(r"<function=([^>\n]+)>(.*?)(?:</function>|$)", text, re.S)
     if not found: raise ValueError("expected <function=name> … </function>")
@@ -88,7 +89,7 @@ def parse_xml_call(text) -> dict:
     pairs = re.findall(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", inside, re.S)
     return dict(name=name, arguments=dict(pairs))
 
-def parse_json_call(text) -> dict:
+def parse_json_call(text:str) -> dict:
     "The others' form of a call: {'name', 'arguments'}. ValueError if it cannot be read."
     try: call = json.loads(text)
     except (ValueError, RecursionError) as e: raise ValueError(f"it is not valid JSON ({e})")
@@ -129,8 +130,8 @@ PYTHON_TYPES = {
 }
 
 def fitting(
-    value,        # as the model wrote it
-    schema:dict,  # of the parameter
+    value:object,  # as the model wrote it
+    schema:dict,   # of the parameter
 ):
     "The value in the type that the schema asks for. TypeError if it is of another."
     kind = schema["type"]
@@ -206,7 +207,7 @@ KIND_AFTER = {
 class ChatParts:
     "Sorts what a model writes into thinking, answer and calls, by the control tokens in its ids."
     def __init__(self,
-                 tokenizer,
+                 tokenizer:Tokenizer,
                  thinking:bool=False):  # the prompt has opened `<think>`
         special = tokenizer.special
         self.names = {special[name]: name for name in KIND_AFTER if name in special}
@@ -216,7 +217,7 @@ class ChatParts:
         self.newlines = ""               # held back until more of the same part comes
         self.call, self.calls = "", []   # the one being written, and those that are whole
 
-    def show(self, piece):
+    def show(self, piece:str):
         "What to show of a piece of text. Newlines at the ends of a part are the template's."
         if self.kind == "call":
             self.call += piece
@@ -233,7 +234,7 @@ class ChatParts:
         if id in self.names: return self.turn(self.names[id])
         return [] if id in self.tokenizer.control else self.show(self.stream.add(id))
 
-    def turn(self, name) -> list:
+    def turn(self, name:str) -> list:
         "A control token by its name, or the end (None)."
         events, call = self.show(self.stream.end()), self.call.strip("\n")
         if call and name != "<tool_call>":

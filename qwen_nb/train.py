@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from .attention import attend_explicit, causal_mask
 from .rows import IGNORED, document_mask
+from .tokenizer import Tokenizer
 from .world import PEOPLE, Chooser, story
 
 # %% ../nbs/21_train.ipynb #9bd87a8d
 def forward(
-    model,       # a `Qwen`
+    model:torch.nn.Module,  # a `Qwen`
     batch:dict,  # from `Packed.batch`: input_ids, position_ids and document_ids, (batch, seq) each
 ) -> torch.Tensor:
     """Logits `(batch, seq, vocab_size)` in which no document sees another.
@@ -32,8 +33,8 @@ def forward(
 
 # %% ../nbs/21_train.ipynb #f4bb4094
 def next_token_loss(
-    logits,  # (batch, seq, vocab_size)
-    labels,  # (batch, seq), already shifted: `labels[t]` comes after `input_ids[t]`
+    logits:torch.Tensor,  # (batch, seq, vocab_size)
+    labels:torch.Tensor,  # (batch, seq), already shifted: `labels[t]` comes after `input_ids[t]`
 ) -> torch.Tensor:
     "Mean of -ln p(label) over the labels that are not IGNORED: nats per token. NaN if all are."
     logits = logits.float().flatten(0, -2)          # (batch * seq, vocab_size), in float32
@@ -41,7 +42,7 @@ def next_token_loss(
 
 # %% ../nbs/21_train.ipynb #fe0ebce6
 def init_weights(
-    model,       # a `Qwen`
+    model:torch.nn.Module,  # a `Qwen`
     seed:int=0,
 ):
     """Draw every matrix from a normal distribution with std 1/sqrt(hidden_size).
@@ -62,10 +63,10 @@ def init_weights(
 
 # %% ../nbs/21_train.ipynb #82aea9cc
 def world_floor(
-    tokenizer,
-    n:int=1000,         # stories
-    seed=0,             # as for `world_stories`
-    longest:int=None,   # leave out stories of more ids than this, the end token counted; None: none
+    tokenizer:Tokenizer,
+    n:int=1000,        # stories
+    seed:int=0,        # as for `world_stories`
+    longest:int=None,  # leave out stories of more ids than this, the end token counted; None: none
 ) -> float:
     """The loss that no model can beat on stories of the made-up world: nats per token.
 
@@ -86,8 +87,8 @@ def world_floor(
 # %% ../nbs/21_train.ipynb #fc42c31b
 @torch.no_grad()
 def attention_map(
-    model,
-    ids,  # (1, seq)
+    model:torch.nn.Module,
+    ids:torch.Tensor,  # (1, seq)
 ) -> torch.Tensor:
     "Where every head of every layer looks: `(layers, heads, seq, seq)`."
     seen, mask = [], causal_mask(ids.shape[1], ids.shape[1])
@@ -107,8 +108,8 @@ def attention_map(
 
 # %% ../nbs/21_train.ipynb #ddf97e2f
 def parameter_groups(
-    model,                    # frozen parameters are left out
-    weight_decay:float=0.1,   # of the matrices
+    model:torch.nn.Module,   # frozen parameters are left out
+    weight_decay:float=0.1,  # of the matrices
 ) -> list:
     """Two groups for an optimizer: matrices decay, norms' scales and biases do not.
 

@@ -30,7 +30,7 @@ def planted(
 
 
 def back_to_front(
-    model,  # any module
+    model:nn.Module,  # any module
 ):
     "While this is planted, each linear layer of the model adds its products in reverse order."
     def reverse(module, inputs, out):
@@ -41,7 +41,7 @@ def back_to_front(
 
 # %% ../nbs/01_verify.ipynb #3373e11a
 def rounding_steps(
-    ours, theirs,  # tensors of one shape and dtype
+    ours:torch.Tensor, theirs:torch.Tensor,  # tensors of one shape and dtype
 ) -> torch.Tensor:
     """How far apart two tensors are, element by element, in rounding steps: float64, their shape.
 
@@ -77,9 +77,9 @@ def _digits(x):
 
 
 def check(
-    ours, theirs,   # tensors
+    ours:torch.Tensor, theirs:torch.Tensor,  # tensors
     steps:float=8,  # how many rounding steps apart any element may be; 0: bit for bit
-    name:str="",    # what is compared, for the message
+    name:str="",                             # what is compared, for the message
 ):
     """Raise AssertionError unless shape, dtype and every element agree; print how close they came.
 
@@ -108,9 +108,9 @@ def check(
 
 # %% ../nbs/01_verify.ipynb #fb1a6e06
 def check_fails(
-    ours, theirs,   # tensors that must NOT agree
-    steps:float=8,  # the tolerance of the check that is to fail
-    name:str="",    # what is compared, for the message
+    ours:torch.Tensor, theirs:torch.Tensor,  # tensors that must NOT agree
+    steps:float=8,                           # the tolerance of the check that is to fail
+    name:str="",                             # what is compared, for the message
 ):
     "Raise AssertionError if `check` would pass; print what it says. Use the real check's `steps`."
     try:
@@ -132,8 +132,8 @@ def _codes(answer):
 
 
 def told(
-    error,     # an exception
-    function,  # the learner's: a function, or a class with methods
+    error:Exception,  # an exception
+    function,         # the learner's: a function, or a class with methods
 ) -> str:
     "An exception in one sentence: what happened, and in which line of the function."
     if isinstance(error, AssertionError) and str(error):
@@ -154,8 +154,8 @@ def told(
 
 # %% ../nbs/01_verify.ipynb #21ecec57
 def try_answer(
-    grader,  # a function that takes the answer and raises AssertionError if it is wrong
-    answer,  # what the learner wrote
+    grader,         # a function that takes the answer and raises AssertionError if it is wrong
+    answer:object,  # what the learner wrote
 ) -> bool:
     "Grade an answer and print how it went. Never raises: a lesson goes on past an open exercise."
     try:
@@ -168,8 +168,8 @@ def try_answer(
 
 
 def must_accept(
-    grader,  # of an exercise
-    right,   # an answer that is right
+    grader,        # of an exercise
+    right:object,  # an answer that is right
     name:str="a right answer",
 ):
     "Raise AssertionError if the grader refuses a right answer."
@@ -180,9 +180,9 @@ def must_accept(
 
 
 def must_refuse(
-    grader,    # of an exercise
-    wrong,     # an answer that is wrong
-    name:str,  # what is wrong about it
+    grader,        # of an exercise
+    wrong:object,  # an answer that is wrong
+    name:str,      # what is wrong about it
 ):
     "Print what the grader says of a wrong answer. AssertionError if it accepts it."
     try:

@@ -71,7 +71,7 @@ def wrong_added(v:Vocabulary) -> str:
 
 def check_vocabulary(
     v:Vocabulary,
-    path,  # of its file, for the message
+    path:str|Path,  # of its file, for the message
 ) -> Vocabulary:
     "The same, or ValueError with one sentence."
     wrong = wrong_tokens(v) or wrong_merges(v) or wrong_added(v)
@@ -115,7 +115,7 @@ def added_token(
 
 # %% ../nbs/03b_vocabulary.ipynb #4f697b57
 def json_merge(
-    merge,  # "a b", as files had it until 2024, or ["a", "b"]
+    merge:str|list,  # "a b", as files had it until 2024, or ["a", "b"]
 ) -> tuple:
     "One merge. Raises TypeError or LookupError if it is something else."
     if isinstance(merge, str):
@@ -123,7 +123,7 @@ def json_merge(
     return merge[0] + "", merge[1] + ""          # a number has no + ""
 
 def read_tokenizer_json(
-    folder,
+    folder:str|Path,
 ) -> Vocabulary:
     """The vocabulary in `tokenizer.json`.
 
@@ -150,7 +150,7 @@ def read_tokenizer_json(
 QWEN_ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 def config_added(
-    folder,
+    folder:str|Path,
     first_id:int,  # where they begin if the folder lists none
     names:list,    # and which they are then
 ) -> list:
@@ -183,7 +183,7 @@ def read_lines(
         raise ValueError(f"{path} is not a text file in UTF-8: {e}") from None
 
 def read_vocab_and_merges(
-    folder,
+    folder:str|Path,
 ) -> Vocabulary:
     "The vocabulary in `vocab.json` and `merges.txt`. Raises FileNotFoundError or ValueError."
     from qwen_nb.hub import read_json
@@ -229,7 +229,7 @@ def tiktoken_ranks(path:Path) -> dict:
 
 # %% ../nbs/03b_vocabulary.ipynb #3787ec04
 def read_tiktoken(
-    path,  # of `qwen.tiktoken`
+    path:str|Path,  # of `qwen.tiktoken`
 ) -> Vocabulary:
     """The vocabulary in Qwen1's file. Raises FileNotFoundError or ValueError.
 
@@ -252,7 +252,7 @@ def read_tiktoken(
 
 # %% ../nbs/03b_vocabulary.ipynb #707ecd22
 def read_vocabulary(
-    folder,  # from `find_model`
+    folder:str|Path,  # from `find_model`
 ) -> Vocabulary:
     """The tokenizer in this folder, whichever of the three forms it has.
 

@@ -7,7 +7,9 @@ __all__ = ['DTYPES', 'Pairs', 'check_value', 'parse_json', 'TensorInfo', 'is_siz
            'read_tensor', 'read_safetensors']
 
 # %% ../nbs/02_weights.ipynb #5a4ba0e7
-import json, math, os
+import json
+import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -43,7 +45,7 @@ def _not_json(word):
     raise ValueError(f"{word} is not JSON")
 
 # %% ../nbs/02_weights.ipynb #9a848c72
-def check_value(value, depth=1):
+def check_value(value:object, depth:int=1):
     "Raise ValueError for half a character (a lone surrogate) or nesting deeper than 127."
     if isinstance(value, str):
         value.encode("utf-8")
@@ -77,7 +79,7 @@ class TensorInfo(NamedTuple):
     end: int
 
 
-def is_sizes(value) -> bool:
+def is_sizes(value:object) -> bool:
     "Whether it is a list of whole numbers from 0 to 2**64 - 1."
     return type(value) is list and all(type(n) is int and 0 <= n < 2**64 for n in value)
 
@@ -96,7 +98,7 @@ def _fields(name, entry):
 
 
 def tensor_info(
-    name:str, entry,  # from the parsed header
+    name:str, entry:object,  # from the parsed header
 ) -> TensorInfo:
     "One entry of the header, checked by itself. Raises ValueError."
     dtype, shape, offsets = _fields(name, entry)
@@ -209,7 +211,7 @@ def read_tensor(
 
 # %% ../nbs/02_weights.ipynb #101523ae
 def read_safetensors(
-    path,  # of a safetensors file
+    path:str,  # of a safetensors file
 ) -> dict:
     """Every tensor of the file by name, by our own reader. Raises ValueError for a bad file.
 

@@ -92,8 +92,8 @@ class Chooser:
         self.rng, self.nats = rng, 0.
 
     def __call__(self,
-                 options,       # what to choose from
-                 weights=None): # how likely each is, up to a factor; None: all alike
+                 options:list,        # what to choose from
+                 weights:list=None):  # how likely each is, up to a factor; None: all alike
         "One of the options."
         options = list(options)
         weights = weights or [1] * len(options)
@@ -110,7 +110,7 @@ class Line:
     kind: str = None       # of question: who, person, or where a thing is: lying, carried
 
 def pick(
-    choose,
+    choose:Chooser,
     names:list,
     n:int,
 ):
@@ -123,8 +123,8 @@ def pick(
 
 # %% ../nbs/03e_world.ipynb #b6c75609
 def opening(
-    choose,
-    w:World,       # an empty one, which is filled
+    choose:Chooser,
+    w:World,  # an empty one, which is filled
     n_people:int,
     n_things:int,
 ):
@@ -142,7 +142,7 @@ def opening(
 
 # %% ../nbs/03e_world.ipynb #07ad1437
 def questions(
-    choose,
+    choose:Chooser,
     w:World,
     n:int,
 ):
@@ -159,7 +159,7 @@ def questions(
 EVENT_WEIGHTS = dict(go=4, take=3, drop=1, give=2)
 
 def tell(
-    choose,
+    choose:Chooser,
     w:World,
 ) -> str:
     "Let something happen, and tell it."
@@ -168,10 +168,10 @@ def tell(
     return happen(w, choose(possible[kind]))
 
 def story(
-    choose,                # a `Chooser`, or another function from options to one of them
-    n_events=range(3, 9),  # how many events a story may have
-    n_questions=range(3),  # how many questions may follow the opening, and each event
-    n_things=(1, 2),       # how many things there may be
+    choose:Chooser,              # a `Chooser`, or another function from options to one of them
+    n_events:range=range(3, 9),  # how many events a story may have
+    n_questions:range=range(3),  # how many questions may follow the opening, and each event
+    n_things:tuple=(1, 2),       # how many things there may be
 ) -> list:
     """One story, a list of `Line`s.
 
@@ -218,7 +218,7 @@ SMALL_TALK = [
     ("Goodbye.", "Goodbye!")]
 
 def reply(
-    choose,
+    choose:Chooser,
     w:World,
     told:list,      # the sentences so far
     must_ask:bool,  # or may the question be empty?
@@ -243,9 +243,9 @@ def reply(
 
 # %% ../nbs/03e_world.ipynb #f9f81831
 def conversation(
-    choose,                # a `Chooser`
-    n_turns=range(1, 6),   # how often the user may speak
-    n_events=range(4),     # how many events the user may tell at a time
+    choose:Chooser,             # a `Chooser`
+    n_turns:range=range(1, 6),  # how often the user may speak
+    n_events:range=range(4),    # how many events the user may tell at a time
 ) -> list:
     """Messages of a user and an assistant who talk about a world.
 

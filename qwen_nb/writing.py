@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional as F
 
 from .cache import KVCache, one_row_kernels
-from .sampling import choose, marks, penalize
+from .sampling import Sampling, choose, marks, penalize
 
 # %% ../nbs/09b_batch.ipynb #49d1ef83
 def longer_mask(
-    mask,        # (batch, prompt) of the prompt, 0 where it is padding; or None
-    length:int,  # of prompt and written text together
+    mask:torch.Tensor,  # (batch, prompt) of the prompt, 0 where it is padding; or None
+    length:int,         # of prompt and written text together
 ):
     "The mask of the prompt, made as long as the text: what is written is real."
     if mask is None:
@@ -29,11 +29,11 @@ def longer_mask(
 class Context:
     "What a model has read so far. `read` takes more and gives the logits of the next token."
     def __init__(self,
-                 model,
-                 batch:int,            # rows
-                 max_length:int,       # positions in the cache
-                 attention_mask=None,  # (batch, prompt), 0 where the prompt is padding
-                 use_cache=True):      # False: read everything again each time
+                 model:torch.nn.Module,
+                 batch:int,                         # rows
+                 max_length:int,                    # positions in the cache
+                 attention_mask:torch.Tensor=None,  # (batch, prompt), 0 where the prompt is padding
+                 use_cache:bool=True):              # False: read everything again each time
         weight = next(model.parameters())
         self.model, self.mask = model, attention_mask
         self.dtype, self.on_cpu = weight.dtype, weight.device.type == "cpu"
@@ -44,7 +44,7 @@ class Context:
             self.cache = make(model.config, batch, max_length, weight.dtype, weight.device)
 
     @torch.no_grad()
-    def read(self, ids):
+    def read(self, ids:torch.Tensor):
         """New ids (batch, new) → logits (batch, vocab_size) in float32.
 
         ValueError if the cache is full, or if the logits are not numbers."""
@@ -64,7 +64,7 @@ class Context:
             raise ValueError(f"{found}; float16 is too narrow for Qwen: use bfloat16 or float32")
         return logits
 
-    def select(self, rows):
+    def select(self, rows:torch.Tensor):
         "Keep these rows, in this order; a row may come twice."
         if self.cache:
             self.cache.select(rows)
@@ -73,8 +73,8 @@ class Context:
 
 # %% ../nbs/09b_batch.ipynb #d7a9d67a
 def generator_for(
-    seed,    # a whole number of at most 64 bits; None: PyTorch's own generator
-    device,
+    seed:int,  # a whole number of at most 64 bits; None: PyTorch's own generator
+    device:str|torch.device,
 ):
     "What the draws come from. ValueError if the seed is too large."
     if seed is None:
@@ -86,15 +86,15 @@ def generator_for(
 # %% ../nbs/09b_batch.ipynb #bc52a966
 @torch.no_grad()
 def write(
-    model,
-    input_ids,            # (batch, prompt)
+    model:torch.nn.Module,
+    input_ids:torch.Tensor,            # (batch, prompt)
     max_new_tokens:int,
-    sampling,             # from `sampling_for`
-    attention_mask=None,  # (batch, prompt), 0 where the prompt is padding; on the left
-    seed=None,            # of the draws; None: PyTorch's own generator
-    texts=None,           # a `TextStream` for each row, to find stop strings
-    use_cache=True,
-    prefill_chunk=None,   # read the prompt in pieces of this length, to save memory
+    sampling:Sampling,                 # from `sampling_for`
+    attention_mask:torch.Tensor=None,  # (batch, prompt), 0 where the prompt is padding; on the left
+    seed:int=None,                     # of the draws; None: PyTorch's own generator
+    texts:list=None,                   # a `TextStream` for each row, to find stop strings
+    use_cache:bool=True,
+    prefill_chunk:int=None,            # read the prompt in pieces of this length, to save memory
 ):
     """The loop: yields the new ids `(batch,)` step by step, until every row has ended.
 
@@ -129,7 +129,7 @@ def write(
 
 # %% ../nbs/09b_batch.ipynb #586e08d4
 def pad_left(
-    prompts,       # lists of ids, or tensors of one axis
+    prompts:list,  # lists of ids, or tensors of one axis
     pad_id:int=0,  # any id: nobody reads it
 ) -> tuple:
     """Prompts of different lengths as one `(batch, longest)` tensor, and its `attention_mask`.
@@ -145,10 +145,10 @@ def pad_left(
 
 # %% ../nbs/09b_batch.ipynb #75de0d39
 def lengthen(
-    log_probs,   # (beams, vocab_size) of the next token
-    beams,       # (beams, length) ids
-    scores,      # (beams,) sums of log-probabilities so far
-    wanted:int,  # how many to keep
+    log_probs:torch.Tensor,  # (beams, vocab_size) of the next token
+    beams:torch.Tensor,      # (beams, length) ids
+    scores:torch.Tensor,     # (beams,) sums of log-probabilities so far
+    wanted:int,              # how many to keep
 ) -> tuple:
     """The best of all beams lengthened by one token, best first.
 
@@ -162,13 +162,13 @@ def lengthen(
 # %% ../nbs/09b_batch.ipynb #55f0e3de
 @torch.no_grad()
 def beam_search(
-    model,
-    input_ids,           # one prompt, (1, seq)
+    model:torch.nn.Module,
+    input_ids:torch.Tensor,    # one prompt, (1, seq)
     max_new_tokens:int,
-    sampling,            # its penalties and stop ids are used
-    num_beams:int,       # how many beginnings are kept
-    length_penalty=1.0,  # above 0 favours long texts
-    trace=None,          # a list that gets each step's (rows, ids, scores), to look at
+    sampling:Sampling,         # its penalties and stop ids are used
+    num_beams:int,             # how many beginnings are kept
+    length_penalty:float=1.0,  # above 0 favours long texts
+    trace:list=None,           # a list that gets each step's (rows, ids, scores), to look at
 ) -> list:
     """The best texts, at most `num_beams`: `(score, ids)`, best first.
 

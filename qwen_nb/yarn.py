@@ -101,7 +101,7 @@ def check_scaling(
 
 # %% ../nbs/05a_yarn.ipynb #c9dd4257
 def read_scaling(
-    scaling,                           # `rope_scaling` or `rope_parameters`: a dict, or None
+    scaling:dict,                      # `rope_scaling` or `rope_parameters`: a dict, or None
     theta:float=None,                  # the base; one inside `scaling` must agree with it
     max_position_embeddings:int=None,  # YaRN's original context where `scaling` lacks it
 ) -> tuple:                            # type and settings

@@ -11,7 +11,6 @@ import pytest
 
 from qwen_nb.chatml import CONTROLS
 
-
 ROOT = Path(__file__).resolve().parent.parent
 
 

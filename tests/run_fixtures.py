@@ -1,12 +1,12 @@
 """A small run and its data, for the tests of training: a plugin of pytest."""
 
 import pytest
+from runs import QUICK
 
 from qwen_nb import data
-from qwen_nb.shards import write_shards
 from qwen_nb.settings import TrainConfig
+from qwen_nb.shards import write_shards
 from qwen_nb.tokenizer import Tokenizer
-from runs import QUICK
 
 
 @pytest.fixture

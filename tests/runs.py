@@ -8,8 +8,6 @@ from qwen_nb.log import read_log
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.train import init_weights
 
-
-
 SMALL = dict(
     hidden_size=32,
     intermediate_size=48,

@@ -9,13 +9,8 @@ import pytest
 import torch
 from families import tiny
 
-from qwen_nb.architecture import (
-    draw_architecture,
-    parameter_shapes,
-    read_config,
-    trace_shapes,
-)
 from qwen_nb.ablation import heads_off
+from qwen_nb.architecture import draw_architecture, parameter_shapes, read_config, trace_shapes
 from qwen_nb.inspect import decoder_layers
 from qwen_nb.memory import QWEN_CONFIGS, count_parameters
 

@@ -9,13 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from qwen_nb.attention import attend, attend_explicit, causal_mask, record_attention, repeat_kv
-from qwen_nb.gqa import Attention
 from qwen_nb.budget import attend_blocks
+from qwen_nb.compare import record
+from qwen_nb.gqa import Attention
 from qwen_nb.heads import copied_heads
 from qwen_nb.inspect import load_reference
-from qwen_nb.yarn import Rotary
 from qwen_nb.verify import rounding_steps
-from qwen_nb.compare import record
+from qwen_nb.yarn import Rotary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 HEADS = [(4, 4, 8), (8, 4, 16), (14, 2, 8), (6, 1, 10)]  # query heads, key/value heads, head_dim

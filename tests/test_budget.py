@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from runs import gradients, same, small
 
 from qwen_nb.budget import Objective, cast_once, label_weight, use_checkpointing
-from qwen_nb.shards import Shards
-from qwen_nb.rows import IGNORED, Packed
 from qwen_nb.inspect import packaged_model
 from qwen_nb.lessons import WorldRows
 from qwen_nb.model import Qwen
+from qwen_nb.rows import IGNORED, Packed
+from qwen_nb.shards import Shards
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.train import forward, next_token_loss
-from runs import gradients, same, small
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -10,11 +10,10 @@ from test_generate import one_sentence
 from test_tools import shop
 
 import qwen_nb.chat as c
-
 from qwen_nb.chat import Chat, Scripted, chat_widget, draw_transcript
+from qwen_nb.model import Qwen
 from qwen_nb.prompt import encode_chat
 from qwen_nb.template import render_chat
-from qwen_nb.model import Qwen
 from qwen_nb.tokenizer import Tokenizer
 
 

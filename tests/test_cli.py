@@ -23,7 +23,8 @@ from qwen_nb.conversation import talk as talk_with
 from qwen_nb.inspect import packaged_model
 from qwen_nb.loading import DTYPE_NAMES as DTYPES
 from qwen_nb.model import Qwen
-from qwen_nb.terminal import SAMPLING, Screen, last_model
+from qwen_nb.settings import last_model
+from qwen_nb.terminal import SAMPLING, Screen
 from qwen_nb.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -300,8 +301,12 @@ def test_refusals(capsys, monkeypatch, folders, tmp_path):
     model = "--model", folders["random"]
     refused(go("generate", ""), "empty")
     refused(go("generate", stdin=""), "empty")
-    refused(go("generate", "Max", "--model", tmp_path / "none"), tmp_path / "none")
-    refused(go("generate", "Max", "--model", tmp_path), "config.json")
+    (tmp_path / "a file").write_text("")
+    for command in (["generate", "Max", "--model"], ["chat", "--model"], ["verify"]):
+        more = f"; qwen-nb {command[0]} -h says more"
+        refused(go(*command, tmp_path / "none"), "there is no folder", tmp_path / "none", more)
+        refused(go(*command, tmp_path), "there is no config.json in", "a file", more)
+        refused(go(*command, tmp_path / "a file"), "is a file; expected the folder", more)
     refused(go("generate", "Max", *model, "--max-new-tokens", 0), "max_new_tokens", 0)
     refused(go("generate", "Max", *model, "--max-new-tokens", 500), "128 positions")
     refused(go("generate", "Max " * 200, *model), "128 positions")
@@ -478,6 +483,58 @@ def test_the_last_model_of_a_run(tmp_path, capsys, monkeypatch):
     half = fake_run(tmp_path / "half")
     (half / "step-000010").mkdir()
     refused(call(capsys, monkeypatch, "chat", "--model", half), "without a whole model")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    "A run of two steps whose last model is a checkpoint: `final` is gone."
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    words = ["train", f"out={folder}", *TINY, "seq_len=128", "eval_every=0", "steps=2"]
+    status, out, err = run(*words)
+    assert status == 0, err
+    shutil.rmtree(folder / "final")
+    return folder
+
+
+def test_a_run_to_go_on_from(capsys, monkeypatch, stopped, tmp_path):
+    "`init_from` takes a run's folder for its last model, also when a newer one has come since."
+    from qwen_nb.durable import load_checkpoint
+
+    told = f"{stopped} is a training run; its last model is {stopped / 'step-000002'}"
+    words = ["seq_len=128", "batch_size=4", "peak_tflops=1"]
+    words += [f"init_from={stopped}", f"out={tmp_path / 'next'}", "eval_every=0", "sample=0"]
+    words += ["steps=2", "warmup=0", "lr=1e-9"]
+    status, out, err = call(capsys, monkeypatch, "train", *words)
+    assert status == 0 and err.count(told) == 1, err
+    before, after = (
+        load_checkpoint(folder)["weights"]
+        for folder in (stopped / "step-000002", tmp_path / "next/step-000002")
+    )
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    # the same command, after the first run has ended
+    shutil.copytree(stopped / "step-000002", stopped / "final")
+    shutil.rmtree(tmp_path / "next/final")
+    status, again, err = call(capsys, monkeypatch, "train", *words)
+    shutil.rmtree(stopped / "final")
+    assert status == 0 and again == out and "holds this run" in err and told not in err, err
+
+
+def test_a_run_whose_tokenizer_is_taken(capsys, monkeypatch, stopped, tmp_path):
+    from qwen_nb.data import world_stories
+
+    (tmp_path / "a.txt").write_text("* * *\n".join(world_stories(80)))
+    words = ["data", tmp_path / "a.txt", "--out", tmp_path / "data", "--tokenizer", stopped]
+    status, said, err = call(capsys, monkeypatch, *words)
+    last = stopped / "step-000002"
+    assert status == 0, err
+    assert err.startswith(f"{stopped} is a training run; its last model is {last}\n"), err
+    (words,) = commands_in(said)
+    assert f"init_from={last}" in words, "the next command does not go on from that model"
+
+
+def test_a_run_that_is_verified(capsys, monkeypatch, stopped):
+    status, out, err = call(capsys, monkeypatch, "verify", stopped)
+    assert status == 0 and "✓" in out and "its last model is" in err, out + err
 
 
 def test_the_share_of_the_text_that_is_held_out(capsys, tmp_path):
@@ -733,6 +790,12 @@ def test_refused_data(capsys, monkeypatch, tmp_path):
         go(tmp_path / "a.txt", "--out", tmp_path / "new", "--tokenizer", tmp_path / "none"),
         tmp_path / "none",
     )
+    refused(
+        go(tmp_path / "a.txt", "--out", tmp_path / "new", "--tokenizer", tmp_path / "none"),
+        "; qwen-nb data -h says more",
+    )
+    (tmp_path / "nothing").mkdir()
+    refused(go(tmp_path / "nothing", "--out", tmp_path / "new"), "no document", "-h says more")
     assert (
         not (tmp_path / "new").exists()
         and (tmp_path / "a.txt").read_text() == "One.\n* * *\nTwo.\n"
@@ -751,12 +814,19 @@ def test_refused_data(capsys, monkeypatch, tmp_path):
 def test_refused_training(capsys, monkeypatch, book, tmp_path):
     data, out = f"data={book[0]}", f"out={tmp_path / 'out'}"
     go = lambda *a: call(capsys, monkeypatch, "train", *a)
-    refused(go("lr=abc"), "lr", "abc", "a number")
+    more = "; qwen-nb train -h says more"
+    refused(go("lr=abc"), "lr is 'abc'; expected a number, such as lr=0.001" + more)
+    refused(go("checkpointing=yes"), "'yes'; expected true or false, such as checkpointing=false")
     refused(go("batchsize=3"), "batchsize", "batch_size")
+    refused(go("lrr=1"), "no setting 'lrr'; did you mean lr? qwen-nb train -h says more")
+    refused(go("colour=blue"), "no setting 'colour'; qwen-nb train -h lists the 35 that there are")
+    refused(go("-x"), "there is no option -x", "qwen-nb train -h")
     for words in (["--lr", "1"], ["--lr=1"], [data, "--lr", "1"]):
         refused(go(*words), "--lr", "lr=5e-4")
-    refused(go("lr"), "lr", ".toml")
-    refused(go(tmp_path / "no.toml"), "no.toml")
+    refused(go("lr"), "lr is no setting, such as lr=5e-4", ".toml" + " or .json" + more)
+    refused(go(tmp_path / "no.toml"), "no.toml: expected a .toml or .json file of settings" + more)
+    for name in ("init_from", "config_from"):
+        refused(go(f"{name}={tmp_path / 'none'}", out), tmp_path / "none", more)
     refused(go(tmp_path / "a.toml", tmp_path / "b.toml"), "a.toml", "b.toml", "one config")
     refused(go("--engine", "ddp"), "--engine ddp", "torchrun")
     refused(go(data, out, *TINY, f"seed={2**64}"), "seed", 2**64)
@@ -795,6 +865,7 @@ def test_the_settings_in_the_help(capsys, monkeypatch):
     does."""
     import inspect
     from dataclasses import fields
+
     from qwen_nb.documents import prepare
     from qwen_nb.settings import TrainConfig
 

@@ -3,14 +3,7 @@
 import numpy as np
 import pytest
 
-from qwen_nb.data import (
-    cut,
-    divide,
-    fingerprint,
-    held_out_share,
-    split_documents,
-    world_stories,
-)
+from qwen_nb.data import cut, divide, fingerprint, held_out_share, split_documents, world_stories
 
 
 @pytest.fixture(scope="module")

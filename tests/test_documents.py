@@ -10,7 +10,6 @@ from pypdf import PdfWriter
 from pypdf.errors import DependencyError
 
 from qwen_nb import documents
-from qwen_nb.prompt import encode_chat
 from qwen_nb.data import cut, split_documents, world_stories
 from qwen_nb.documents import (
     ANSWER_FORM,
@@ -25,6 +24,7 @@ from qwen_nb.documents import (
     talk_texts,
 )
 from qwen_nb.pages import world_pdf, write_pdf
+from qwen_nb.prompt import encode_chat
 from qwen_nb.rows import IGNORED, Packed
 from qwen_nb.shards import Shards, tokenizer_hash
 from qwen_nb.tokenizer import Tokenizer

@@ -4,13 +4,13 @@ import os
 
 import pytest
 import torch
+from runs import FAMILIES, one_sentence, small
 
 from qwen_nb import data
 from qwen_nb.durable import read_folder, save_pretrained, write_folder
 from qwen_nb.inspect import load_reference
 from qwen_nb.model import Qwen
 from qwen_nb.tokenizer import Tokenizer
-from runs import FAMILIES, one_sentence, small
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("quiet")

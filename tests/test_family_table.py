@@ -17,16 +17,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qwen_nb.family import FAMILY, changes, count, family_table, relative, traits
-from qwen_nb.cost import cost_parts, label_ends, plot_family
 from qwen_nb.cache import KVCache
-from qwen_nb.writing import Context
+from qwen_nb.cost import cost_parts, label_ends, plot_family
+from qwen_nb.family import FAMILY, changes, count, family_table, relative, traits
 from qwen_nb.hybrid import cache_parts
-from qwen_nb.qwen3_5 import HybridConfig
-from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.loading import family_config
+from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.qwen2 import WindowConfig
+from qwen_nb.qwen3_5 import HybridConfig
+from qwen_nb.writing import Context
 
 FACTS = (
     Path(

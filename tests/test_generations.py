@@ -9,25 +9,24 @@ import pytest
 import torch
 import transformers
 
-from qwen_nb.settings import model_config
+from qwen_nb.budget import Objective, label_weight
 from qwen_nb.data import world_stories
-from qwen_nb.shards import write_shards
-from qwen_nb.rows import IGNORED
-from qwen_nb.qwen3_5 import HybridConfig
-from qwen_nb.qwen3_next import NextConfig
+from qwen_nb.durable import checkpoints, config_json, load_checkpoint, save_pretrained
+from qwen_nb.hub import open_weights
+from qwen_nb.log import read_log
+from qwen_nb.mixture import MoEConfig
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.moe import unfuse
-from qwen_nb.mixture import MoEConfig
 from qwen_nb.qwen1 import Qwen1Config
+from qwen_nb.qwen3_5 import HybridConfig
+from qwen_nb.qwen3_next import NextConfig
+from qwen_nb.resume import OneProcess, Run
+from qwen_nb.rows import IGNORED
+from qwen_nb.run import train
+from qwen_nb.settings import TrainConfig, model_config
+from qwen_nb.shards import write_shards
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.train import forward, init_weights, next_token_loss
-from qwen_nb.budget import Objective, label_weight
-from qwen_nb.durable import checkpoints, config_json, load_checkpoint, save_pretrained
-from qwen_nb.settings import TrainConfig
-from qwen_nb.log import read_log
-from qwen_nb.resume import OneProcess, Run
-from qwen_nb.run import train
-from qwen_nb.hub import open_weights
 
 
 @pytest.fixture(autouse=True)

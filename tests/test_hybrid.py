@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from qwen_nb.attention import causal_mask
 from qwen_nb.delta import delta_rule, delta_rule_chunked, l2_norm
 from qwen_nb.deltanet import GatedDeltaNet, log_decay
-from qwen_nb.writing import pad_left
 from qwen_nb.generation import generate
 from qwen_nb.hybrid import MixedCache, cache_parts, memory_shapes
 from qwen_nb.inspect import load_reference, packaged_model
-from qwen_nb.model import Qwen
 from qwen_nb.loading import family_config
+from qwen_nb.model import Qwen
 from qwen_nb.qwen3_5 import HybridConfig, layer_kinds
 from qwen_nb.tokenizer import Tokenizer
+from qwen_nb.writing import pad_left
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs  # noqa: E402

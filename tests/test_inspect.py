@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from families import tiny
+from safetensors.torch import load_file, save_file
 
 from qwen_nb.inspect import (
     ancestry,

@@ -7,7 +7,6 @@ from random import Random
 import pytest
 import torch
 
-from qwen_nb.rows import IGNORED
 from qwen_nb.inspect import packaged_model
 from qwen_nb.lessons import (
     ANSWER,
@@ -23,8 +22,9 @@ from qwen_nb.lessons import (
     talk_row,
     text_row,
 )
-from qwen_nb.tokenizer import Tokenizer
+from qwen_nb.rows import IGNORED
 from qwen_nb.settings import TrainConfig, open_data
+from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.world import PEOPLE, PLACES, THINGS, Chooser, conversation, story
 
 TOKENIZER = Tokenizer.from_pretrained(packaged_model())

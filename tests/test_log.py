@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import losses
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_nb import data
@@ -19,7 +20,6 @@ from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.run import train
 from qwen_nb.settings import TrainConfig
 from qwen_nb.train import forward, init_weights
-from runs import losses
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from qwen_nb.compare import record
 from qwen_nb.inspect import load_reference
 from qwen_nb.memory import QWEN_CONFIGS, count_parameters
 from qwen_nb.mlp import SwiGLU
 from qwen_nb.verify import check, rounding_steps
-from qwen_nb.compare import record
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "nbs" / "07_swiglu.ipynb"

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_nb.inspect import packaged_model
-from qwen_nb.model import Qwen, QwenConfig, positions
 from qwen_nb.loading import parse_config
+from qwen_nb.model import Qwen, QwenConfig, positions
 
 transformers = pytest.importorskip("transformers")
 

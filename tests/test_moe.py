@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from qwen_nb.balance import expert_load, load_balancing_loss, router_logits, upcycle
+from qwen_nb.compare import record
 from qwen_nb.generation import generate
 from qwen_nb.inspect import packaged_model
+from qwen_nb.loading import family_config
+from qwen_nb.mixture import CONFIGS, MoEConfig, count_active, expert_windows, moe_json
 from qwen_nb.mlp import SwiGLU
 from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.loading import family_config
 from qwen_nb.moe import SparseMLP, mix_experts, route, unfuse
-from qwen_nb.mixture import CONFIGS, MoEConfig, count_active, expert_windows, moe_json
-from qwen_nb.balance import expert_load, load_balancing_loss, router_logits, upcycle
 from qwen_nb.verify import rounding_steps
-from qwen_nb.compare import record
 
 transformers = pytest.importorskip("transformers")
 

@@ -85,6 +85,54 @@ def test_editors_know_the_types():
     assert (ROOT / "qwen_nb/py.typed").exists()
 
 
+# Without a type on purpose: functions, whose type says less than the comment beside them …
+FUNCTIONS = (
+    "ask call clock encode fn function grader learn mix note on_log on_resume progress reward say "
+    "talk tell_story"
+).split()
+# … and objects of which any kind will do that has what is asked of it.
+DUCKS = "ax cache commands config f file ids model page parser rows shards tokenizer".split()
+
+
+def public_functions(module):
+    "`(name, function)` of a module's functions, and of its classes' `__init__` and methods."
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if inspect.isfunction(thing):
+            yield name, thing
+        for method, function in vars(thing).items() if inspect.isclass(thing) else ():
+            own = inspect.isfunction(function) and function.__module__ == module.__name__
+            if own and (method == "__init__" or not method.startswith("_")):
+                yield f"{name}.{method}", function
+
+
+def untyped(module):
+    "Parameters without a type, `*args` and `**kwargs` aside."
+    found = []
+    for name, function in public_functions(module):
+        parameters = list(inspect.signature(function).parameters.values())
+        if parameters and parameters[0].name in ("self", "cls"):
+            del parameters[0]
+        for p in parameters:
+            several = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            if p.annotation is p.empty and not several:
+                found.append((f"{module.__name__}.{name}", p.name))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "qwen_nb").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_every_public_parameter_has_a_type(path):
+    found = untyped(import_module(f"qwen_nb.{path.stem}"))
+    missing = [f"{name}: {p}" for name, p in found if p not in FUNCTIONS + DUCKS]
+    assert not missing, f"no type on {', '.join(missing)}"
+
+
+def test_untyped_ducks_stay_few():
+    modules = [import_module(f"qwen_nb.{p.stem}") for p in (ROOT / "qwen_nb").glob("[!_]*.py")]
+    ducks = {(name, p) for module in modules for name, p in untyped(module) if p in DUCKS}
+    assert len(ducks) <= 60, sorted(ducks)
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
     "The source distribution, built from a copy of what git tracks, with nothing fetched."

@@ -15,16 +15,16 @@ import torch
 
 from qwen_nb import parallel
 from qwen_nb.data import world_stories
-from qwen_nb.shards import write_shards
-from qwen_nb.model import Qwen
-from qwen_nb.mixture import MoEConfig
-from qwen_nb.parallel import many
-from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.durable import checkpoints, config_json, load_checkpoint
-from qwen_nb.settings import MODEL_KEYS, TrainConfig
 from qwen_nb.log import read_log
+from qwen_nb.mixture import MoEConfig
+from qwen_nb.model import Qwen
+from qwen_nb.parallel import many
 from qwen_nb.resume import latest_checkpoint
 from qwen_nb.run import train
+from qwen_nb.settings import MODEL_KEYS, TrainConfig
+from qwen_nb.shards import write_shards
+from qwen_nb.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or os.name == "nt",

@@ -9,10 +9,10 @@ import torch
 from test_finetune import one_sentence
 
 from qwen_nb import preference as pr
-from qwen_nb.rows import IGNORED
 from qwen_nb.finetune import answer_example, talks
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
+from qwen_nb.rows import IGNORED
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.world import Chooser
 

@@ -20,7 +20,9 @@ from chats import (
 from test_generate import one_sentence
 from tokenizers import Tokenizer as Library
 
-from qwen_nb.chatml import CHAT_FAMILIES, CONTROLS, Control, WRITERS
+from qwen_nb.chatml import CHAT_FAMILIES, CONTROLS, WRITERS, Control
+from qwen_nb.inspect import packaged_model
+from qwen_nb.model import Qwen
 from qwen_nb.prompt import (
     SMALL_TEMPLATE,
     default_thinking,
@@ -34,8 +36,6 @@ from qwen_nb.prompt import (
     token_writers,
 )
 from qwen_nb.template import chat_pieces, render_chat
-from qwen_nb.inspect import packaged_model
-from qwen_nb.model import Qwen
 from qwen_nb.tokenizer import Tokenizer
 
 

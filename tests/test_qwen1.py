@@ -16,26 +16,26 @@ from pathlib import Path
 import pytest
 import torch
 
-import qwen_nb.qwen1_chat as chatml
 import qwen_nb.int8_cache as int8_cache
 import qwen_nb.qwen1 as q1
+import qwen_nb.qwen1_chat as chatml
 import qwen_nb.qwen1_names as qwen1_names
-from qwen_nb.prompt import encode_chat, family_of
-from qwen_nb.qwen1_chat import chatml_prompt, qwen1_stop_ids
-from qwen_nb.sampling import sampling_for
 from qwen_nb.cache import KVCache
+from qwen_nb.compare import record
+from qwen_nb.durable import save_pretrained
 from qwen_nb.generation import generate
+from qwen_nb.hub import WANTED, open_file, open_weights, read_json, save_shards
 from qwen_nb.inspect import packaged_model
-from qwen_nb.model import Qwen
-from qwen_nb.loading import family_config
 from qwen_nb.int8_cache import Int8Cache, NearestCache, dequantize, quantize
+from qwen_nb.loading import family_config
+from qwen_nb.model import Qwen
+from qwen_nb.prompt import encode_chat, family_of
 from qwen_nb.qwen1 import NTKCache, Qwen1Config, ntk_alpha
+from qwen_nb.qwen1_chat import chatml_prompt, qwen1_stop_ids
 from qwen_nb.qwen1_names import original_names, our_names, qwen1_tiny
 from qwen_nb.real import verify_model
+from qwen_nb.sampling import sampling_for
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.durable import save_pretrained
-from qwen_nb.compare import record
-from qwen_nb.hub import WANTED, open_file, open_weights, read_json, save_shards
 from qwen_nb.world import Chooser, story
 
 DATA = Path(

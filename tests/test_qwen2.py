@@ -14,13 +14,13 @@ import torch
 
 import qwen_nb.qwen2 as q2
 from qwen_nb.attention import causal_mask
-from qwen_nb.gqa import Attention
 from qwen_nb.cache import KVCache
-from qwen_nb.writing import pad_left
 from qwen_nb.generation import generate
-from qwen_nb.model import Qwen, QwenConfig
+from qwen_nb.gqa import Attention
 from qwen_nb.loading import family_config
+from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.qwen2 import WindowAttention, WindowConfig, layer_windows, window_mask
+from qwen_nb.writing import pad_left
 
 FACTS = (
     Path(

@@ -15,9 +15,9 @@ import torch
 import qwen_nb.qwen3 as q3
 from qwen_nb.attention import attend_explicit, causal_mask, record_attention
 from qwen_nb.inspect import load_reference
+from qwen_nb.loading import family_config
 from qwen_nb.memory import QWEN_CONFIGS, count_parameters
 from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.loading import family_config
 from qwen_nb.qwen3 import largest_scores, score_bound
 
 FACTS = (

@@ -12,24 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import SMALL, final_weights, losses, one_sentence, same, stop, stop_at
 
 from qwen_nb import data
 from qwen_nb import durable as durable_module
 from qwen_nb import resume as resume_module
 from qwen_nb import run as run_module
 from qwen_nb.budget import label_weight
-from qwen_nb.shards import write_shards
-from qwen_nb.rows import IGNORED
 from qwen_nb.durable import checkpoints, load_checkpoint, read_folder
 from qwen_nb.inspect import packaged_model
 from qwen_nb.log import read_log
 from qwen_nb.model import Qwen
 from qwen_nb.resume import OneProcess, Run, latest_checkpoint
+from qwen_nb.rows import IGNORED
 from qwen_nb.run import train
 from qwen_nb.settings import TrainConfig
+from qwen_nb.shards import write_shards
 from qwen_nb.tokenizer import Tokenizer, tokenizer_json
 from qwen_nb.train import forward, learning_rate, next_token_loss
-from runs import SMALL, final_weights, losses, one_sentence, same, stop, stop_at
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -10,10 +10,10 @@ from test_finetune import one_sentence
 
 from qwen_nb import preference as pr
 from qwen_nb import rewards as rw
-from qwen_nb.rows import IGNORED
 from qwen_nb.finetune import answer_example, talks
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
+from qwen_nb.rows import IGNORED
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.world import Chooser
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_nb.compare import first_difference, record
 from qwen_nb.inspect import load_reference
 from qwen_nb.model import Qwen
 from qwen_nb.rope import apply_rope, cos_sin, inverse_frequencies, rotate_half
 from qwen_nb.verify import check, check_fails
-from qwen_nb.compare import first_difference, record
 from qwen_nb.yarn import Rotary, read_scaling, yarn_frequencies, yarn_ramp
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "05_rope.ipynb"

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qwen_nb.data import world_stories
-from qwen_nb.prompt import encode_chat
 from qwen_nb.finetune import answer_example
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
+from qwen_nb.prompt import encode_chat
 from qwen_nb.rows import IGNORED, Packed, document_mask, lay_whole, said_by_model, talk_marks
 from qwen_nb.shards import Shards, write_shards
 from qwen_nb.tokenizer import Tokenizer

@@ -14,22 +14,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import SMALL, final_weights, losses, one_sentence, same, small
 
-from qwen_nb import data
 from qwen_nb import budget as budget_module
+from qwen_nb import data
 from qwen_nb import log as log_module
 from qwen_nb import run as run_module
 from qwen_nb import train as train_module
-from qwen_nb.prompt import encode_chat
-from qwen_nb.shards import Shards, write_shards
 from qwen_nb.durable import checkpoints, load_checkpoint, read_folder
 from qwen_nb.inspect import packaged_model
 from qwen_nb.log import read_log
+from qwen_nb.prompt import encode_chat
 from qwen_nb.resume import OneProcess, Run, latest_checkpoint
 from qwen_nb.run import train
 from qwen_nb.settings import TrainConfig
+from qwen_nb.shards import Shards, write_shards
 from qwen_nb.tokenizer import Tokenizer
-from runs import SMALL, final_weights, losses, one_sentence, same, small
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_nb.rows import IGNORED
+from qwen_nb.budget import Objective, label_weight
+from qwen_nb.log import flops_per_token
 from qwen_nb.model import Qwen
+from qwen_nb.rows import IGNORED
 from qwen_nb.scaling import (
     end_nats,
     fit_law,
@@ -23,8 +25,6 @@ from qwen_nb.scaling import (
 )
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.train import forward, init_weights
-from qwen_nb.budget import Objective, label_weight
-from qwen_nb.log import flops_per_token
 from qwen_nb.world import PEOPLE, Chooser, story
 
 STORED = json.loads(

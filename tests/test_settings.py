@@ -5,6 +5,7 @@ import types
 from dataclasses import replace
 
 import pytest
+from runs import one_sentence
 
 from qwen_nb import resume as resume_module
 from qwen_nb import settings as settings_module
@@ -14,7 +15,6 @@ from qwen_nb.model import Qwen
 from qwen_nb.run import train
 from qwen_nb.settings import TrainConfig, read_run_config
 from qwen_nb.tokenizer import Tokenizer
-from runs import one_sentence
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -51,6 +51,9 @@ def test_config(tmp_path):
         one_sentence(match, lambda: read_run_config(tmp_path / "b.json"))
     one_sentence("ends in .toml or .json", lambda: read_run_config(tmp_path / "b.yaml"))
     one_sentence("no config", lambda: read_run_config(tmp_path / "none.toml"), FileNotFoundError)
+    one_sentence("expected a number, such as lr=0.001$", lambda: read_run_config(None, ["lr=a"]))
+    one_sentence("did you mean lr", lambda: read_run_config(None, ["lrr=1"]))
+    assert len(one_sentence("no setting 'x'", lambda: read_run_config(None, ["x=1"]))) < 100
     for text in ("steps", "steps=x", "checkpointing=1", "nothing=1"):
         one_sentence("config|no setting", lambda: read_run_config(None, [text]))
 

@@ -19,16 +19,7 @@ import tokenizers
 import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-from qwen_nb.bpe import (
-    CHAR_OF,
-    KINDS,
-    SPLIT,
-    SPLIT_MARKS,
-    CharKinds,
-    draw_tokens,
-    nfc,
-    split,
-)
+from qwen_nb.bpe import CHAR_OF, KINDS, SPLIT, SPLIT_MARKS, CharKinds, draw_tokens, nfc, split
 from qwen_nb.encode import (
     YOUNG_KINDS,
     YOUNG_MARKS,
@@ -38,13 +29,7 @@ from qwen_nb.encode import (
     merge_piece,
 )
 from qwen_nb.inspect import packaged_model
-from qwen_nb.tokenizer import (
-    PlainTokenizer,
-    Tokenizer,
-    check_text,
-    learn,
-    learn_with_library,
-)
+from qwen_nb.tokenizer import PlainTokenizer, Tokenizer, check_text, learn, learn_with_library
 from qwen_nb.vocabulary import read_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent

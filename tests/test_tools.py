@@ -10,6 +10,7 @@ from test_generate import one_sentence
 
 from qwen_nb.chatml import CHAT_FAMILIES, Message, assistant_pieces
 from qwen_nb.template import render_chat
+from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.tools import (
     ChatParts,
     Tools,
@@ -19,7 +20,6 @@ from qwen_nb.tools import (
     parse_tool_calls,
     split_thinking,
 )
-from qwen_nb.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

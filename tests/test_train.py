@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
+from runs import FAMILIES, one_sentence, small
 from torch.nn import functional as F
 
 from qwen_nb import train as train_module
-from qwen_nb.shards import Shards
-from qwen_nb.rows import IGNORED, Packed
 from qwen_nb.durable import save_pretrained
 from qwen_nb.inspect import load_reference
 from qwen_nb.model import Qwen, QwenConfig
+from qwen_nb.rows import IGNORED, Packed
+from qwen_nb.shards import Shards
 from qwen_nb.train import forward, init_weights, learning_rate, next_token_loss, parameter_groups
-from runs import FAMILIES, one_sentence, small
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -137,6 +137,7 @@ def test_learning_rate():
 def test_the_floor(tokenizer):
     "The same as measured by the world's own notebook, story by story."
     import random
+
     from qwen_nb.world import Chooser, story
 
     nats = tokens = 0

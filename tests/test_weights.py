@@ -13,10 +13,9 @@ import torch
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save, save_file
 
-from qwen_nb.weights import DTYPES, is_sizes, parse_json, read_header, read_safetensors
 from qwen_nb.bfloat16 import bf16_to_float32, float32_to_bf16
 from qwen_nb.hub import find_model, open_weights, read_json, save_shards
-
+from qwen_nb.weights import DTYPES, is_sizes, parse_json, read_header, read_safetensors
 
 # --- 10,000 mutated files, each read by both ---
 

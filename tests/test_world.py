@@ -17,12 +17,11 @@ from tokenizers import Tokenizer
 from qwen_nb.floor import SPECIAL, TAGS, encode_story, make_tokenizer, measure
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
-from qwen_nb.tokenizer import learn
-from qwen_nb.settings import read_run_config
-from qwen_nb.settings import TrainConfig
 from qwen_nb.resume import OneProcess, Run, optimizer_step
 from qwen_nb.run import train
+from qwen_nb.settings import TrainConfig, read_run_config
+from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
+from qwen_nb.tokenizer import learn
 from qwen_nb.world import PEOPLE, Chooser, conversation, story
 
 ROOT = Path(__file__).parent.parent

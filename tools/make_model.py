@@ -29,17 +29,17 @@ import torch
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
-from qwen_nb.prompt import SMALL_TEMPLATE
 from qwen_nb.chat import quiz
+from qwen_nb.durable import checkpoints
+from qwen_nb.floor import make_tokenizer, measure
 from qwen_nb.inspect import packaged_model
 from qwen_nb.lessons import cut_course
-from qwen_nb.model import Qwen
-from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
-from qwen_nb.settings import read_run_config
-from qwen_nb.durable import checkpoints
 from qwen_nb.log import read_log
+from qwen_nb.model import Qwen
+from qwen_nb.prompt import SMALL_TEMPLATE
+from qwen_nb.settings import read_run_config
+from qwen_nb.tokenizer import Tokenizer as ChatTokenizer
 from qwen_nb.world import Chooser, conversation, story
-from qwen_nb.floor import make_tokenizer, measure
 
 # stories and conversations from this seed on mark the model; training draws from another generator
 HELD_OUT = 1_000_000_000

@@ -57,7 +57,7 @@ def install_cell():
     package = f"qwen_nb @ git+{settings()['git_url']}"
     return (
         '#@title Install, in Colab only {display-mode: "form"}\n'
-        "import sys\n"
+        "import sys\n\n"
         'if "google.colab" in sys.modules:\n'
         f'    %pip install -qq "{package}" "transformers>=5"'
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from lab import leave
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = Path(__file__).parent / "shots"  # what the pages looked like; not in git
@@ -44,7 +45,6 @@ def page():
             page.locator(".jp-Dialog"), lambda dialog: dialog.locator(".jp-mod-accept").click()
         )  # which kernel? this one
         yield page
-        page.screenshot(path=SHOTS / "last.png")  # if a test failed, this shows why
         browser.close()
 
 
@@ -97,3 +97,11 @@ def lab(tmp_path_factory):
     yield url
     server.terminate()
     server.wait(60)
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_stays(page, lab):
+    "After each test the notebook's kernel is shut down."
+    yield
+    page.screenshot(path=SHOTS / "last.png")  # if the test failed, this shows why
+    leave(page, lab)

@@ -1,7 +1,11 @@
 """What the browser tests do with JupyterLab."""
 
+import json
 import re
 import time
+from http.cookiejar import CookieJar
+from urllib.error import HTTPError
+from urllib.request import HTTPCookieProcessor, Request, build_opener, urlopen
 
 
 def wait(page, true, seconds, what, every=200):
@@ -10,6 +14,37 @@ def wait(page, true, seconds, what, every=200):
     while not true():
         assert time.time() < end, f"{what} after {seconds} s"
         page.wait_for_timeout(every)
+
+
+def visitor(url):
+    "An opener with the cookies of somebody who has seen the lab. The server gives no token."
+    jar = CookieJar()
+    opener = build_opener(HTTPCookieProcessor(jar))
+    opener.open(f"{url}/lab").close()
+    (secret,) = (cookie.value for cookie in jar if cookie.name == "_xsrf")
+    opener.addheaders = [("X-XSRFToken", secret)]
+    return opener
+
+
+def listed(url, what):
+    "What the server has of `sessions` or `kernels`."
+    with urlopen(f"{url}/api/{what}") as answer:
+        return json.load(answer)
+
+
+def leave(page, url):
+    """Close the page's notebook and shut its kernel down: each kernel takes hundreds of megabytes.
+
+    The page goes first, or it would start the kernel anew."""
+    page.goto("about:blank")
+    opener = visitor(url)
+    for what in ("sessions", "kernels"):  # with a session goes its kernel; then those without one
+        for one in listed(url, what):
+            try:
+                opener.open(Request(f"{url}/api/{what}/{one['id']}", method="DELETE")).close()
+            except HTTPError as e:
+                if e.code not in (404, 410):  # gone already; 410: of a session, the kernel only
+                    raise
 
 
 def run_all(page, url, name):
