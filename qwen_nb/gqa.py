@@ -61,8 +61,7 @@ class Attention(nn.Module):
     def forward(self,
                 x:torch.Tensor,                      # (batch, seq, hidden_size)
                 cos:torch.Tensor, sin:torch.Tensor,  # (1 or batch, seq, head_dim), from `Rotary`
-                mask:torch.Tensor=None,              # see `causal_mask`
-                cache=None):                         # has `update(layer_idx, k, v)`
+                mask:torch.Tensor=None, cache=None):  # `causal_mask`; has `update(layer_idx, k, v)`
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)
