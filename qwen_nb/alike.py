@@ -5,27 +5,25 @@
 # %% auto #0
 __all__ = ['LOW', 'alike_tensors', 'alike', 'at_text', 'kind_text', 'short', 'moved_axes', 'lost_axis', 'shape_story']
 
-# %% ../nbs/01b_alike.ipynb #7693bd96
+# %% ../nbs/01b_alike.ipynb #5570bf6a
 import math
 from itertools import permutations
-
-import torch
-
-from .verify import rounding_steps
 
 #% code {"jupyter": {"source_hidden": true}}
 #@title Set-up {display-mode: "form"}
 import matplotlib.pyplot as plt
+import torch
 
 from .inspect import ERROR, OURS, QUIET, set_style
+from .verify import rounding_steps
 
 set_style()
 
-# %% ../nbs/01b_alike.ipynb #ed563064
+# %% ../nbs/01b_alike.ipynb #812baee3
 LOW = torch.bfloat16, torch.float16
 
 
-def alike_tensors(ours, theirs, steps, few):
+def alike_tensors(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float):
     "Two tensors: shape, dtype and values. NaN at the same place counts as equal."
     if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
         return False
@@ -40,10 +38,10 @@ def alike_tensors(ours, theirs, steps, few):
         return bool(share <= few) and bool(error.max() <= 2)
     return bool((error <= steps).all())
 
-# %% ../nbs/01b_alike.ipynb #3297983b
+# %% ../nbs/01b_alike.ipynb #289be29f
 def alike(
-    ours,
-    theirs,          # values: tensors, numbers, text, and lists, tuples and dicts of them
+    ours:object,
+    theirs:object,   # values: tensors, numbers, text, and lists, tuples and dicts of them
     steps:float=64,  # rounding steps that a float32 or float64 element may be away; 0: none
     few:float=0.02,  # share of bfloat16 elements that may be the neighbouring number
 ) -> bool:
@@ -64,13 +62,13 @@ def alike(
     of_one_kind = isinstance(ours, type(theirs)) or isinstance(theirs, type(ours))
     return of_one_kind and ours == theirs
 
-# %% ../nbs/01b_alike.ipynb #b8a14f61
-def at_text(index):
+# %% ../nbs/01b_alike.ipynb #382ad8ff
+def at_text(index:tuple):
     "An index as people write it: [0, 2, 1]."
     return "[" + ", ".join(str(i) for i in index) + "]"
 
 
-def kind_text(value):
+def kind_text(value:object):
     "What a value is, in a few words: a tensor's dtype and shape, a list's length."
     if torch.is_tensor(value):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"
@@ -81,15 +79,15 @@ def kind_text(value):
     return f"a {type(value).__name__}"
 
 
-def short(value):
+def short(value:object):
     "A value on one line, at most 60 characters."
     if torch.is_tensor(value):
         value = value.tolist() if value.numel() <= 8 else kind_text(value)
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
-# %% ../nbs/01b_alike.ipynb #da68ea93
-def moved_axes(ours, theirs):
+# %% ../nbs/01b_alike.ipynb #67972e69
+def moved_axes(ours:torch.Tensor, theirs:torch.Tensor):
     "Which two axes were exchanged, if that explains the shape; else None."
     for order in permutations(range(theirs.ndim)):
         moved = theirs.permute(order).contiguous()
@@ -97,7 +95,7 @@ def moved_axes(ours, theirs):
             return [i for i, j in enumerate(order) if i != j][:2]
 
 
-def lost_axis(ours, theirs):
+def lost_axis(ours:torch.Tensor, theirs:torch.Tensor):
     "What became of the axis that is missing."
     for axis, size in enumerate(theirs.shape):
         if ours.shape != theirs.select(axis, 0).shape:
@@ -113,7 +111,7 @@ def lost_axis(ours, theirs):
     return "One axis is missing."
 
 
-def shape_story(ours, theirs):
+def shape_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Why a tensor has another shape, if its values tell."
     same_count = ours.numel() == theirs.numel()
     if same_count and alike(ours.reshape(theirs.shape), theirs):

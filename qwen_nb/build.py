@@ -7,7 +7,7 @@ __all__ = ['QUESTION', 'read_progress', 'note_progress', 'help_steps', 'hint', '
            'grade_piece', 'mixed_class', 'grade', 'save', 'one_answer', 'begin', 'edition_folder', 'lay_out',
            'standing', 'build']
 
-# %% ../nbs/80c_build.ipynb #4eab2b9c
+# %% ../nbs/80c_build.ipynb #abbce86c
 import ast
 import inspect
 import json
@@ -16,7 +16,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from .diagnose import diagnose
+from .diagnose import Verdict, diagnose
 from .edition import keep_work, lessons_with_pieces, text_of
 from qwen_nb.mine import (
     IN_USE,
@@ -31,18 +31,19 @@ from qwen_nb.mine import (
     use_mine,
 )
 from .own_map import draw_map
+from .pieces import Piece
 
-# %% ../nbs/80c_build.ipynb #4918a5bc
+# %% ../nbs/80c_build.ipynb #a0403a33
 def read_progress() -> dict:
     "name of the piece → {hints: how many steps were asked for, tries: how often graded, right}."
     path = my_folder() / "progress.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):       # none yet, or it was damaged: the pieces themselves are safe
+    except (OSError, ValueError):       # none yet, or damaged: the pieces are elsewhere
         return {}
 
 
-def note_progress(piece, **what):
+def note_progress(piece:Piece, **what):
     "Remember something of a piece."
     progress = read_progress()
     was = progress.get(piece.name, {"hints": 0, "tries": 0, "right": False})
@@ -53,8 +54,8 @@ def note_progress(piece, **what):
     half.write_text(json.dumps(progress, indent=1), encoding="utf-8")
     half.replace(folder / "progress.json")
 
-# %% ../nbs/80c_build.ipynb #92eb1b5d
-def help_steps(piece) -> list:
+# %% ../nbs/80c_build.ipynb #b1802049
+def help_steps(piece:Piece) -> list:
     "The steps of help for a piece: (title, text)."
     first, second = piece.hints
     shapes = textwrap.dedent(piece.shapes).strip("\n")
@@ -64,7 +65,7 @@ def help_steps(piece) -> list:
 
 
 def hint(
-    what,           # a piece: its function or class, or its name
+    what:object,    # a piece: its function or class, or its name
     step:int=None,  # which step again, 1 to 4; None: the next
 ):
     "Print the next step of help: a hint, a sharper one, the shapes, at last the package's source."
@@ -87,8 +88,8 @@ def hint(
     if step < len(steps):
         print(f'Not enough? hint("{piece.name}") again: {steps[step][0]}.')
 
-# %% ../nbs/80c_build.ipynb #a923609d
-def cell_of(answer) -> str:
+# %% ../nbs/80c_build.ipynb #095c329a
+def cell_of(answer:object) -> str:
     "The cell in which a function or class was written."
     functions = [answer]
     if isinstance(answer, type):
@@ -100,7 +101,7 @@ def cell_of(answer) -> str:
     return inspect.getsource(answer)
 
 
-def without_calls(source) -> str:
+def without_calls(source:str) -> str:
     "A cell without the lines that call the grader or ask for a hint: what is to be kept of it."
     lines = source.split("\n")
     for node in reversed(ast.parse(source).body):
@@ -111,7 +112,7 @@ def without_calls(source) -> str:
     return "\n".join(lines).strip("\n")
 
 
-def show_verdict(verdict):
+def show_verdict(verdict:Verdict):
     "The grader's words, at most 96 columns wide."
     mark = "✓" if verdict.right else "…" if verdict.kind == "empty" else "✗"
     first, *rest = verdict.text.splitlines()
@@ -120,7 +121,7 @@ def show_verdict(verdict):
         print(textwrap.fill(line, 96, initial_indent="  ", subsequent_indent="  "))
 
 
-def grade_piece(piece, answer):
+def grade_piece(piece:Piece, answer:object):
     "Grade one piece: say it, remember it, and put it into its place if it is right."
     verdict = diagnose(piece, answer)
     tries = read_progress().get(piece.name, {}).get("tries", 0)
@@ -135,15 +136,15 @@ def grade_piece(piece, answer):
         print(f'Help: hint("{piece.name}")')
     return verdict.right
 
-
-def mixed_class(answer, wrong):
+# %% ../nbs/80c_build.ipynb #6c026218
+def mixed_class(answer:type, wrong:list):
     "The learner's class, with the package's methods for the pieces that are not right yet."
     methods = {piece.path.split(".")[-1]: original(piece.path) for piece in wrong}
     return type(answer.__name__, (answer,), methods | {"__yours__": answer})
 
 
 def grade(
-    answer,  # the learner's function, or class with pieces in it
+    answer:object,  # the learner's function, or class with pieces in it
 ):
     """Say of each piece whether it is right, or which mistake it is. Gives what to go on with: the
     learner's if it is right, else the package's."""
@@ -172,7 +173,7 @@ def grade(
     return mixed_class(answer, wrong) if is_class else package
 
 
-def save(piece, answer):
+def save(piece:Piece, answer:object):
     "Write the cell to the learner's folder; say so if it cannot be."
     notebook = vars(sys.modules["__main__"])
     try:
@@ -181,7 +182,7 @@ def save(piece, answer):
     except (OSError, TypeError, SyntaxError) as error:
         print(f"  It could not be saved ({error}), and counts in this notebook only.")
 
-# %% ../nbs/80c_build.ipynb #a80e445d
+# %% ../nbs/80c_build.ipynb #39cacdc5
 QUESTION = "Max is in the attic.\nAnna has the ball.\nWho has the ball?"
 _loaded = []
 
@@ -218,7 +219,7 @@ def begin(
         print("This folder is gone when the session ends. To keep it, mount your Drive and set "
               'os.environ["MY_QWEN"] = "/content/drive/MyDrive/my_qwen" before this cell.')
 
-# %% ../nbs/80c_build.ipynb #3a2701a3
+# %% ../nbs/80c_build.ipynb #222bf100
 def edition_folder() -> Path:
     "Where the building edition is: beside the package in a clone. FileNotFoundError without one."
     import qwen_nb
@@ -226,14 +227,13 @@ def edition_folder() -> Path:
     folder = Path(qwen_nb.__file__).resolve().parents[1] / "building"
     if not folder.is_dir():
         raise FileNotFoundError(
-            "the building edition is not part of the installed package: clone "
-            "https://github.com/qwen-nb/qwen_nb and run `make build` there, or open its folder "
-            "`building` in Colab"
+            "the building edition is not part of the installed package: clone the project and run "
+            "`make build` there, or open a notebook of its folder `building` in Colab"
         )
     return folder
 
 
-def lay_out(folder) -> list:
+def lay_out(folder:Path) -> list:
     "Bring the lessons into the learner's folder; what was written in them is kept. The changed."
     changed = []
     lessons = folder / "lessons"
@@ -257,7 +257,7 @@ def lay_out(folder) -> list:
         changed.append(path.stem)
     return changed
 
-
+# %% ../nbs/80c_build.ipynb #11693e03
 def standing() -> list:
     "Where one stands, as lines: each lesson with its pieces, and what comes next."
     progress, lines, following = read_progress(), [], None

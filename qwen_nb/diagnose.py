@@ -6,7 +6,7 @@
 __all__ = ['does_the_same', 'both_edits', 'known_mistakes', 'candidate', 'names_read', 'unread', 'of_error', 'what_was_seen',
            'what_is_known', 'Verdict', 'verdict_on_wrong', 'diagnose', 'try_pairs', 'try_zoo']
 
-# %% ../nbs/01e_diagnose.ipynb #e9c4c69d
+# %% ../nbs/01e_diagnose.ipynb #7e6ed5c7
 import dis
 import importlib
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from itertools import combinations
 
 from .alike import kind_text
 from .locate import value_story
-from .pieces import edited, run_probe, same_outcome
+from .pieces import Mistake, Outcome, Piece, Probe, edited, run_probe, same_outcome
 from .verify import told
 
-# %% ../nbs/01e_diagnose.ipynb #3e87b71d
-def does_the_same(piece, function, mine):
+# %% ../nbs/01e_diagnose.ipynb #9e3c4ca9
+def does_the_same(piece:Piece, function:object, mine:list):
     "Whether a function does on every probe what was seen. Stops at the first difference."
     for probe, seen in zip(piece.probes, mine):
         if not same_outcome(piece, seen, run_probe(piece, function, probe)):
@@ -27,7 +27,7 @@ def does_the_same(piece, function, mine):
     return True
 
 
-def both_edits(piece, first, second):
+def both_edits(piece:Piece, first:Mistake, second:Mistake):
     "The right function with two mistakes in it; None if they change the same place."
     for a, b in ((first, second), (second, first)):
         try:
@@ -36,7 +36,7 @@ def both_edits(piece, first, second):
             continue
 
 
-def known_mistakes(piece, mine):
+def known_mistakes(piece:Piece, mine:list):
     "The mistakes, one or two of them, that explain what was seen: a tuple, empty if none does."
     for mistake in piece.mistakes:
         if does_the_same(piece, edited(piece.right, mistake.edits), mine):
@@ -47,8 +47,8 @@ def known_mistakes(piece, mine):
             return pair
     return ()
 
-# %% ../nbs/01e_diagnose.ipynb #3d6b8d82
-def candidate(piece, answer):
+# %% ../nbs/01e_diagnose.ipynb #1d633a2b
+def candidate(piece:Piece, answer:object):
     "The learner's function. Of a class: its method, which finds the class's new methods too."
     *owner, name = piece.path.split(".")[1:]
     if not isinstance(answer, type) or not owner:
@@ -72,7 +72,7 @@ def candidate(piece, answer):
     return with_new_methods
 
 
-def names_read(code):
+def names_read(code:object):
     "Every name that a piece of code reads, its inner functions' included."
     found = set(code.co_cellvars)
     for step in dis.get_instructions(code):
@@ -82,19 +82,19 @@ def names_read(code):
     return found
 
 
-def unread(function, right):
+def unread(function:object, right:object):
     "Parameters that the right function reads and this one does not."
     code = unwrap(function).__code__
     mine = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
     expected = names_read(unwrap(right).__code__) - names_read(code) - {"self"}
     return [name for name in mine if name in expected]
 
-# %% ../nbs/01e_diagnose.ipynb #51562be6
-def of_error(error):
+# %% ../nbs/01e_diagnose.ipynb #b32cdace
+def of_error(error:Exception):
     return f"{type(error).__name__}, {error}"
 
 
-def what_was_seen(piece, answer, probe, mine, right):
+def what_was_seen(piece:Piece, answer:object, probe:Probe, mine:Outcome, right:Outcome):
     "Sentences on one probe: what was got and what was expected."
     asked = f", with {mine.asked}" if mine.asked else ""
     on = f"Tried on: {probe.title}{asked}."
@@ -116,12 +116,12 @@ def what_was_seen(piece, answer, probe, mine, right):
     return [on, *value_story(mine.value, right.value, piece.steps, piece.few)]
 
 
-def what_is_known(mistake):
+def what_is_known(mistake:Mistake):
     "What there is to say on a known mistake."
     said = [f"Why it is wrong: {mistake.why}", f"What a model would do: {mistake.does}"]
     return [*said, f"Others met it: {mistake.public}."] if mistake.public else said
 
-# %% ../nbs/01e_diagnose.ipynb #42a2304a
+# %% ../nbs/01e_diagnose.ipynb #1a0fb413
 @dataclass
 class Verdict:
     "What the grader says of an answer."
@@ -134,7 +134,7 @@ class Verdict:
         return self.text
 
 
-def verdict_on_wrong(piece, answer, function, mine, failing):
+def verdict_on_wrong(piece:Piece, answer:object, function:object, mine:list, failing:list):
     "What is said of an answer that is wrong on some probes."
     at, count = failing[0], len(piece.probes)
     seen = what_was_seen(piece, answer, piece.probes[at], mine[at], piece.outcomes[at])
@@ -151,10 +151,10 @@ def verdict_on_wrong(piece, answer, function, mine, failing):
         lines.append("Your code never reads " + ", ".join(f"`{n}`" for n in forgotten) + ".")
     return Verdict(False, "\n".join(lines), "error" if mine[at].error else "located")
 
-
+# %% ../nbs/01e_diagnose.ipynb #1724cc7b
 def diagnose(
-    piece,   # a Piece
-    answer,  # what the learner wrote: a function, or a class that has the piece as a method
+    piece:Piece,  # a Piece
+    answer:object,  # what the learner wrote: a function, or a class that has the piece as a method
 ) -> Verdict:
     "Run an answer on the piece's probes, and say whether it is right or what is wrong with it."
     empty = Verdict(False, f"{piece.name} is still to be written. {piece.task}", "empty")
@@ -182,8 +182,8 @@ def diagnose(
     text = f"{piece.name} is right: like the package's on {len(mine)} probes."
     return Verdict(True, text, "right")
 
-# %% ../nbs/01e_diagnose.ipynb #ad9ef742
-def try_pairs(piece):
+# %% ../nbs/01e_diagnose.ipynb #fa8084e7
+def try_pairs(piece:Piece):
     "All pairs of mistakes: how many there are, how many are named, and where one hides the other."
     pairs = named = hidden = 0
     for first, second in combinations(piece.mistakes, 2):
@@ -198,7 +198,7 @@ def try_pairs(piece):
 
 
 def try_zoo(
-    piece,  # a Piece
+    piece:Piece,  # a Piece
 ) -> dict:
     """Check that the package's code passes and that each known mistake is called by its name.
 

@@ -8,20 +8,21 @@ __all__ = ['STUB', 'LEVELS', 'BEGIN', 'NOTE', 'find_function', 'body_lines', 'ho
            'pieces_in', 'first_cell', 'lessons_with_pieces', 'build_lesson', 'is_changed', 'key_of', 'keep_work',
            'is_ours']
 
-# %% ../nbs/80b_edition.ipynb #4bcd76cc
+# %% ../nbs/80b_edition.ipynb #29a61f1d
 import ast
 import copy
 import hashlib
 import re
 
 from .mine import all_pieces
+from .pieces import Piece
 
-# %% ../nbs/80b_edition.ipynb #4fbaf839
+# %% ../nbs/80b_edition.ipynb #98b451fa
 STUB = """{indent}# {count}, {time}. Stuck? Run hint("{name}") in a cell of its own.
 {indent}raise NotImplementedError("{name} is still to be written")"""
 
 
-def find_function(tree, name):
+def find_function(tree:ast.AST, name:str):
     "The definition called `name` or `Class.name` in a cell, or None."
     *owner, last = name.split(".")
     body = tree.body
@@ -32,7 +33,7 @@ def find_function(tree, name):
     return found[0] if found else None
 
 
-def body_lines(node, lines) -> tuple:
+def body_lines(node:ast.AST, lines:list) -> tuple:
     "First and last line of a function's body, without its docstring, counted from 1."
     body = node.body
     if ast.get_docstring(node) and len(body) > 1:
@@ -43,14 +44,14 @@ def body_lines(node, lines) -> tuple:
     return first, node.end_lineno
 
 
-def how_long(piece, count):
+def how_long(piece:Piece, count:int):
     "What is said of a piece's size: lines and minutes."
     return f"about {count} line{'s' * (count > 1)}", f"{piece.minutes} minutes"
 
 
 def make_stub(
-    source,  # a cell that holds the piece
-    piece,   # a Piece
+    source:str,  # a cell that holds the piece
+    piece:Piece,  # a Piece
 ) -> tuple:
     "The cell with the piece's body taken out, and how many lines that were."
     node = find_function(ast.parse(source), piece.name)
@@ -66,16 +67,16 @@ def make_stub(
     stub = STUB.format(indent=indent, count=count.capitalize(), time=time, name=piece.name)
     return "\n".join([*head, stub, *lines[last:]]), len(code)
 
-
-def is_comment(line):
+# %% ../nbs/80b_edition.ipynb #972553ff
+def is_comment(line:str):
     return line.strip().startswith("#")
 
-# %% ../nbs/80b_edition.ipynb #d76e1adc
-def text_of(cell):
+# %% ../nbs/80b_edition.ipynb #ed5c5ae3
+def text_of(cell:dict):
     return "".join(cell["source"])
 
 
-def is_left_out(cell):
+def is_left_out(cell:dict):
     "Whether a cell of the reading edition is not in the building edition."
     text = text_of(cell)
     if cell["cell_type"] == "markdown":
@@ -84,52 +85,52 @@ def is_left_out(cell):
     return bool(marked or re.search(r"\w_solution\b", text) or not text.strip())
 
 
-def without_directives(text):
+def without_directives(text:str):
     "A code cell without the lines that are meant for nbdev."
     lines = [line for line in text.split("\n") if not line.startswith("#|")]
     return "\n".join(lines).strip("\n")
 
 
-def links_to(editions, text):
+def links_to(editions:dict, text:str):
     "Links to other lessons: to their building edition, or to the reading edition beside it."
     def link(match):
         name = match[1]
-        return match[0] if name in editions else f"](../nbs/{name}.ipynb{match[2]})"
+        return match[0] if name in editions else f"](../nbs/{name}.ipynb{match[2] or ''})"
 
-    return re.sub(r"\]\((?!https?:)([\w-]+)\.ipynb(#[^)]*)?\)", link, text.replace("](../", "](../"))
+    return re.sub(r"\]\((?!https?:)([\w-]+)\.ipynb(#[^)]*)?\)", link, text)
 
 
-def short_hash(text):
+def short_hash(text:str):
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def new_cell(kind, id, text, **meta):
+def new_cell(kind:str, id:str, text:str, **meta):
     "A cell that remembers how it was made, so that a change of it can be seen."
     made = {"qwen_nb": {"made": short_hash(text), **meta}} if kind == "code" else {}
     cell = {"cell_type": kind, "id": id, "metadata": made, "source": text.splitlines(True)}
     return cell | {"execution_count": None, "outputs": []} if kind == "code" else cell
 
-# %% ../nbs/80b_edition.ipynb #f89ab544
+# %% ../nbs/80b_edition.ipynb #b27a2bfd
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 BEGIN = """#@title Your own pieces {{display-mode: "form"}}
 from qwen_nb.build import begin, grade, hint
 begin("{name}")"""
 NOTE = """
 > **Building edition.** The core pieces of this lesson are yours to write. Run the cells in order. \
-After each piece a grader says whether it is right, and if not, which mistake it is. Until then the \
-cells below work with the package's piece. `hint(\"name\")` helps, step by step. \
+After each piece a grader says whether it is right, and if not, which mistake it is. Until then \
+the cells below work with the package's piece. `hint(\"name\")` helps, step by step. \
 The reading edition, with everything written out: [{name}](../nbs/{name}.ipynb).
 """
 
 
-def task_of(piece, count):
+def task_of(piece:Piece, count:int):
     "What is said before a piece."
     lines, time = how_long(piece, count)
     level = LEVELS[piece.level]
     return f"**Yours: `{piece.name}`** ({level}, {lines}, {time}). {piece.task}"
 
 
-def piece_cells(cell, pieces):
+def piece_cells(cell:dict, pieces:list):
     "The cells that take the place of one that holds pieces: the task, the stub, the grader."
     source, tasks = without_directives(text_of(cell)), []
     for piece in pieces:
@@ -145,7 +146,7 @@ def piece_cells(cell, pieces):
     ]
 
 
-def pieces_in(cell, pieces):
+def pieces_in(cell:dict, pieces:list):
     "Those of a lesson's pieces that a code cell holds."
     if cell["cell_type"] != "code" or "google.colab" in text_of(cell):
         return []
@@ -153,8 +154,8 @@ def pieces_in(cell, pieces):
     tree = ast.parse(text)
     return [piece for piece in pieces if find_function(tree, piece.name)]
 
-
-def first_cell(cell, name):
+# %% ../nbs/80b_edition.ipynb #14cf103d
+def first_cell(cell:dict, name:str):
     "The title, with a note on what this edition is. Its picture is the reading edition's."
     text = text_of(cell).replace("/blob/main/nbs/", "/blob/main/building/")
     title, rest = text.split("\n", 1)
@@ -162,7 +163,7 @@ def first_cell(cell, name):
     text = f"{title}\n{NOTE.format(name=name)}{re.sub(picture, '', rest, flags=re.S)}"
     return new_cell("markdown", cell["id"], text)
 
-# %% ../nbs/80b_edition.ipynb #022ac910
+# %% ../nbs/80b_edition.ipynb #a20a3d6e
 def lessons_with_pieces() -> dict:
     "Name of the lesson → its pieces, in the order of the course."
     found = {}
@@ -172,8 +173,8 @@ def lessons_with_pieces() -> dict:
 
 
 def build_lesson(
-    nb,    # a notebook of the reading edition, as a dict
-    name,  # its name, without .ipynb
+    nb:dict,  # a notebook of the reading edition, as a dict
+    name:str,  # its name, without .ipynb
 ) -> dict:
     "The lesson's building edition. ValueError if a piece is not found in it."
     editions = lessons_with_pieces()
@@ -203,21 +204,21 @@ def build_lesson(
     about = {k: copy.deepcopy(nb[k]) for k in ("metadata", "nbformat", "nbformat_minor")}
     return {"cells": cells, **about}
 
-# %% ../nbs/80b_edition.ipynb #a2c0dc1f
-def is_changed(cell):
+# %% ../nbs/80b_edition.ipynb #0eecd056
+def is_changed(cell:dict):
     "Whether a code cell is not as the tool made it."
     made = cell["metadata"].get("qwen_nb", {}).get("made")
     return cell["cell_type"] == "code" and made != short_hash(text_of(cell))
 
 
-def key_of(cell):
+def key_of(cell:dict):
     "A piece is known by its names, any other cell by its id."
     return tuple(cell["metadata"].get("qwen_nb", {}).get("pieces", ())) or cell.get("id")
 
 
 def keep_work(
-    made,  # a lesson as it is made now
-    old,   # the learner's notebook of it
+    made:dict,  # a lesson as it is made now
+    old:dict,  # the learner's notebook of it
 ) -> dict:
     "The lesson as it is now, with what the learner wrote in the old one."
     known = {key_of(cell) for cell in made["cells"]}
@@ -240,6 +241,6 @@ def keep_work(
     return made | {"cells": cells}
 
 
-def is_ours(cell):
+def is_ours(cell:dict):
     "Whether a markdown cell came from the tool, of this or an older version: those ids are known."
     return bool(re.fullmatch(r"[0-9a-f]{8}(-task)?|[\w-]+-task", cell.get("id", "")))

@@ -7,7 +7,7 @@ __all__ = ['power_text', 'ratio_spread', 'factor_story', 'slices_from', 'order_s
            'mask_story', 'broken_story', 'number_story', 'tensor_story', 'text_story', 'list_order_story', 'list_story',
            'dict_story', 'value_story']
 
-# %% ../nbs/01c_locate.ipynb #ae8255dc
+# %% ../nbs/01c_locate.ipynb #3943a8cc
 import math
 
 import torch
@@ -15,8 +15,8 @@ import torch
 from .alike import LOW, alike, alike_tensors, at_text, kind_text, shape_story, short
 from .verify import rounding_steps
 
-# %% ../nbs/01c_locate.ipynb #d4920d16
-def power_text(number):
+# %% ../nbs/01c_locate.ipynb #740e0d11
+def power_text(number:float):
     "Which simple number a factor is, if it is one."
     for n in (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256):
         simple = {f"{n}": n, f"1/{n}": 1 / n, f"√{n}": n**0.5, f"1/√{n}": n**-0.5}
@@ -26,7 +26,7 @@ def power_text(number):
     return ""
 
 
-def ratio_spread(ratio, use, axes):
+def ratio_spread(ratio:torch.Tensor, use:torch.Tensor, axes:tuple):
     "How much the ratio varies along these axes, as a share of itself: the worst case."
     low = ratio.masked_fill(~use, math.inf).amin(axes)
     high = ratio.masked_fill(~use, -math.inf).amax(axes)
@@ -35,7 +35,7 @@ def ratio_spread(ratio, use, axes):
     return varies[seen].max().item()
 
 
-def factor_story(ours, theirs):
+def factor_story(ours:torch.Tensor, theirs:torch.Tensor):
     "A factor that explains everything: one for all, for each vector, each channel or each head."
     a, b = ours.double(), theirs.double()
     use = b.abs() > b.abs().mean() * 1e-3           # a ratio with nearly 0 says nothing
@@ -61,8 +61,8 @@ def factor_story(ours, theirs):
         return "Each head (axis 1) is right but for a factor of its own."
     return ""
 
-# %% ../nbs/01c_locate.ipynb #a677641f
-def slices_from(ours, theirs, axis, steps):
+# %% ../nbs/01c_locate.ipynb #5b33cb16
+def slices_from(ours:torch.Tensor, theirs:torch.Tensor, axis:int, steps:float):
     "For each slice of ours along an axis: which slice of theirs it is, or None."
     found = []
     rights = theirs.unbind(axis)
@@ -72,7 +72,7 @@ def slices_from(ours, theirs, axis, steps):
     return found
 
 
-def order_story(ours, theirs, steps):
+def order_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float):
     "An axis along which the entries are right but stand in another order."
     for axis in range(ours.ndim):
         n = ours.shape[axis]
@@ -93,8 +93,8 @@ def order_story(ours, theirs, steps):
         return f"Along axis {axis} the entries come from {order}, expected 0 to {n - 1} in order."
     return ""
 
-# %% ../nbs/01c_locate.ipynb #189dc5b3
-def place_story(wrong):
+# %% ../nbs/01c_locate.ipynb #15e64665
+def place_story(wrong:torch.Tensor):
     "Along which axis it goes wrong, and from where on."
     for axis in range(wrong.ndim):
         n = wrong.shape[axis]
@@ -121,8 +121,8 @@ def place_story(wrong):
         return f"{along} only entries {short(good)} are right."
     return f"{wrong.double().mean():.0%} of the values differ, everywhere."
 
-
-def growth_story(ours, theirs):
+# %% ../nbs/01c_locate.ipynb #5d559005
+def growth_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Whether the error grows along an axis that is not the last."
     apart = (ours.double() - theirs.double()).abs().nan_to_num(0, 0, 0)
     for axis in range(apart.ndim - 1):
@@ -139,8 +139,8 @@ def growth_story(ours, theirs):
                     "or depends on the position.")
     return ""
 
-# %% ../nbs/01c_locate.ipynb #5b7250c8
-def mask_story(ours, theirs):
+# %% ../nbs/01c_locate.ipynb #d2e04527
+def mask_story(ours:torch.Tensor, theirs:torch.Tensor):
     "What is different between two masks."
     if torch.equal(ours, ~theirs):
         return "True and False are exchanged."
@@ -153,8 +153,8 @@ def mask_story(ours, theirs):
         return f"{fewer} places are False that should be True, and none the other way."
     return f"{more} places are True that should be False, {fewer} False that should be True."
 
-# %% ../nbs/01c_locate.ipynb #814fcbc6
-def broken_story(ours, theirs):
+# %% ../nbs/01c_locate.ipynb #c301401c
+def broken_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Where NaN or infinity begins, where a finite number is expected."
     if not theirs.is_floating_point():
         return ""
@@ -167,7 +167,7 @@ def broken_story(ours, theirs):
             "where finite numbers are expected.")
 
 
-def number_story(ours, theirs, steps, wrong):
+def number_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, wrong:torch.Tensor):
     "What kind of error it is, for numbers of one shape and dtype."
     square = ours.ndim >= 2 and ours.shape[-1] == ours.shape[-2]
     if square and alike(ours, theirs.mT.contiguous(), steps):
@@ -186,8 +186,8 @@ def number_story(ours, theirs, steps, wrong):
                 "the idea is right, and a cast or a small constant is not.")
     return f"{where} {growth_story(ours, theirs)}".strip()
 
-
-def tensor_story(ours, theirs, steps, few):
+# %% ../nbs/01c_locate.ipynb #7a37c3bf
+def tensor_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float):
     "Sentences on how two tensors differ: first the plain things, then what kind of error it is."
     if ours.shape != theirs.shape:
         first = f"The shape is {tuple(ours.shape)}, expected {tuple(theirs.shape)}."
@@ -208,8 +208,8 @@ def tensor_story(ours, theirs, steps, few):
         return [first, mask_story(ours, theirs), place_story(wrong)]
     return [first, number_story(ours, theirs, steps, wrong)]
 
-# %% ../nbs/01c_locate.ipynb #e6c75ea7
-def text_story(ours, theirs):
+# %% ../nbs/01c_locate.ipynb #7a2eb512
+def text_story(ours:str, theirs:str):
     "Where two pieces of text, or of bytes, part."
     at = 0
     while at < min(len(ours), len(theirs)) and ours[at] == theirs[at]:
@@ -218,7 +218,7 @@ def text_story(ours, theirs):
     return (f"They part at character {at}: {ours[near]!r}, expected {theirs[near]!r}.")
 
 
-def list_order_story(ours, theirs):
+def list_order_story(ours:list, theirs:list):
     "Two different lists of one length: only the order, or all off by one number?"
     if sorted(map(repr, ours)) == sorted(map(repr, theirs)):
         return "The entries are the right ones, in another order."
@@ -229,7 +229,7 @@ def list_order_story(ours, theirs):
     return ""
 
 
-def list_story(ours, theirs, steps, few):
+def list_story(ours:list, theirs:list, steps:float, few:float):
     "How two lists differ."
     sentences = []
     if len(ours) != len(theirs):
@@ -248,8 +248,8 @@ def list_story(ours, theirs, steps, few):
         sentences += value_story(ours[at], theirs[at], steps, few)
     return sentences
 
-# %% ../nbs/01c_locate.ipynb #bb11fa96
-def dict_story(ours, theirs, steps, few):
+# %% ../nbs/01c_locate.ipynb #d7604992
+def dict_story(ours:dict, theirs:dict, steps:float, few:float):
     "How two dicts differ: their keys, or the first value that does."
     if ours.keys() != theirs.keys():
         missing = [key for key in theirs if key not in ours]
@@ -260,8 +260,8 @@ def dict_story(ours, theirs, steps, few):
 
 
 def value_story(
-    ours,
-    theirs,          # the right value; the two are not `alike`
+    ours:object,
+    theirs:object,   # the right value; the two are not `alike`
     steps:float=64,  # as for `alike`
     few:float=0.02,  # as for `alike`
 ) -> list:

@@ -7,7 +7,7 @@ __all__ = ['ZOO', 'IN_USE', 'ABOUT', 'all_pieces', 'pieces_of', 'put_in', 'take_
            'names_used', 'brought_along', 'write_module', 'keep_cell', 'load_mine', 'place_answer', 'original_class',
            'use_mine', 'use_package']
 
-# %% ../nbs/80_mine.ipynb #bc5937c9
+# %% ../nbs/80_mine.ipynb #cfda2c6d
 import ast
 import builtins
 import importlib
@@ -21,7 +21,7 @@ from pathlib import Path
 from .diagnose import candidate, diagnose
 from .pieces import Piece, original
 
-# %% ../nbs/80_mine.ipynb #c2f8d092
+# %% ../nbs/80_mine.ipynb #92d7f645
 ZOO = ("zoo_positions",)  # modules that hold pieces, in the order of the course
 _found = {}
 
@@ -38,7 +38,7 @@ def all_pieces() -> dict:
 
 
 def pieces_of(
-    what,  # a function, a class, or a name: `RMSNorm`, `RMSNorm.forward`, `apply_rope`
+    what:object,  # a function, a class, or a name: `RMSNorm`, `RMSNorm.forward`, `apply_rope`
 ) -> list:
     "The pieces that a function is, or that a class has. LookupError, with what there is, if none."
     name = what if isinstance(what, str) else getattr(what, "__qualname__", repr(what))
@@ -51,7 +51,7 @@ def pieces_of(
         raise LookupError(f"there is no piece called {name}; the pieces are {', '.join(every)}")
     return found
 
-# %% ../nbs/80_mine.ipynb #bf4ac2c0
+# %% ../nbs/80_mine.ipynb #1fb57f5a
 IN_USE = {}  # name of a piece → the learner's function that stands in its place
 
 
@@ -64,7 +64,7 @@ def _holders():
     return [*modules, *[c for c in classes if c.__module__.startswith("qwen_nb.")]]
 
 
-def _replace(old, new):
+def _replace(old:dict, new):
     "Put a function wherever another one is held."
     for holder in _holders():
         for name, value in list(vars(holder).items()):
@@ -75,9 +75,9 @@ def _replace(old, new):
 
 
 def put_in(
-    piece,     # a Piece
-    function,  # the learner's, which is right
-    helpers=None,  # new methods of the learner's class, by name
+    piece:Piece,  # a Piece
+    function:object,  # the learner's, which is right
+    helpers:dict=None,  # new methods of the learner's class, by name
 ):
     "Let a learner's function take the place of the package's, everywhere."
     take_out(piece)
@@ -92,8 +92,8 @@ def put_in(
         _replace(old, function)
     IN_USE[piece.name] = function
 
-
-def take_out(piece):
+# %% ../nbs/80_mine.ipynb #08635b09
+def take_out(piece:Piece):
     "Give the package's own function its place back."
     if piece.name not in IN_USE:
         return
@@ -104,7 +104,7 @@ def take_out(piece):
     else:
         _replace(new, old)
 
-# %% ../nbs/80_mine.ipynb #6fafcf9c
+# %% ../nbs/80_mine.ipynb #cc91b3f6
 def my_folder() -> Path:
     """Where the learner's pieces are: `$MY_QWEN`, or the nearest folder above that is or has a
     `my_qwen`, or else a new `my_qwen` beside the notebooks (in a clone of the project: at its
@@ -123,14 +123,14 @@ def my_folder() -> Path:
 
 
 def sections(
-    text,  # a module of the folder
+    text:str,  # a module of the folder
 ) -> dict:
     "The cells of a learner's module: name → source."
     parts = re.split(r"(?m)^# %% (.+)$", text)[1:]
     return {name.strip(): source.strip() for name, source in zip(parts[::2], parts[1::2])}
 
 
-def package_imports(module) -> list:
+def package_imports(module:str) -> list:
     "The import lines of a module of the package, as they are written outside of it."
     path = importlib.util.find_spec(f"qwen_nb.{module}").origin
     lines = []
@@ -141,8 +141,8 @@ def package_imports(module) -> list:
             lines.append(ast.unparse(node))
     return lines
 
-# %% ../nbs/80_mine.ipynb #bcbce433
-def names_used(source) -> set:
+# %% ../nbs/80_mine.ipynb #ed7002f5
+def names_used(source:str) -> set:
     "Names that a cell takes from outside."
     tree = ast.parse(source)
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
@@ -158,7 +158,7 @@ def names_used(source) -> set:
     return read - made - set(vars(builtins))
 
 
-def brought_along(source, module, notebook) -> str:
+def brought_along(source:str, module:str, notebook:dict) -> str:
     "Lines that a cell needs from its notebook, besides the module's own imports and names."
     known = vars(importlib.import_module(f"qwen_nb.{module}"))
     public = known.get("__all__", ())
@@ -180,11 +180,11 @@ def brought_along(source, module, notebook) -> str:
             lines.append(f"{name} = {value!r}")
     return "\n".join(line for line in lines if line)
 
-# %% ../nbs/80_mine.ipynb #034edb17
+# %% ../nbs/80_mine.ipynb #57e89155
 def write_module(
-    folder,  # the learner's
-    module,  # of the package: "norm"
-    cells,   # name → source
+    folder:Path,  # the learner's
+    module:str,  # of the package: "norm"
+    cells:dict,  # name → source
 ):
     "Write one module of the learner's folder, in one go: a file that is half written is none."
     title = f'"""Your own {module}: {", ".join(cells)}. The rest of it is the package\'s."""'
@@ -212,10 +212,10 @@ from qwen_nb import *
 
 
 def keep_cell(
-    piece,     # a Piece
-    source,    # the cell as the learner wrote it
-    notebook,  # the notebook's names
-    folder=None,
+    piece:Piece,  # a Piece
+    source:str,  # the cell as the learner wrote it
+    notebook:dict,  # the notebook's names
+    folder:Path=None,
 ):
     "Write a cell to the learner's folder, with what it needs. The module's other cells stay."
     folder = Path(folder or my_folder())
@@ -226,8 +226,8 @@ def keep_cell(
     cells[name] = f"{needs}\n\n{source}" if needs else source
     write_module(folder, module, cells)
 
-# %% ../nbs/80_mine.ipynb #7f18c5f8
-def load_mine(folder) -> tuple:
+# %% ../nbs/80_mine.ipynb #3c4c8944
+def load_mine(folder:Path) -> tuple:
     "The learner's pieces from a folder: name of the piece → function or class; and complaints."
     found, complaints = {}, []
     for piece in all_pieces().values():
@@ -247,7 +247,7 @@ def load_mine(folder) -> tuple:
     return found, complaints
 
 
-def place_answer(piece, answer):
+def place_answer(piece:Piece, answer:object):
     "Let a right answer, a function or a class, take its place."
     function, helpers = candidate(piece, answer), {}
     if isinstance(answer, type):
@@ -259,14 +259,14 @@ def place_answer(piece, answer):
     put_in(piece, function, helpers)
 
 
-def original_class(piece):
+def original_class(piece:Piece):
     "The package's class whose method a piece is."
     module, owner = piece.path.split(".")[:2]
     return getattr(importlib.import_module(f"qwen_nb.{module}"), owner)
 
-
+# %% ../nbs/80_mine.ipynb #97ae7857
 def use_mine(
-    folder=None,  # the learner's; None: `my_folder()`
+    folder:Path=None,  # the learner's; None: `my_folder()`
 ) -> list:
     "Put all right pieces of a folder into their places. Their names; what is wrong is printed."
     all_pieces()

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MAP', 'GREY', 'boxes', 'draw_box', 'draw_map']
 
-# %% ../nbs/80a_map.ipynb #50392173
+# %% ../nbs/80a_map.ipynb #54233070
 from .inspect import OURS
 from .mine import IN_USE, all_pieces
 
-# %% ../nbs/80a_map.ipynb #111d6a4c
+# %% ../nbs/80a_map.ipynb #b28c1bfa
 # Rows of the map from top to bottom: title → {module of the package: label of its box}
 MAP = {
     "the file": {"weights": "file", "bfloat16": "bfloat16", "loading": "by name"},
@@ -45,7 +45,7 @@ MAP = {
     },
 }
 
-
+# %% ../nbs/80a_map.ipynb #4862c9e6
 def boxes() -> dict:
     "The rows of the map: title → {label: names of its pieces}; boxes without pieces left out."
     by_module = {}
@@ -58,11 +58,11 @@ def boxes() -> dict:
             rows[title] = row
     return rows
 
-# %% ../nbs/80a_map.ipynb #a6dce218
+# %% ../nbs/80a_map.ipynb #5da1dc4b
 GREY = "#e4e4e4"
 
 
-def draw_box(ax, left, row, width, label, names):
+def draw_box(ax, left:float, row:int, width:float, label:str, names:list):
     "One box, filled from the left as far as its pieces are the learner's."
     mine = sum(name in IN_USE for name in names)
     ax.barh(row, width, left=left, height=0.72, color=GREY)

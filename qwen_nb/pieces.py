@@ -6,7 +6,7 @@
 __all__ = ['ORIGINALS', 'edited', 'Probe', 'Mistake', 'original', 'Piece', 'Outcome', 'a_copy', 'watch_calls', 'run_probe',
            'same_outcome', 'seen_by', 'plot_seen']
 
-# %% ../nbs/01d_pieces.ipynb #16380077
+# %% ../nbs/01d_pieces.ipynb #d47c496e
 import importlib
 import inspect
 import textwrap
@@ -17,9 +17,9 @@ import torch
 
 from .alike import alike, kind_text
 
-# %% ../nbs/01d_pieces.ipynb #f446f51e
+# %% ../nbs/01d_pieces.ipynb #bc3d0abf
 def edited(
-    function,     # any function that has source
+    function:object,  # any function that has source
     *edits:dict,  # parts of its source → what stands there in their place
 ):
     """The function with parts of its source replaced. It sees a copy of its module's names.
@@ -35,7 +35,7 @@ def edited(
     exec(compile(source, f"<{function.__qualname__}, edited>", "exec"), names)
     return names[function.__name__]
 
-# %% ../nbs/01d_pieces.ipynb #5f561187
+# %% ../nbs/01d_pieces.ipynb #c094b4b6
 @dataclass
 class Probe:
     "An input to try an answer on."
@@ -56,7 +56,7 @@ class Mistake:
 ORIGINALS = {}  # path → the package's own function, also while a learner's stands in its place
 
 
-def original(path):
+def original(path:str):
     "The package's own function at `module.function` or `module.Class.method`."
     if path not in ORIGINALS:
         module, *names = path.split(".")
@@ -66,7 +66,7 @@ def original(path):
         ORIGINALS[path] = thing
     return ORIGINALS[path]
 
-# %% ../nbs/01d_pieces.ipynb #1d4b7e42
+# %% ../nbs/01d_pieces.ipynb #edfdde2b
 @dataclass
 class Piece:
     "Something that a learner writes, and all that a teacher knows about it."
@@ -98,18 +98,18 @@ class Piece:
             self.known_outcomes[:] = [run_probe(self, self.right, p) for p in self.probes]
         return self.known_outcomes
 
-    def probe(self, title):
+    def probe(self, title:str):
         "Adds the function below as a probe: it calls what it is given and returns a value."
         def keep(run):
             self.probes.append(Probe(title, run))
             return run
         return keep
 
-    def mistake(self, name, edits, *, why, does, public=""):
+    def mistake(self, name:str, edits:dict, *, why:str, does:str, public=""):
         "Add a known mistake."
         self.mistakes.append(Mistake(name, edits, why, does, public))
 
-# %% ../nbs/01d_pieces.ipynb #f1f37cfb
+# %% ../nbs/01d_pieces.ipynb #3c8fbbb8
 @dataclass
 class Outcome:
     "What one function did on one probe."
@@ -120,7 +120,7 @@ class Outcome:
     changed:tuple = ()       # arguments changed in place, of those that are to be kept
 
 
-def a_copy(value):
+def a_copy(value:object):
     "A copy of a value that later changes in place do not reach."
     if torch.is_tensor(value):
         return value.detach().clone()
@@ -131,7 +131,7 @@ def a_copy(value):
     return value
 
 
-def watch_calls(piece, function, outcome):
+def watch_calls(piece:Piece, function:object, outcome:Outcome):
     "The function, writing down in the outcome what it is called with and what it gives."
     names = list(inspect.signature(piece.right).parameters)
 
@@ -147,8 +147,8 @@ def watch_calls(piece, function, outcome):
 
     return watched
 
-
-def run_probe(piece, function, probe):
+# %% ../nbs/01d_pieces.ipynb #56d3e0a2
+def run_probe(piece:Piece, function:object, probe:Probe):
     "One function on one probe: an Outcome. The random numbers begin at the same place each time."
     outcome = Outcome()
     torch.manual_seed(0)
@@ -161,15 +161,15 @@ def run_probe(piece, function, probe):
     return outcome
 
 
-def same_outcome(piece, ours, theirs):
+def same_outcome(piece:Piece, ours:Outcome, theirs:Outcome):
     "The same value, or the same kind of error."
     if ours.error or theirs.error:
         return type(ours.error) is type(theirs.error)
     same_value = alike(ours.value, theirs.value, piece.steps, piece.few)
     return same_value and ours.changed == theirs.changed
 
-# %% ../nbs/01d_pieces.ipynb #7a050f2f
-def seen_by(piece):
+# %% ../nbs/01d_pieces.ipynb #bbaaac32
+def seen_by(piece:Piece):
     "Which probe sees which mistake: a boolean tensor (mistakes, probes)."
     rows = []
     for mistake in piece.mistakes:
@@ -179,10 +179,9 @@ def seen_by(piece):
         rows.append(row)
     return torch.tensor(rows, dtype=torch.bool)
 
-# %% ../nbs/01d_pieces.ipynb #97c79a21
-def plot_seen(piece):
+# %% ../nbs/01d_pieces.ipynb #124ba055
+def plot_seen(piece:Piece):
     "Which probe sees which mistake, drawn."
-    from matplotlib import pyplot as plt
 
     seen = seen_by(piece)
     fig, ax = plt.subplots(figsize=(7, 1 + 0.32 * len(seen)))

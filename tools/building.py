@@ -84,7 +84,7 @@ def check():
 
 def solve(nb):
     "The lesson with the package's own code in its stubs."
-    from qwen_nb.edition import pieces_in, lessons_with_pieces, text_of, without_directives
+    from qwen_nb.edition import lessons_with_pieces, pieces_in, text_of, without_directives
 
     sources = {}
     for name, pieces in lessons_with_pieces().items():
