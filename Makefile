@@ -13,6 +13,9 @@ lab: install        ## open the course in JupyterLab (on the real weights: QWEN_
 	@echo "Opening JupyterLab on nbs/index.ipynb. Ctrl-C here stops it."
 	@$(BIN)/jupyter lab $(AS_ROOT) nbs/index.ipynb
 
+build: install      ## write a Qwen yourself: begin or go on with the building edition in my_qwen/
+	@$(BIN)/qwen-nb build --lab
+
 test: install       ## all checks and tests
 	@$(BIN)/python tools/test.py
 
@@ -22,6 +25,7 @@ test-browser: .venv/installed-browser  ## move sliders and type at the chat in J
 notebooks: install  ## run the notebooks, store what they show, export the modules, write the README
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/notebooks.py
+	$(BIN)/python tools/building.py
 	$(BIN)/python tools/course.py
 	$(BIN)/python tools/readme.py
 
@@ -41,4 +45,4 @@ clean:              ## remove .venv and what was built
 	@$(PIP) -e '.[browser]'
 	@touch $@
 
-.PHONY: help install lab test test-browser notebooks clean
+.PHONY: help install lab build test test-browser notebooks clean
