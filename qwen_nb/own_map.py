@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MAP', 'GREY', 'boxes', 'draw_box', 'draw_map']
 
-# %% ../nbs/80a_map.ipynb #54233070
+# %% ../nbs/80a_map.ipynb #86f22426
 from .inspect import OURS
 from .mine import IN_USE, all_pieces
 
-# %% ../nbs/80a_map.ipynb #b28c1bfa
+# %% ../nbs/80a_map.ipynb #b1ea915d
 # Rows of the map from top to bottom: title → {module of the package: label of its box}
 MAP = {
     "the file": {"weights": "file", "bfloat16": "bfloat16", "loading": "by name"},
@@ -45,7 +45,7 @@ MAP = {
     },
 }
 
-# %% ../nbs/80a_map.ipynb #4862c9e6
+# %% ../nbs/80a_map.ipynb #b50e4dc2
 def boxes() -> dict:
     "The rows of the map: title → {label: names of its pieces}; boxes without pieces left out."
     by_module = {}
@@ -58,7 +58,7 @@ def boxes() -> dict:
             rows[title] = row
     return rows
 
-# %% ../nbs/80a_map.ipynb #5da1dc4b
+# %% ../nbs/80a_map.ipynb #fe5ee3e4
 GREY = "#e4e4e4"
 
 

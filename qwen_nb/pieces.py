@@ -6,7 +6,7 @@
 __all__ = ['ORIGINALS', 'edited', 'Probe', 'Mistake', 'original', 'Piece', 'Outcome', 'a_copy', 'watch_calls', 'run_probe',
            'same_outcome', 'seen_by', 'plot_seen']
 
-# %% ../nbs/01d_pieces.ipynb #d47c496e
+# %% ../nbs/01d_pieces.ipynb #6ccaf795
 import importlib
 import inspect
 import textwrap
@@ -17,7 +17,7 @@ import torch
 
 from .alike import alike, kind_text
 
-# %% ../nbs/01d_pieces.ipynb #bc3d0abf
+# %% ../nbs/01d_pieces.ipynb #e2b29116
 def edited(
     function:object,  # any function that has source
     *edits:dict,  # parts of its source → what stands there in their place
@@ -35,7 +35,7 @@ def edited(
     exec(compile(source, f"<{function.__qualname__}, edited>", "exec"), names)
     return names[function.__name__]
 
-# %% ../nbs/01d_pieces.ipynb #c094b4b6
+# %% ../nbs/01d_pieces.ipynb #3c09bc7b
 @dataclass
 class Probe:
     "An input to try an answer on."
@@ -66,7 +66,7 @@ def original(path:str):
         ORIGINALS[path] = thing
     return ORIGINALS[path]
 
-# %% ../nbs/01d_pieces.ipynb #edfdde2b
+# %% ../nbs/01d_pieces.ipynb #6f88f3d8
 @dataclass
 class Piece:
     "Something that a learner writes, and all that a teacher knows about it."
@@ -109,7 +109,7 @@ class Piece:
         "Add a known mistake."
         self.mistakes.append(Mistake(name, edits, why, does, public))
 
-# %% ../nbs/01d_pieces.ipynb #3c8fbbb8
+# %% ../nbs/01d_pieces.ipynb #b75b8490
 @dataclass
 class Outcome:
     "What one function did on one probe."
@@ -147,7 +147,7 @@ def watch_calls(piece:Piece, function:object, outcome:Outcome):
 
     return watched
 
-# %% ../nbs/01d_pieces.ipynb #56d3e0a2
+# %% ../nbs/01d_pieces.ipynb #36dc1068
 def run_probe(piece:Piece, function:object, probe:Probe):
     "One function on one probe: an Outcome. The random numbers begin at the same place each time."
     outcome = Outcome()
@@ -168,7 +168,7 @@ def same_outcome(piece:Piece, ours:Outcome, theirs:Outcome):
     same_value = alike(ours.value, theirs.value, piece.steps, piece.few)
     return same_value and ours.changed == theirs.changed
 
-# %% ../nbs/01d_pieces.ipynb #bbaaac32
+# %% ../nbs/01d_pieces.ipynb #2200bcd2
 def seen_by(piece:Piece):
     "Which probe sees which mistake: a boolean tensor (mistakes, probes)."
     rows = []
@@ -179,7 +179,7 @@ def seen_by(piece:Piece):
         rows.append(row)
     return torch.tensor(rows, dtype=torch.bool)
 
-# %% ../nbs/01d_pieces.ipynb #124ba055
+# %% ../nbs/01d_pieces.ipynb #d01aba3d
 def plot_seen(piece:Piece):
     "Which probe sees which mistake, drawn."
 
