@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOW', 'alike_tensors', 'alike', 'at_text', 'kind_text', 'short', 'moved_axes', 'lost_axis', 'shape_story']
 
-# %% ../nbs/01b_alike.ipynb #a65cd473
+# %% ../nbs/01b_alike.ipynb #00ea5b6d
 import math
 from itertools import permutations
 
@@ -19,7 +19,7 @@ from .verify import rounding_steps
 
 set_style()
 
-# %% ../nbs/01b_alike.ipynb #4aea86f5
+# %% ../nbs/01b_alike.ipynb #49ea7421
 LOW = torch.bfloat16, torch.float16
 
 
@@ -38,7 +38,7 @@ def alike_tensors(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float
         return bool(share <= few) and bool(error.max() <= 2)
     return bool((error <= steps).all())
 
-# %% ../nbs/01b_alike.ipynb #c7062694
+# %% ../nbs/01b_alike.ipynb #937674a8
 def alike(
     ours:object,
     theirs:object,   # values: tensors, numbers, text, and lists, tuples and dicts of them
@@ -62,7 +62,7 @@ def alike(
     of_one_kind = isinstance(ours, type(theirs)) or isinstance(theirs, type(ours))
     return of_one_kind and ours == theirs
 
-# %% ../nbs/01b_alike.ipynb #ad7d9960
+# %% ../nbs/01b_alike.ipynb #fdce29f6
 def at_text(index:tuple):
     "An index as people write it: [0, 2, 1]."
     return "[" + ", ".join(str(i) for i in index) + "]"
@@ -86,7 +86,7 @@ def short(value:object):
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
-# %% ../nbs/01b_alike.ipynb #2800d462
+# %% ../nbs/01b_alike.ipynb #379692a8
 def moved_axes(ours:torch.Tensor, theirs:torch.Tensor):
     "Which two axes were exchanged, if that explains the shape; else None."
     for order in permutations(range(theirs.ndim)):

@@ -7,7 +7,7 @@ __all__ = ['QUESTION', 'read_progress', 'note_progress', 'help_steps', 'hint', '
            'grade_piece', 'mixed_class', 'grade', 'save', 'one_answer', 'begin', 'edition_folder', 'lay_out',
            'standing', 'build']
 
-# %% ../nbs/80c_build.ipynb #05fa90e1
+# %% ../nbs/80c_build.ipynb #901102cf
 import ast
 import inspect
 import json
@@ -33,7 +33,7 @@ from qwen_nb.mine import (
 from .own_map import draw_map
 from .pieces import Piece
 
-# %% ../nbs/80c_build.ipynb #5da86bb2
+# %% ../nbs/80c_build.ipynb #0fc41ee4
 def read_progress() -> dict:
     "name of the piece → {hints: how many steps were asked for, tries: how often graded, right}."
     path = my_folder() / "progress.json"
@@ -54,7 +54,7 @@ def note_progress(piece:Piece, **what):
     half.write_text(json.dumps(progress, indent=1), encoding="utf-8")
     half.replace(folder / "progress.json")
 
-# %% ../nbs/80c_build.ipynb #fd47370e
+# %% ../nbs/80c_build.ipynb #e62b6f91
 def help_steps(piece:Piece) -> list:
     "The steps of help for a piece: (title, text)."
     first, second = piece.hints
@@ -88,7 +88,7 @@ def hint(
     if step < len(steps):
         print(f'Not enough? hint("{piece.name}") again: {steps[step][0]}.')
 
-# %% ../nbs/80c_build.ipynb #4ef7fbf2
+# %% ../nbs/80c_build.ipynb #b42254bf
 def cell_of(answer:object) -> str:
     "The cell in which a function or class was written."
     functions = [answer]
@@ -136,7 +136,7 @@ def grade_piece(piece:Piece, answer:object):
         print(f'Help: hint("{piece.name}")')
     return verdict.right
 
-# %% ../nbs/80c_build.ipynb #068368d7
+# %% ../nbs/80c_build.ipynb #4b335d8c
 def mixed_class(answer:type, wrong:list):
     "The learner's class, with the package's methods for the pieces that are not right yet."
     methods = {piece.path.split(".")[-1]: original(piece.path) for piece in wrong}
@@ -182,7 +182,7 @@ def save(piece:Piece, answer:object):
     except (OSError, TypeError, SyntaxError) as error:
         print(f"  It could not be saved ({error}), and counts in this notebook only.")
 
-# %% ../nbs/80c_build.ipynb #cc9e80a5
+# %% ../nbs/80c_build.ipynb #208537f4
 QUESTION = "Max is in the attic.\nAnna has the ball.\nWho has the ball?"
 _loaded = []
 
@@ -219,7 +219,7 @@ def begin(
         print("This folder is gone when the session ends. To keep it, mount your Drive and set "
               'os.environ["MY_QWEN"] = "/content/drive/MyDrive/my_qwen" before this cell.')
 
-# %% ../nbs/80c_build.ipynb #8d2d58da
+# %% ../nbs/80c_build.ipynb #5e66be29
 def edition_folder() -> Path:
     "Where the building edition is: beside the package in a clone. FileNotFoundError without one."
     import qwen_nb
@@ -257,7 +257,7 @@ def lay_out(folder:Path) -> list:
         changed.append(path.stem)
     return changed
 
-# %% ../nbs/80c_build.ipynb #ee6906bd
+# %% ../nbs/80c_build.ipynb #238e7b4f
 def standing() -> list:
     "Where one stands, as lines: each lesson with its pieces, and what comes next."
     progress, lines, following = read_progress(), [], None

@@ -6,7 +6,7 @@
 __all__ = ['does_the_same', 'both_edits', 'known_mistakes', 'candidate', 'names_read', 'unread', 'of_error', 'what_was_seen',
            'what_is_known', 'Verdict', 'verdict_on_wrong', 'diagnose', 'try_pairs', 'try_zoo']
 
-# %% ../nbs/01e_diagnose.ipynb #6f62c195
+# %% ../nbs/01e_diagnose.ipynb #db36decd
 import dis
 import importlib
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .locate import value_story
 from .pieces import Mistake, Outcome, Piece, Probe, edited, run_probe, same_outcome
 from .verify import told
 
-# %% ../nbs/01e_diagnose.ipynb #f22e61c7
+# %% ../nbs/01e_diagnose.ipynb #ef86b46f
 def does_the_same(piece:Piece, function:object, mine:list):
     "Whether a function does on every probe what was seen. Stops at the first difference."
     for probe, seen in zip(piece.probes, mine):
@@ -47,7 +47,7 @@ def known_mistakes(piece:Piece, mine:list):
             return pair
     return ()
 
-# %% ../nbs/01e_diagnose.ipynb #97678b80
+# %% ../nbs/01e_diagnose.ipynb #a877a5ac
 def candidate(piece:Piece, answer:object):
     "The learner's function. Of a class: its method, which finds the class's new methods too."
     *owner, name = piece.path.split(".")[1:]
@@ -89,7 +89,7 @@ def unread(function:object, right:object):
     expected = names_read(unwrap(right).__code__) - names_read(code) - {"self"}
     return [name for name in mine if name in expected]
 
-# %% ../nbs/01e_diagnose.ipynb #92ff2ec3
+# %% ../nbs/01e_diagnose.ipynb #c1b888c3
 def of_error(error:Exception):
     return f"{type(error).__name__}, {error}"
 
@@ -121,7 +121,7 @@ def what_is_known(mistake:Mistake):
     said = [f"Why it is wrong: {mistake.why}", f"What a model would do: {mistake.does}"]
     return [*said, f"Others met it: {mistake.public}."] if mistake.public else said
 
-# %% ../nbs/01e_diagnose.ipynb #9417518f
+# %% ../nbs/01e_diagnose.ipynb #ad34f7b7
 @dataclass
 class Verdict:
     "What the grader says of an answer."
@@ -151,7 +151,7 @@ def verdict_on_wrong(piece:Piece, answer:object, function:object, mine:list, fai
         lines.append("Your code never reads " + ", ".join(f"`{n}`" for n in forgotten) + ".")
     return Verdict(False, "\n".join(lines), "error" if mine[at].error else "located")
 
-# %% ../nbs/01e_diagnose.ipynb #558f6083
+# %% ../nbs/01e_diagnose.ipynb #27d9746d
 def diagnose(
     piece:Piece,  # a Piece
     answer:object,  # what the learner wrote: a function, or a class that has the piece as a method
@@ -182,7 +182,7 @@ def diagnose(
     text = f"{piece.name} is right: like the package's on {len(mine)} probes."
     return Verdict(True, text, "right")
 
-# %% ../nbs/01e_diagnose.ipynb #a9e424f9
+# %% ../nbs/01e_diagnose.ipynb #2736747a
 def try_pairs(piece:Piece):
     "All pairs of mistakes: how many there are, how many are named, and where one hides the other."
     pairs = named = hidden = 0

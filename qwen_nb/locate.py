@@ -7,7 +7,7 @@ __all__ = ['power_text', 'ratio_spread', 'factor_story', 'slices_from', 'order_s
            'mask_story', 'broken_story', 'number_story', 'tensor_story', 'text_story', 'list_order_story', 'list_story',
            'dict_story', 'value_story']
 
-# %% ../nbs/01c_locate.ipynb #c6759794
+# %% ../nbs/01c_locate.ipynb #d0d27716
 import math
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from .alike import LOW, alike, alike_tensors, at_text, kind_text, shape_story, short
 from .verify import rounding_steps
 
-# %% ../nbs/01c_locate.ipynb #4b3056ff
+# %% ../nbs/01c_locate.ipynb #3a48e075
 def power_text(number:float):
     "Which simple number a factor is, if it is one."
     for n in (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256):
@@ -61,7 +61,7 @@ def factor_story(ours:torch.Tensor, theirs:torch.Tensor):
         return "Each head (axis 1) is right but for a factor of its own."
     return ""
 
-# %% ../nbs/01c_locate.ipynb #44b3fee5
+# %% ../nbs/01c_locate.ipynb #ed38fcc0
 def slices_from(ours:torch.Tensor, theirs:torch.Tensor, axis:int, steps:float):
     "For each slice of ours along an axis: which slice of theirs it is, or None."
     found = []
@@ -93,7 +93,7 @@ def order_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float):
         return f"Along axis {axis} the entries come from {order}, expected 0 to {n - 1} in order."
     return ""
 
-# %% ../nbs/01c_locate.ipynb #4c4680b4
+# %% ../nbs/01c_locate.ipynb #59743c42
 def place_story(wrong:torch.Tensor):
     "Along which axis it goes wrong, and from where on."
     for axis in range(wrong.ndim):
@@ -121,7 +121,7 @@ def place_story(wrong:torch.Tensor):
         return f"{along} only entries {short(good)} are right."
     return f"{wrong.double().mean():.0%} of the values differ, everywhere."
 
-# %% ../nbs/01c_locate.ipynb #5b8bc34b
+# %% ../nbs/01c_locate.ipynb #9c7a10e7
 def growth_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Whether the error grows along an axis that is not the last."
     apart = (ours.double() - theirs.double()).abs().nan_to_num(0, 0, 0)
@@ -139,7 +139,7 @@ def growth_story(ours:torch.Tensor, theirs:torch.Tensor):
                     "or depends on the position.")
     return ""
 
-# %% ../nbs/01c_locate.ipynb #f88ff498
+# %% ../nbs/01c_locate.ipynb #f64bedf9
 def mask_story(ours:torch.Tensor, theirs:torch.Tensor):
     "What is different between two masks."
     if torch.equal(ours, ~theirs):
@@ -153,7 +153,7 @@ def mask_story(ours:torch.Tensor, theirs:torch.Tensor):
         return f"{fewer} places are False that should be True, and none the other way."
     return f"{more} places are True that should be False, {fewer} False that should be True."
 
-# %% ../nbs/01c_locate.ipynb #645fd6b8
+# %% ../nbs/01c_locate.ipynb #be9af98a
 def broken_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Where NaN or infinity begins, where a finite number is expected."
     if not theirs.is_floating_point():
@@ -186,7 +186,7 @@ def number_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, wrong:torc
                 "the idea is right, and a cast or a small constant is not.")
     return f"{where} {growth_story(ours, theirs)}".strip()
 
-# %% ../nbs/01c_locate.ipynb #15260d70
+# %% ../nbs/01c_locate.ipynb #3fa378a2
 def tensor_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float):
     "Sentences on how two tensors differ: first the plain things, then what kind of error it is."
     if ours.shape != theirs.shape:
@@ -208,7 +208,7 @@ def tensor_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float)
         return [first, mask_story(ours, theirs), place_story(wrong)]
     return [first, number_story(ours, theirs, steps, wrong)]
 
-# %% ../nbs/01c_locate.ipynb #a0ad6c86
+# %% ../nbs/01c_locate.ipynb #299c2e44
 def text_story(ours:str, theirs:str):
     "Where two pieces of text, or of bytes, part."
     at = 0
@@ -248,7 +248,7 @@ def list_story(ours:list, theirs:list, steps:float, few:float):
         sentences += value_story(ours[at], theirs[at], steps, few)
     return sentences
 
-# %% ../nbs/01c_locate.ipynb #0363ff22
+# %% ../nbs/01c_locate.ipynb #b31c0b93
 def dict_story(ours:dict, theirs:dict, steps:float, few:float):
     "How two dicts differ: their keys, or the first value that does."
     if ours.keys() != theirs.keys():

@@ -6,7 +6,7 @@
 __all__ = ['ZOO', 'ABOUT', 'all_pieces', 'pieces_of', 'my_folder', 'sections', 'package_imports', 'names_used', 'brought_along',
            'write_module', 'keep_cell', 'load_mine', 'place_answer', 'original_class', 'use_mine', 'use_package']
 
-# %% ../nbs/80_mine.ipynb #6c6dd734
+# %% ../nbs/80_mine.ipynb #7a5d508d
 import ast
 import builtins
 import importlib
@@ -19,7 +19,7 @@ from pathlib import Path
 from .diagnose import candidate, diagnose
 from .pieces import IN_USE, Piece, original, place_holders, put_in, take_out
 
-# %% ../nbs/80_mine.ipynb #d82fc456
+# %% ../nbs/80_mine.ipynb #cb0f4810
 ZOO = ("zoo_positions",)  # modules that hold pieces, in the order of the course
 _found = {}
 
@@ -49,7 +49,7 @@ def pieces_of(
         raise LookupError(f"there is no piece called {name}; the pieces are {', '.join(every)}")
     return found
 
-# %% ../nbs/80_mine.ipynb #09f7f548
+# %% ../nbs/80_mine.ipynb #b9449ad7
 def my_folder() -> Path:
     """Where the learner's pieces are: `$MY_QWEN`, or the nearest folder above that is or has a
     `my_qwen`, or else a new `my_qwen` beside the notebooks (in a clone of the project: at its
@@ -86,7 +86,7 @@ def package_imports(module:str) -> list:
             lines.append(ast.unparse(node))
     return lines
 
-# %% ../nbs/80_mine.ipynb #c3437f70
+# %% ../nbs/80_mine.ipynb #060c1921
 def names_used(source:str) -> set:
     "Names that a cell takes from outside."
     tree = ast.parse(source)
@@ -125,7 +125,7 @@ def brought_along(source:str, module:str, notebook:dict) -> str:
             lines.append(f"{name} = {value!r}")
     return "\n".join(line for line in lines if line)
 
-# %% ../nbs/80_mine.ipynb #baf3cd50
+# %% ../nbs/80_mine.ipynb #f26181eb
 def write_module(
     folder:Path,  # the learner's
     module:str,  # of the package: "norm"
@@ -171,7 +171,7 @@ def keep_cell(
     cells[name] = f"{needs}\n\n{source}" if needs else source
     write_module(folder, module, cells)
 
-# %% ../nbs/80_mine.ipynb #f5c7a80a
+# %% ../nbs/80_mine.ipynb #a8e76273
 def load_mine(folder:Path) -> tuple:
     "The learner's pieces from a folder: name of the piece → function or class; and complaints."
     found, complaints = {}, []
@@ -209,7 +209,7 @@ def original_class(piece:Piece):
     module, owner = piece.path.split(".")[:2]
     return getattr(importlib.import_module(f"qwen_nb.{module}"), owner)
 
-# %% ../nbs/80_mine.ipynb #0760d7aa
+# %% ../nbs/80_mine.ipynb #167a6f72
 def use_mine(
     folder:Path=None,  # the learner's; None: `my_folder()`
 ) -> list:
