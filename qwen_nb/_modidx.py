@@ -987,5 +987,16 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qwen_nb.yarn.read_scaling': ('yarn.html#read_scaling', 'qwen_nb/yarn.py'),
                               'qwen_nb.yarn.yarn_frequencies': ('yarn.html#yarn_frequencies', 'qwen_nb/yarn.py'),
                               'qwen_nb.yarn.yarn_ramp': ('yarn.html#yarn_ramp', 'qwen_nb/yarn.py')},
+            'qwen_nb.zoo_bfloat16': { 'qwen_nb.zoo_bfloat16._': ('mistakes.html#_', 'qwen_nb/zoo_bfloat16.py'),
+                                      'qwen_nb.zoo_bfloat16._numbers_of': ('mistakes.html#_numbers_of', 'qwen_nb/zoo_bfloat16.py'),
+                                      'qwen_nb.zoo_bfloat16._one_nan': ('mistakes.html#_one_nan', 'qwen_nb/zoo_bfloat16.py'),
+                                      'qwen_nb.zoo_bfloat16._patterns_of': ('mistakes.html#_patterns_of', 'qwen_nb/zoo_bfloat16.py')},
+            'qwen_nb.zoo_bpe': {'qwen_nb.zoo_bpe._': ('mistakes.html#_', 'qwen_nb/zoo_bpe.py')},
             'qwen_nb.zoo_positions': { 'qwen_nb.zoo_positions._': ('mistakes.html#_', 'qwen_nb/zoo_positions.py'),
-                                       'qwen_nb.zoo_positions.a_norm': ('mistakes.html#a_norm', 'qwen_nb/zoo_positions.py')}}}
+                                       'qwen_nb.zoo_positions.a_norm': ('mistakes.html#a_norm', 'qwen_nb/zoo_positions.py')},
+            'qwen_nb.zoo_weights': { 'qwen_nb.zoo_weights._': ('mistakes.html#_', 'qwen_nb/zoo_weights.py'),
+                                     'qwen_nb.zoo_weights._entry_of': ('mistakes.html#_entry_of', 'qwen_nb/zoo_weights.py'),
+                                     'qwen_nb.zoo_weights._read_bytes': ('mistakes.html#_read_bytes', 'qwen_nb/zoo_weights.py'),
+                                     'qwen_nb.zoo_weights._refuses': ('mistakes.html#_refuses', 'qwen_nb/zoo_weights.py'),
+                                     'qwen_nb.zoo_weights._tensor_again': ('mistakes.html#_tensor_again', 'qwen_nb/zoo_weights.py'),
+                                     'qwen_nb.zoo_weights._weights_file': ('mistakes.html#_weights_file', 'qwen_nb/zoo_weights.py')}}}
