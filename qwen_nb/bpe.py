@@ -145,7 +145,7 @@ def next_pair(
         if counts[pair] > 0:                     # out of date: the pair has become rarer
             heapq.heappush(heap, (-counts[pair], pair))
 
-# %% ../nbs/03_tokenizer.ipynb #fa92f8eb
+# %% ../nbs/03_tokenizer.ipynb #10b054b0
 def join_pair(
     words:list,      # of lists of ids
     times:list,      # how often each word occurs

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['names_piece', 'CHAT_NAMES', 'encode_text_piece', 'decode_piece']
 
-# %% ../nbs/03j_mistakes.ipynb #bad19e1e
+# %% ../nbs/03j_mistakes.ipynb #07d62a72
 import torch
 
 from .pieces import Piece
 from .zoo_encode import small_tokenizer
 
-# %% ../nbs/03j_mistakes.ipynb #985d8794
+# %% ../nbs/03j_mistakes.ipynb #2660eda6
 names_piece = Piece(
     "tokenizer.names_pattern", lesson="03c_special", minutes=10, level=2,
     task="A compiled pattern whose `split` cuts a text at these names and keeps the names. If one "
@@ -28,7 +28,7 @@ names_piece = Piece(
     """,
 )
 
-CHAT_NAMES = ["<|end|>", "<|end|>>", "<tag>", "a.b"]
+CHAT_NAMES = ["<|end|>>", "<|end|>", "<tag>", "<tag>s", "a.b"]
 
 @names_piece.probe("two names in a text")
 def _(f):
@@ -40,7 +40,7 @@ def _(f):
 
 @names_piece.probe("one name begins another")
 def _(f):
-    return f(CHAT_NAMES).split("<|end|>> <|end|> >")
+    return f(CHAT_NAMES).split("<|end|>> <|end|> > <tag>s <tag>")
 
 @names_piece.probe("capitals")
 def _(f):
@@ -54,7 +54,7 @@ def _(f):
 def _(f):
     return f([]).split("abc")
 
-# %% ../nbs/03j_mistakes.ipynb #c5679769
+# %% ../nbs/03j_mistakes.ipynb #d73bdfe9
 names_piece.mistake(
     "names in the order of the list",
     {"sorted(names, key=len, reverse=True)": "list(names)"},
@@ -100,7 +100,7 @@ names_piece.mistake(
     does="The line break behind `<|im_start|>user` disappears.",
 )
 
-# %% ../nbs/03j_mistakes.ipynb #5a0c63ef
+# %% ../nbs/03j_mistakes.ipynb #646e0a3a
 encode_text_piece = Piece(
     "tokenizer.PlainTokenizer.encode", lesson="03c_special", minutes=10, level=1,
     task="The ids of a text. Only with `allow_special` are names of added tokens those tokens. "
@@ -142,7 +142,7 @@ def _(f):
 def _(f):
     return f(small_tokenizer(), "the \ud83e cat")
 
-# %% ../nbs/03j_mistakes.ipynb #3ddb763e
+# %% ../nbs/03j_mistakes.ipynb #94604a8e
 encode_text_piece.mistake(
     "names that count without permission",
     {"if not allow_special:": "if False:"},
@@ -155,12 +155,6 @@ encode_text_piece.mistake(
     {"if not allow_special:": "if True:"},
     why="With permission a name is its token.",
     does="The chat's own marks are spelled in letters, and the model answers as to a document.",
-)
-encode_text_piece.mistake(
-    "a permission turned round",
-    {"if not allow_special:": "if allow_special:"},
-    why="Names count if they are allowed.",
-    does="The user's text can forge tokens, and the program's own cannot make them.",
 )
 encode_text_piece.mistake(
     "tags that are not found, since they are not control tokens",
@@ -183,19 +177,13 @@ encode_text_piece.mistake(
     public="tokenizers#1174",
 )
 encode_text_piece.mistake(
-    "only the first name found",
-    {"self._cut.split(text)": "self._cut.split(text, 1)"},
-    why="A chat has many turns.",
-    does="The first turn begins rightly, and then everything is text.",
-)
-encode_text_piece.mistake(
     "a text that nobody checks",
     {"check_text(text)": "pass"},
     why="Half a character has no bytes, and `check_text` says so in a sentence.",
     does="A text from a JavaScript program ends in an error deep inside.",
 )
 
-# %% ../nbs/03j_mistakes.ipynb #6802e08f
+# %% ../nbs/03j_mistakes.ipynb #afd3a5e2
 decode_piece = Piece(
     "tokenizer.TokenDecoder.decode", lesson="03c_special", minutes=10, level=1,
     task="The text of these ids, a list or a tensor. With `skip_special` the control tokens are "
@@ -242,7 +230,7 @@ def _(f):
 def _(f):
     return f(small_tokenizer(), _ids_of(" the cat != the mat , ."))
 
-# %% ../nbs/03j_mistakes.ipynb #36db099b
+# %% ../nbs/03j_mistakes.ipynb #658c5904
 decode_piece.mistake(
     "each token read as text by itself",
     {'raw = b"".join(self.token_bytes(i)':
@@ -288,8 +276,8 @@ decode_piece.mistake(
 )
 decode_piece.mistake(
     "spaces before signs tidied away",
-    {"return raw": 'for sign in b".,!?":\n            raw = raw.replace(bytes([32, sign]), '
-     "bytes([sign]))\n        return raw"},
+    {"return raw": 'for sign in b".,!?":\n        raw = raw.replace(bytes([32, sign]), '
+     "bytes([sign]))\n    return raw"},
     why="In byte-level BPE the spaces are the text's own.",
     does="`x != y` becomes `x!= y`: code comes out changed.",
     public="transformers#44915",
