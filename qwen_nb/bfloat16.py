@@ -13,7 +13,9 @@ def bf16_to_float32(
     bits:torch.Tensor,  # int16: the patterns as they are stored
 ) -> torch.Tensor:
     "The numbers that bfloat16 patterns stand for, as float32. Exact: float32 has them all."
-    return (bits.int() << 16).view(torch.float32)
+    wide = bits.int()                      # 32 bits each
+    shifted = wide << 16
+    return shifted.view(torch.float32)
 
 # %% ../nbs/02a_bfloat16.ipynb #8912c485
 def float32_to_bf16(
