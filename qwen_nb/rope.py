@@ -27,7 +27,7 @@ def inverse_frequencies(
     for pair j, shape `(head_dim/2,)`, float32 on the CPU.
 
     Raises ValueError for an odd head_dim and for a base that is not above 1.
-    Source: RoFormer (arXiv:2104.09864), 3.2.2; `compute_default_rope_parameters` of transformers."""
+    Source: RoFormer (arXiv:2104.09864); `compute_default_rope_parameters` in transformers."""
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; RoPE turns channels in pairs: expected even")
     if not 1 < theta < math.inf:
