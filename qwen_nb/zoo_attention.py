@@ -11,7 +11,7 @@ import torch
 from .attention import visible_keys
 from .pieces import Piece
 
-# %% ../nbs/06d_mistakes.ipynb #4becf51d
+# %% ../nbs/06d_mistakes.ipynb #9ee2806e
 head_piece = Piece(
     "attention.attend_one_head", lesson="06_attention", minutes=15, level=1,
     task="All queries of one head at once: the mix of the values, and the weights.",
@@ -55,9 +55,14 @@ def _(f):
     q, k, v = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5, 8)
     return f(q, k, v, torch.ones(3, 5).tril(2) > 0)
 
-@head_piece.probe("a whole text, large scores")
+@head_piece.probe("a whole text")
 def _(f):
-    return f(*(4 * torch.randn(3, 6, 16)), torch.ones(6, 6).tril() > 0)
+    return f(*(2 * torch.randn(3, 6, 16)), torch.ones(6, 6).tril() > 0)
+
+@head_piece.probe("one new token")
+def _(f):
+    q, k, v = torch.randn(1, 8), torch.randn(4, 8), torch.randn(4, 8)
+    return f(q, k, v, torch.ones(1, 4) > 0)
 
 @grouped_piece.probe("6 heads share 2")
 def _(f):

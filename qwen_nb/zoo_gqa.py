@@ -13,7 +13,7 @@ from .gqa import Attention
 from .pieces import Piece
 from .rope import cos_sin, inverse_frequencies
 
-# %% ../nbs/06e_mistakes.ipynb #7ba28e54
+# %% ../nbs/06e_mistakes.ipynb #cef89356
 cut_piece = Piece(
     "gqa.Attention.split_heads", lesson="06a_gqa", minutes=5, level=1,
     task="Cut the last axis, all heads side by side, into two: heads and channels. "
@@ -29,7 +29,7 @@ cut_piece = Piece(
     keeps=("x",),
 )
 
-def _layer(**settings):
+def _small_attention(**settings):
     "A layer of 6 query heads and 2 key heads, its norms' weights and its biases not the usual."
     sizes = dict(hidden_size=20, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
     layer = Attention(**sizes | settings)
@@ -38,16 +38,20 @@ def _layer(**settings):
             torch.nn.init.uniform_(p, 0.5, 2)
     return layer
 
-def _turned(position_ids):
+def _tables_turned(position_ids):
     return cos_sin(torch.tensor(position_ids), inverse_frequencies(8, 500.0))
 
 @cut_piece.probe("6 heads")
 def _(f):
-    return f(_layer(), torch.randn(2, 5, 48))
+    return f(_small_attention(), torch.randn(2, 5, 48))
 
 @cut_piece.probe("as many heads as channels")
 def _(f):
-    return f(_layer(), torch.randn(1, 3, 64))
+    return f(_small_attention(), torch.randn(1, 3, 64))
+
+@cut_piece.probe("one token")
+def _(f):
+    return f(_small_attention(), torch.randn(2, 1, 16))
 
 cut_piece.mistake(
     "a cut into (head_dim, heads)",
@@ -78,7 +82,7 @@ cut_piece.mistake(
     does="Heads and tokens are exchanged back again, and each head takes the others for its text.",
 )
 
-# %% ../nbs/06e_mistakes.ipynb #08eef709
+# %% ../nbs/06e_mistakes.ipynb #4201d545
 qkv_piece = Piece(
     "gqa.Attention.qkv", lesson="06a_gqa", minutes=15, level=2,
     task="Queries, keys and values from the hidden states: projected, cut into heads; queries and "
@@ -100,16 +104,16 @@ qkv_piece = Piece(
 
 @qkv_piece.probe("Qwen3, a padded batch")
 def _(f):
-    return f(_layer(), torch.randn(2, 5, 20), *_turned([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]))
+    return f(_small_attention(), torch.randn(2, 5, 20), *_tables_turned([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]))
 
 @qkv_piece.probe("Qwen2: biases, no norms")
 def _(f):
-    layer = _layer(qk_norm=False, qkv_bias=True)
-    return f(layer, torch.randn(2, 4, 20), *_turned([[0, 1, 2, 3], [5, 6, 7, 8]]))
+    layer = _small_attention(qk_norm=False, qkv_bias=True)
+    return f(layer, torch.randn(2, 4, 20), *_tables_turned([[0, 1, 2, 3], [5, 6, 7, 8]]))
 
 @qkv_piece.probe("one new token")
 def _(f):
-    return f(_layer(), torch.randn(1, 1, 20), *_turned([[0]]))
+    return f(_small_attention(), torch.randn(1, 1, 20), *_tables_turned([[0]]))
 
 _PLAIN = {
     f"self.{x}_norm(self.split_heads(self.{x}_proj(x)))": f"self.split_heads(self.{x}_proj(x))"
@@ -136,7 +140,7 @@ qkv_piece.mistake(
      f"self.split_heads(self.{x}_norm(self.{x}_proj(x)))" for x in "qk"},
     why="Each head is normed by itself, with head_dim weights that all heads share.",
     does="An error: the weights do not fit. (With an axis more they would, and heads mix.)",
-    public="gpt-neox#1367",
+    public="Lumina-T2X#112",
 )
 qkv_piece.mistake(
     "one norm over all heads",
@@ -183,7 +187,7 @@ qkv_piece.mistake(
     public="FuxiCTR#30",
 )
 
-# %% ../nbs/06e_mistakes.ipynb #8d7624ed
+# %% ../nbs/06e_mistakes.ipynb #40a84a8c
 module_piece = Piece(
     "gqa.Attention.forward", lesson="06a_gqa", minutes=15, level=2,
     task="The whole layer: `self.qkv`, the cache if there is one, the mix, and `self.o_proj`. "
@@ -217,27 +221,28 @@ class _SlotsOfKeys:
 
 @module_piece.probe("a whole text")
 def _(f):
-    return f(_layer(), torch.randn(2, 5, 20), *_turned([[0, 1, 2, 3, 4]]))
+    return f(_small_attention(), torch.randn(2, 5, 20), *_tables_turned([[0, 1, 2, 3, 4]]))
 
 @module_piece.probe("a padded batch")
 def _(f):
     mask = visible_keys(4, 4, torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
-    return f(_layer(), torch.randn(2, 4, 20), *_turned([[0, 1, 2, 3], [0, 0, 0, 1]]), mask)
+    return f(_small_attention(), torch.randn(2, 4, 20), *_tables_turned([[0, 1, 2, 3], [0, 0, 0, 1]]), mask)
 
 @module_piece.probe("two layers, one cache")
 def _(f):
-    cache, layers = _SlotsOfKeys(), [_layer(layer_idx=1), _layer(layer_idx=2)]
+    cache, layers = _SlotsOfKeys(), [_small_attention(layer_idx=1), _small_attention(layer_idx=2)]
     outs = []
     for positions in ([[0, 1, 2]], [[3]], [[4]]):
         x = torch.randn(1, len(positions[0]), 20)
         for layer in layers:
-            x = f(layer, x, *_turned(positions), None, cache)
+            x = f(layer, x, *_tables_turned(positions), None, cache)
             outs.append(x)
     return [*outs, {slot: k.shape[2] for slot, (k, v) in cache.kv.items()}]
 
 @module_piece.probe("as wide as its heads")
 def _(f):
-    return f(_layer(hidden_size=48), torch.randn(1, 3, 48), *_turned([[0, 1, 2]]))
+    layer, x = _small_attention(hidden_size=48), torch.randn(1, 3, 48)
+    return f(layer, x, *_tables_turned([[0, 1, 2]]))
 
 module_piece.mistake(
     "heads joined without a transpose",

@@ -10,7 +10,7 @@ import torch
 
 from .pieces import Piece
 
-# %% ../nbs/06c_mistakes.ipynb #46eef212
+# %% ../nbs/06c_mistakes.ipynb #2398b2cf
 mask_piece = Piece(
     "attention.visible_keys", lesson="06_attention", minutes=15, level=2,
     task="A mask, True where a query may look: at itself and at every real token before it. "
@@ -34,7 +34,7 @@ mask_piece = Piece(
 def _(f):
     return f(5, 5, None, None)
 
-@mask_piece.probe("3 new tokens, 4 cached")
+@mask_piece.probe("3 new, 4 cached")
 def _(f):
     return f(3, 7, None, None)
 
@@ -46,7 +46,7 @@ def _(f):
 def _(f):
     return f(4, 4, torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]), None)
 
-@mask_piece.probe("padded, 2 new, 3 cached")
+@mask_piece.probe("padded, cached")
 def _(f):
     return f(2, 5, torch.tensor([[False, True, True, True, True], [True] * 5]), None)
 

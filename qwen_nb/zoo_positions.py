@@ -11,7 +11,7 @@ import torch
 from .norm import RMSNorm
 from .pieces import Piece
 
-# %% ../nbs/05b_mistakes.ipynb #84609a0f
+# %% ../nbs/05b_mistakes.ipynb #ee0578df
 norm_piece = Piece(
     "norm.RMSNorm.forward", lesson="04_rmsnorm", minutes=10, level=1,
     task="Divide each vector by its root mean square, then scale each channel by `self.weight`. "
@@ -49,7 +49,7 @@ def _(f):
 def _(f):
     return f(_norm_of(64, torch.bfloat16), torch.randn(2, 5, 64).bfloat16())
 
-@norm_piece.probe("float16, channels of 300")
+@norm_piece.probe("float16, large")
 def _(f):
     return f(_norm_of(8, torch.float16), 300 + torch.randn(3, 8).half())
 
@@ -57,7 +57,7 @@ def _(f):
 def _(f):
     return f(_norm_of(4, torch.float32), torch.zeros(1, 4))
 
-# %% ../nbs/05b_mistakes.ipynb #ad2e39f2
+# %% ../nbs/05b_mistakes.ipynb #695ebd26
 norm_piece.mistake(
     "RMSNorm with the weight before the cast",
     {"self.weight * h.to(x.dtype)": "(self.weight * h.float()).to(x.dtype)"},
@@ -126,7 +126,7 @@ norm_piece.mistake(
 norm_piece.mistake(
     "1 + weight, as in Gemma",
     {"self.weight": "(1 + self.weight)"},
-    why="Gemma and Qwen3-Next keep the weight's distance from 1; Qwen2 and Qwen3 the weight itself.",
+    why="Gemma keeps the weight's distance from 1, as Qwen3-Next does; Qwen3 the weight itself.",
     does="Every norm is about twice as large, and a norm stands before everything: nonsense.",
     public="vllm#31464",
 )
@@ -138,7 +138,7 @@ norm_piece.mistake(
     public="llm-foundry#372",
 )
 
-# %% ../nbs/05b_mistakes.ipynb #08e0ea0a
+# %% ../nbs/05b_mistakes.ipynb #f4273331
 half_piece = Piece(
     "rope.rotate_half", lesson="05_rope", minutes=5, level=1,
     task="Channel j and channel j + d/2 are a pair. Give every pair (a, b) a quarter turn.",
@@ -154,9 +154,9 @@ half_piece = Piece(
     keeps=("x",),
 )
 
-@half_piece.probe("one vector")
+@half_piece.probe("two channels")
 def _(f):
-    return f(torch.arange(1.0, 7))
+    return f(torch.tensor([[1.0, 2], [3, 4], [5, 6]]))
 
 @half_piece.probe("queries of a batch")
 def _(f):
@@ -203,7 +203,7 @@ half_piece.mistake(
     does="Tokens are mixed with tokens from the other half of the text, later ones too.",
 )
 
-# %% ../nbs/05b_mistakes.ipynb #06c7355e
+# %% ../nbs/05b_mistakes.ipynb #bd199056
 turn_piece = Piece(
     "rope.apply_rope", lesson="05_rope", minutes=10, level=1,
     task="Turn every pair of channels of every head by the angle whose cos and sin are given; "
@@ -226,7 +226,7 @@ def _tables_at(position_ids, head_dim=8):
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
-@turn_piece.probe("two rows at other positions")
+@turn_piece.probe("two rows")
 def _(f):
     return f(torch.randn(2, 6, 3, 8), *_tables_at([[0, 1, 2], [7, 8, 12]]))
 
@@ -237,6 +237,10 @@ def _(f):
 @turn_piece.probe("one row")
 def _(f):
     return f(torch.randn(1, 2, 5, 8), *_tables_at([[0, 1, 2, 3, 4]]))
+
+@turn_piece.probe("position 0")
+def _(f):
+    return f(torch.randn(1, 2, 1, 8), *_tables_at([[0]]))
 
 turn_piece.mistake(
     "cos and sin exchanged",

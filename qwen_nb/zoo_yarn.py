@@ -8,7 +8,7 @@ __all__ = ['ramp_piece', 'yarn_piece']
 # %% ../nbs/05d_mistakes.ipynb #b945017f
 from .pieces import Piece
 
-# %% ../nbs/05d_mistakes.ipynb #a859dcf9
+# %% ../nbs/05d_mistakes.ipynb #6423b6bb
 ramp_piece = Piece(
     "yarn.yarn_ramp", lesson="05a_yarn", minutes=20, level=3,
     task="For each pair, from 0 to 1, how far YaRN slows it: 0 where it makes more than "
@@ -30,7 +30,7 @@ ramp_piece = Piece(
 def _(f):
     return f(128, 1e6, 32_768)
 
-@ramp_piece.probe("other betas, not rounded")
+@ramp_piece.probe("other betas")
 def _(f):
     return f(32, 1e5, 4096, 16, 2, False)
 
@@ -42,7 +42,7 @@ def _(f):
 def _(f):
     return f(32, 1e4, 131_072)
 
-@ramp_piece.probe("a context of 6 tokens")
+@ramp_piece.probe("6 tokens")
 def _(f):
     return f(16, 1e4, 6)
 
@@ -116,7 +116,7 @@ ramp_piece.mistake(
     does="NaN in one pair, and after the first layer everywhere; only in odd configs.",
 )
 
-# %% ../nbs/05d_mistakes.ipynb #a39e2558
+# %% ../nbs/05d_mistakes.ipynb #c6bf82cb
 yarn_piece = Piece(
     "yarn.yarn_frequencies", lesson="05a_yarn", minutes=15, level=2,
     task="YaRN's speeds, and the factor for cos and sin. `inverse_frequencies` and `yarn_ramp` "
@@ -139,7 +139,7 @@ yarn_piece = Piece(
 def _(f):
     return f(128, 1e6, 4.0, 32_768)
 
-@yarn_piece.probe("other betas, not rounded")
+@yarn_piece.probe("other betas")
 def _(f):
     return f(32, 1e5, 8.0, 4096, beta_fast=16, beta_slow=2, truncate=False)
 
