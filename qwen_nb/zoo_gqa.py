@@ -13,7 +13,7 @@ from .gqa import Attention
 from .pieces import Piece
 from .rope import cos_sin, inverse_frequencies
 
-# %% ../nbs/06e_mistakes.ipynb #cef89356
+# %% ../nbs/06e_mistakes.ipynb #efd32e83
 cut_piece = Piece(
     "gqa.Attention.split_heads", lesson="06a_gqa", minutes=5, level=1,
     task="Cut the last axis, all heads side by side, into two: heads and channels. "
@@ -29,7 +29,7 @@ cut_piece = Piece(
     keeps=("x",),
 )
 
-def _small_attention(**settings):
+def _gqa_layer(**settings):
     "A layer of 6 query heads and 2 key heads, its norms' weights and its biases not the usual."
     sizes = dict(hidden_size=20, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
     layer = Attention(**sizes | settings)
@@ -38,20 +38,20 @@ def _small_attention(**settings):
             torch.nn.init.uniform_(p, 0.5, 2)
     return layer
 
-def _tables_turned(position_ids):
+def _gqa_tables(position_ids):
     return cos_sin(torch.tensor(position_ids), inverse_frequencies(8, 500.0))
 
 @cut_piece.probe("6 heads")
 def _(f):
-    return f(_small_attention(), torch.randn(2, 5, 48))
+    return f(_gqa_layer(), torch.randn(2, 5, 48))
 
 @cut_piece.probe("as many heads as channels")
 def _(f):
-    return f(_small_attention(), torch.randn(1, 3, 64))
+    return f(_gqa_layer(), torch.randn(1, 3, 64))
 
 @cut_piece.probe("one token")
 def _(f):
-    return f(_small_attention(), torch.randn(2, 1, 16))
+    return f(_gqa_layer(), torch.randn(2, 1, 16))
 
 cut_piece.mistake(
     "a cut into (head_dim, heads)",
@@ -82,7 +82,7 @@ cut_piece.mistake(
     does="Heads and tokens are exchanged back again, and each head takes the others for its text.",
 )
 
-# %% ../nbs/06e_mistakes.ipynb #4201d545
+# %% ../nbs/06e_mistakes.ipynb #4cfdb421
 qkv_piece = Piece(
     "gqa.Attention.qkv", lesson="06a_gqa", minutes=15, level=2,
     task="Queries, keys and values from the hidden states: projected, cut into heads; queries and "
@@ -104,16 +104,16 @@ qkv_piece = Piece(
 
 @qkv_piece.probe("Qwen3, a padded batch")
 def _(f):
-    return f(_small_attention(), torch.randn(2, 5, 20), *_tables_turned([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]))
+    return f(_gqa_layer(), torch.randn(2, 5, 20), *_gqa_tables([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]))
 
 @qkv_piece.probe("Qwen2: biases, no norms")
 def _(f):
-    layer = _small_attention(qk_norm=False, qkv_bias=True)
-    return f(layer, torch.randn(2, 4, 20), *_tables_turned([[0, 1, 2, 3], [5, 6, 7, 8]]))
+    layer = _gqa_layer(qk_norm=False, qkv_bias=True)
+    return f(layer, torch.randn(2, 4, 20), *_gqa_tables([[0, 1, 2, 3], [5, 6, 7, 8]]))
 
 @qkv_piece.probe("one new token")
 def _(f):
-    return f(_small_attention(), torch.randn(1, 1, 20), *_tables_turned([[0]]))
+    return f(_gqa_layer(), torch.randn(1, 1, 20), *_gqa_tables([[0]]))
 
 _PLAIN = {
     f"self.{x}_norm(self.split_heads(self.{x}_proj(x)))": f"self.split_heads(self.{x}_proj(x))"
@@ -187,7 +187,7 @@ qkv_piece.mistake(
     public="FuxiCTR#30",
 )
 
-# %% ../nbs/06e_mistakes.ipynb #40a84a8c
+# %% ../nbs/06e_mistakes.ipynb #00af47b0
 module_piece = Piece(
     "gqa.Attention.forward", lesson="06a_gqa", minutes=15, level=2,
     task="The whole layer: `self.qkv`, the cache if there is one, the mix, and `self.o_proj`. "
@@ -221,28 +221,23 @@ class _SlotsOfKeys:
 
 @module_piece.probe("a whole text")
 def _(f):
-    return f(_small_attention(), torch.randn(2, 5, 20), *_tables_turned([[0, 1, 2, 3, 4]]))
+    return f(_gqa_layer(), torch.randn(2, 5, 20), *_gqa_tables([[0, 1, 2, 3, 4]]))
 
 @module_piece.probe("a padded batch")
 def _(f):
     mask = visible_keys(4, 4, torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
-    return f(_small_attention(), torch.randn(2, 4, 20), *_tables_turned([[0, 1, 2, 3], [0, 0, 0, 1]]), mask)
+    return f(_gqa_layer(), torch.randn(2, 4, 20), *_gqa_tables([[0, 1, 2, 3], [0, 0, 0, 1]]), mask)
 
 @module_piece.probe("two layers, one cache")
 def _(f):
-    cache, layers = _SlotsOfKeys(), [_small_attention(layer_idx=1), _small_attention(layer_idx=2)]
+    cache, layers = _SlotsOfKeys(), [_gqa_layer(layer_idx=1), _gqa_layer(layer_idx=2)]
     outs = []
     for positions in ([[0, 1, 2]], [[3]], [[4]]):
         x = torch.randn(1, len(positions[0]), 20)
         for layer in layers:
-            x = f(layer, x, *_tables_turned(positions), None, cache)
+            x = f(layer, x, *_gqa_tables(positions), None, cache)
             outs.append(x)
     return [*outs, {slot: k.shape[2] for slot, (k, v) in cache.kv.items()}]
-
-@module_piece.probe("as wide as its heads")
-def _(f):
-    layer, x = _small_attention(hidden_size=48), torch.randn(1, 3, 48)
-    return f(layer, x, *_tables_turned([[0, 1, 2]]))
 
 module_piece.mistake(
     "heads joined without a transpose",
