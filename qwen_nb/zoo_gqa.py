@@ -187,15 +187,14 @@ qkv_piece.mistake(
     public="FuxiCTR#30",
 )
 
-# %% ../nbs/06e_mistakes.ipynb #00af47b0
+# %% ../nbs/06e_mistakes.ipynb #f528f949
 module_piece = Piece(
     "gqa.Attention.forward", lesson="06a_gqa", minutes=15, level=2,
     task="The whole layer: `self.qkv`, the cache if there is one, the mix, and `self.o_proj`. "
          "`self.which_mix(v, cache)` gives the function that mixes.",
     hints=(
         "The mix has its heads before its tokens; `o_proj` wants one row for each token.",
-        "`cache.update` gives back old and new keys and values together, and wants to know whose "
-        "they are. The mix gets the mask that you got.",
+        "`cache.update` gives back old and new together. The mix gets the mask that you got.",
     ),
     shapes="""
     x            (batch, seq, hidden_size)
@@ -221,7 +220,8 @@ class _SlotsOfKeys:
 
 @module_piece.probe("a whole text")
 def _(f):
-    return f(_gqa_layer(), torch.randn(2, 5, 20), *_gqa_tables([[0, 1, 2, 3, 4]]))
+    layer, x = _gqa_layer(hidden_size=48), torch.randn(2, 5, 48)    # as wide as its heads
+    return f(layer, x, *_gqa_tables([[0, 1, 2, 3, 4]]))
 
 @module_piece.probe("a padded batch")
 def _(f):
