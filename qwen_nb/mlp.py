@@ -26,4 +26,6 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x:torch.Tensor) -> torch.Tensor:  # (..., hidden_size) in and out
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))                # (..., intermediate_size)
+        up = self.up_proj(x)                            # the same
+        return self.down_proj(gate * up)
