@@ -980,5 +980,11 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qwen_nb.yarn.read_scaling': ('yarn.html#read_scaling', 'qwen_nb/yarn.py'),
                               'qwen_nb.yarn.yarn_frequencies': ('yarn.html#yarn_frequencies', 'qwen_nb/yarn.py'),
                               'qwen_nb.yarn.yarn_ramp': ('yarn.html#yarn_ramp', 'qwen_nb/yarn.py')},
+            'qwen_nb.zoo_balance': { 'qwen_nb.zoo_balance._': ('mistakes.html#_', 'qwen_nb/zoo_balance.py'),
+                                     'qwen_nb.zoo_balance._fused_layer': ('mistakes.html#_fused_layer', 'qwen_nb/zoo_balance.py'),
+                                     'qwen_nb.zoo_balance._sparse_layer': ('mistakes.html#_sparse_layer', 'qwen_nb/zoo_balance.py'),
+                                     'qwen_nb.zoo_balance._uneven_layers': ('mistakes.html#_uneven_layers', 'qwen_nb/zoo_balance.py')},
+            'qwen_nb.zoo_moe': { 'qwen_nb.zoo_moe._': ('mistakes.html#_', 'qwen_nb/zoo_moe.py'),
+                                 'qwen_nb.zoo_moe._four_experts': ('mistakes.html#_four_experts', 'qwen_nb/zoo_moe.py')},
             'qwen_nb.zoo_positions': { 'qwen_nb.zoo_positions._': ('mistakes.html#_', 'qwen_nb/zoo_positions.py'),
                                        'qwen_nb.zoo_positions.a_norm': ('mistakes.html#a_norm', 'qwen_nb/zoo_positions.py')}}}
