@@ -984,7 +984,16 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'qwen_nb.zoo_balance._fused_layer': ('mistakes.html#_fused_layer', 'qwen_nb/zoo_balance.py'),
                                      'qwen_nb.zoo_balance._sparse_layer': ('mistakes.html#_sparse_layer', 'qwen_nb/zoo_balance.py'),
                                      'qwen_nb.zoo_balance._uneven_layers': ('mistakes.html#_uneven_layers', 'qwen_nb/zoo_balance.py')},
+            'qwen_nb.zoo_chat': { 'qwen_nb.zoo_chat._': ('mistakes.html#_', 'qwen_nb/zoo_chat.py'),
+                                  'qwen_nb.zoo_chat._conversation': ('mistakes.html#_conversation', 'qwen_nb/zoo_chat.py'),
+                                  'qwen_nb.zoo_chat._each_place': ('mistakes.html#_each_place', 'qwen_nb/zoo_chat.py'),
+                                  'qwen_nb.zoo_chat.who_wrote': ('mistakes.html#who_wrote', 'qwen_nb/zoo_chat.py')},
             'qwen_nb.zoo_moe': { 'qwen_nb.zoo_moe._': ('mistakes.html#_', 'qwen_nb/zoo_moe.py'),
                                  'qwen_nb.zoo_moe._four_experts': ('mistakes.html#_four_experts', 'qwen_nb/zoo_moe.py')},
             'qwen_nb.zoo_positions': { 'qwen_nb.zoo_positions._': ('mistakes.html#_', 'qwen_nb/zoo_positions.py'),
-                                       'qwen_nb.zoo_positions.a_norm': ('mistakes.html#a_norm', 'qwen_nb/zoo_positions.py')}}}
+                                       'qwen_nb.zoo_positions.a_norm': ('mistakes.html#a_norm', 'qwen_nb/zoo_positions.py')},
+            'qwen_nb.zoo_prompt': { 'qwen_nb.zoo_prompt._': ('mistakes.html#_', 'qwen_nb/zoo_prompt.py'),
+                                    'qwen_nb.zoo_prompt._run_texts': ('mistakes.html#_run_texts', 'qwen_nb/zoo_prompt.py'),
+                                    'qwen_nb.zoo_prompt._small_tokenizer': ('mistakes.html#_small_tokenizer', 'qwen_nb/zoo_prompt.py')},
+            'qwen_nb.zoo_turns': { 'qwen_nb.zoo_turns._': ('mistakes.html#_', 'qwen_nb/zoo_turns.py'),
+                                   'qwen_nb.zoo_turns._at_work': ('mistakes.html#_at_work', 'qwen_nb/zoo_turns.py')}}}
