@@ -988,6 +988,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'qwen_nb.zoo_chat._conversation': ('mistakes.html#_conversation', 'qwen_nb/zoo_chat.py'),
                                   'qwen_nb.zoo_chat._each_place': ('mistakes.html#_each_place', 'qwen_nb/zoo_chat.py'),
                                   'qwen_nb.zoo_chat.who_wrote': ('mistakes.html#who_wrote', 'qwen_nb/zoo_chat.py')},
+            'qwen_nb.zoo_int8': { 'qwen_nb.zoo_int8._': ('mistakes.html#_', 'qwen_nb/zoo_int8.py'),
+                                  'qwen_nb.zoo_int8._sure_codes': ('mistakes.html#_sure_codes', 'qwen_nb/zoo_int8.py'),
+                                  'qwen_nb.zoo_int8._uneven_heads': ('mistakes.html#_uneven_heads', 'qwen_nb/zoo_int8.py')},
+            'qwen_nb.zoo_long': {'qwen_nb.zoo_long._': ('mistakes.html#_', 'qwen_nb/zoo_long.py')},
             'qwen_nb.zoo_moe': { 'qwen_nb.zoo_moe._': ('mistakes.html#_', 'qwen_nb/zoo_moe.py'),
                                  'qwen_nb.zoo_moe._four_experts': ('mistakes.html#_four_experts', 'qwen_nb/zoo_moe.py')},
             'qwen_nb.zoo_positions': { 'qwen_nb.zoo_positions._': ('mistakes.html#_', 'qwen_nb/zoo_positions.py'),
@@ -996,4 +1000,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'qwen_nb.zoo_prompt._run_texts': ('mistakes.html#_run_texts', 'qwen_nb/zoo_prompt.py'),
                                     'qwen_nb.zoo_prompt._small_tokenizer': ('mistakes.html#_small_tokenizer', 'qwen_nb/zoo_prompt.py')},
             'qwen_nb.zoo_turns': { 'qwen_nb.zoo_turns._': ('mistakes.html#_', 'qwen_nb/zoo_turns.py'),
-                                   'qwen_nb.zoo_turns._at_work': ('mistakes.html#_at_work', 'qwen_nb/zoo_turns.py')}}}
+                                   'qwen_nb.zoo_turns._at_work': ('mistakes.html#_at_work', 'qwen_nb/zoo_turns.py')},
+            'qwen_nb.zoo_windows': {'qwen_nb.zoo_windows._': ('mistakes.html#_', 'qwen_nb/zoo_windows.py')}}}

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['sparse_piece', 'unfuse_piece', 'balance_piece']
 
-# %% ../nbs/14d_mistakes.ipynb #a581c079
+# %% ../nbs/14d_mistakes.ipynb #6c78fa11
 import torch
 
 from .moe import SparseMLP
 from .pieces import Piece
 
-# %% ../nbs/14d_mistakes.ipynb #cebcf943
+# %% ../nbs/14d_mistakes.ipynb #6b6d8af2
 sparse_piece = Piece(
     "moe.SparseMLP.forward", lesson="14_moe", minutes=10, level=2,
     task="Route every position with `self.gate`, mix the chosen experts, and add the shared "
@@ -48,7 +48,7 @@ def _(f):
 def _(f):
     return f(_sparse_layer(False, True), torch.randn(4, 8))
 
-# %% ../nbs/14d_mistakes.ipynb #d3949be7
+# %% ../nbs/14d_mistakes.ipynb #68633695
 sparse_piece.mistake(
     "the shared expert without its gate",
     {"self.shared_expert_gate(flat).sigmoid() * self.": "self."},
@@ -82,7 +82,7 @@ sparse_piece.mistake(
     does="Adding it to the residual stream fails, or for a batch of one spreads it over all rows.",
 )
 
-# %% ../nbs/14d_mistakes.ipynb #46503b04
+# %% ../nbs/14d_mistakes.ipynb #dfa556c8
 unfuse_piece = Piece(
     "moe.unfuse", lesson="14_moe", minutes=15, level=2,
     task="From tensors that hold all experts of a layer to one tensor for each expert and matrix, "
@@ -128,7 +128,7 @@ def _(f):
 def _(f):
     return f({"mlp.experts.gate_up_proj": torch.randn(3, 7, 6)})
 
-# %% ../nbs/14d_mistakes.ipynb #4418ce98
+# %% ../nbs/14d_mistakes.ipynb #0a9dd9f0
 unfuse_piece.mistake(
     "up before gate",
     {"zip(parts, of": "zip(parts[::-1], of"},
@@ -183,7 +183,7 @@ unfuse_piece.mistake(
     does="Loading by name stops: nearly everything is missing.",
 )
 
-# %% ../nbs/14d_mistakes.ipynb #0c923a26
+# %% ../nbs/14d_mistakes.ipynb #e8a2615c
 balance_piece = Piece(
     "balance.load_balancing_loss", lesson="14b_balance", minutes=20, level=3,
     task="From the routers' scores to one number: the number of experts times the sum, over "
@@ -227,7 +227,7 @@ def _(f):
     logits = [z.requires_grad_() for z in _uneven_layers()]
     return torch.autograd.grad(f(logits, 2), logits)
 
-# %% ../nbs/14d_mistakes.ipynb #35dc9a5c
+# %% ../nbs/14d_mistakes.ipynb #3834aafb
 balance_piece.mistake(
     "padding that counts",
     {"real = attention_mask.flatten().float().repeat(len(logits))": "pass"},

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['query_piece', 'assistant_piece', 'who_wrote']
 
-# %% ../nbs/10e_mistakes.ipynb #3f630838
+# %% ../nbs/10e_mistakes.ipynb #d06927ce
 from .chatml import Control, Message
 from .pieces import Piece
 
-# %% ../nbs/10e_mistakes.ipynb #12a424e8
+# %% ../nbs/10e_mistakes.ipynb #9147753b
 def who_wrote(
     pieces,  # of a prompt
 ) -> dict:
@@ -23,7 +23,7 @@ def who_wrote(
             parts.append([who, str(piece)])
     return dict(text="".join(pieces), parts=[f"{who}: {text!r}" for who, text in parts])
 
-# %% ../nbs/10e_mistakes.ipynb #06f6b713
+# %% ../nbs/10e_mistakes.ipynb #b3a510e2
 query_piece = Piece(
     "chatml.last_query", lesson="10_chat", minutes=5, level=1,
     task="The index of the last message in which a user asks something, or None if there is "
@@ -64,7 +64,7 @@ def _(f):
 def _(f):
     return [f(_conversation("system: Tell a story.", "assistant: Once.")), f([])]
 
-# %% ../nbs/10e_mistakes.ipynb #be996cd7
+# %% ../nbs/10e_mistakes.ipynb #c2bd7ff7
 query_piece.mistake(
     "the first question, not the last",
     {"reversed(range(len(messages)))": "range(len(messages))"},
@@ -109,7 +109,7 @@ query_piece.mistake(
     public="LlamaFactory#10773",
 )
 
-# %% ../nbs/10e_mistakes.ipynb #3dedd02d
+# %% ../nbs/10e_mistakes.ipynb #c6342f22
 assistant_piece = Piece(
     "chatml.assistant_pieces", lesson="10_chat", minutes=25, level=3,
     task="Yield the pieces of one assistant's message: the header, its thought where the family "
@@ -161,7 +161,7 @@ def _(f):
     odd = Message("assistant", "Write <|im_end|> here.", "Is <think> a token?")
     return _each_place(f, "qwen3", odd)
 
-# %% ../nbs/10e_mistakes.ipynb #8d2c8a0c
+# %% ../nbs/10e_mistakes.ipynb #aa8a66f5
 assistant_piece.mistake(
     "thoughts of earlier turns kept",
     {"asked_before and has_place": "has_place"},
