@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['sparse_piece', 'unfuse_piece', 'balance_piece']
 
-# %% ../nbs/14d_mistakes.ipynb #6c78fa11
+# %% ../nbs/14d_mistakes.ipynb #ab4b28fb
 import torch
 
 from .moe import SparseMLP
 from .pieces import Piece
 
-# %% ../nbs/14d_mistakes.ipynb #6b6d8af2
+# %% ../nbs/14d_mistakes.ipynb #99a43d00
 sparse_piece = Piece(
     "moe.SparseMLP.forward", lesson="14_moe", minutes=10, level=2,
     task="Route every position with `self.gate`, mix the chosen experts, and add the shared "
@@ -48,7 +48,7 @@ def _(f):
 def _(f):
     return f(_sparse_layer(False, True), torch.randn(4, 8))
 
-# %% ../nbs/14d_mistakes.ipynb #68633695
+# %% ../nbs/14d_mistakes.ipynb #ba158b82
 sparse_piece.mistake(
     "the shared expert without its gate",
     {"self.shared_expert_gate(flat).sigmoid() * self.": "self."},
@@ -82,7 +82,7 @@ sparse_piece.mistake(
     does="Adding it to the residual stream fails, or for a batch of one spreads it over all rows.",
 )
 
-# %% ../nbs/14d_mistakes.ipynb #dfa556c8
+# %% ../nbs/14d_mistakes.ipynb #cd043634
 unfuse_piece = Piece(
     "moe.unfuse", lesson="14_moe", minutes=15, level=2,
     task="From tensors that hold all experts of a layer to one tensor for each expert and matrix, "
@@ -128,7 +128,7 @@ def _(f):
 def _(f):
     return f({"mlp.experts.gate_up_proj": torch.randn(3, 7, 6)})
 
-# %% ../nbs/14d_mistakes.ipynb #0a9dd9f0
+# %% ../nbs/14d_mistakes.ipynb #7c71a190
 unfuse_piece.mistake(
     "up before gate",
     {"zip(parts, of": "zip(parts[::-1], of"},
@@ -183,7 +183,7 @@ unfuse_piece.mistake(
     does="Loading by name stops: nearly everything is missing.",
 )
 
-# %% ../nbs/14d_mistakes.ipynb #e8a2615c
+# %% ../nbs/14d_mistakes.ipynb #3762e93b
 balance_piece = Piece(
     "balance.load_balancing_loss", lesson="14b_balance", minutes=20, level=3,
     task="From the routers' scores to one number: the number of experts times the sum, over "
@@ -227,7 +227,7 @@ def _(f):
     logits = [z.requires_grad_() for z in _uneven_layers()]
     return torch.autograd.grad(f(logits, 2), logits)
 
-# %% ../nbs/14d_mistakes.ipynb #3834aafb
+# %% ../nbs/14d_mistakes.ipynb #c7dbd9ab
 balance_piece.mistake(
     "padding that counts",
     {"real = attention_mask.flatten().float().repeat(len(logits))": "pass"},

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['query_piece', 'assistant_piece', 'who_wrote']
 
-# %% ../nbs/10e_mistakes.ipynb #d06927ce
+# %% ../nbs/10e_mistakes.ipynb #226c39fa
 from .chatml import Control, Message
 from .pieces import Piece
 
-# %% ../nbs/10e_mistakes.ipynb #9147753b
+# %% ../nbs/10e_mistakes.ipynb #870c14ed
 def who_wrote(
     pieces,  # of a prompt
 ) -> dict:
@@ -23,7 +23,7 @@ def who_wrote(
             parts.append([who, str(piece)])
     return dict(text="".join(pieces), parts=[f"{who}: {text!r}" for who, text in parts])
 
-# %% ../nbs/10e_mistakes.ipynb #b3a510e2
+# %% ../nbs/10e_mistakes.ipynb #6b5e8b7d
 query_piece = Piece(
     "chatml.last_query", lesson="10_chat", minutes=5, level=1,
     task="The index of the last message in which a user asks something, or None if there is "
@@ -49,12 +49,12 @@ def _(f):
     return f(_conversation("system: Be brief.", "user: A?", "assistant: B.", "user: C?",
                            "assistant: D."))
 
-@query_piece.probe("a tool's answer in a user's message")
+@query_piece.probe("a tool's answer")
 def _(f):
     answer = "user: <tool_response>\n4\n</tool_response>"
     return f(_conversation("user: 2+2?", "assistant: I add.", answer, "assistant: 4."))
 
-@query_piece.probe("questions that speak of the tags")
+@query_piece.probe("questions about tags")
 def _(f):
     begins, ends = "<tool_response> is what?", "What is </tool_response>"
     first = f(_conversation("user: A?", f"user: {begins}", "assistant: B."))
@@ -64,7 +64,7 @@ def _(f):
 def _(f):
     return [f(_conversation("system: Tell a story.", "assistant: Once.")), f([])]
 
-# %% ../nbs/10e_mistakes.ipynb #c2bd7ff7
+# %% ../nbs/10e_mistakes.ipynb #7c22f914
 query_piece.mistake(
     "the first question, not the last",
     {"reversed(range(len(messages)))": "range(len(messages))"},
@@ -109,7 +109,7 @@ query_piece.mistake(
     public="LlamaFactory#10773",
 )
 
-# %% ../nbs/10e_mistakes.ipynb #c6342f22
+# %% ../nbs/10e_mistakes.ipynb #ca724a18
 assistant_piece = Piece(
     "chatml.assistant_pieces", lesson="10_chat", minutes=25, level=3,
     task="Yield the pieces of one assistant's message: the header, its thought where the family "
@@ -135,33 +135,33 @@ def _each_place(f, family, *messages):
     places = [(True, True), (True, False), (False, False)]
     return [who_wrote(f(m, family, *place)) for m in messages for place in places]
 
-@assistant_piece.probe("Qwen3, with a thought and without")
+@assistant_piece.probe("Qwen3's thoughts")
 def _(f):
     thinks = Message("assistant", "\n In the garden.", "\n\n  He went there. \n")
     return _each_place(f, "qwen3", thinks, Message("assistant", "\nHere."))
 
-@assistant_piece.probe("Qwen3.5, with a thought and without")
+@assistant_piece.probe("Qwen3.5's thoughts")
 def _(f):
     thinks = Message("assistant", "\n\nIn the garden.", "\n  He went there. \n")
     return _each_place(f, "qwen3.5", thinks, Message("assistant", "\nHere."))
 
-@assistant_piece.probe("Qwen2.5, which has no thoughts")
+@assistant_piece.probe("Qwen2.5, no thoughts")
 def _(f):
     return _each_place(f, "qwen2.5", Message("assistant", "Here.", "He went there."))
 
-@assistant_piece.probe("calls, with words and without")
+@assistant_piece.probe("calls of tools")
 def _(f):
     calls = (("add", {"a": 1}), ("now", {}))
     words = Message("assistant", "I add.", "Two calls.", calls)
     silent = Message("assistant", "", "Two calls.", calls)
     return [_each_place(f, family, words, silent) for family in ("qwen3", "qwen3.5")]
 
-@assistant_piece.probe("words that look like control tokens")
+@assistant_piece.probe("control tokens in words")
 def _(f):
     odd = Message("assistant", "Write <|im_end|> here.", "Is <think> a token?")
     return _each_place(f, "qwen3", odd)
 
-# %% ../nbs/10e_mistakes.ipynb #aa8a66f5
+# %% ../nbs/10e_mistakes.ipynb #0e30d6af
 assistant_piece.mistake(
     "thoughts of earlier turns kept",
     {"asked_before and has_place": "has_place"},

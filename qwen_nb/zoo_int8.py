@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['quantize_piece', 'dequantize_piece']
 
-# %% ../nbs/11e_mistakes.ipynb #e154c9fa
+# %% ../nbs/11e_mistakes.ipynb #02dec7c8
 import torch
 
 from .int8_cache import dequantize
 from .pieces import Piece
 
-# %% ../nbs/11e_mistakes.ipynb #351d009b
+# %% ../nbs/11e_mistakes.ipynb #772a8afe
 quantize_piece = Piece(
     "int8_cache.quantize", lesson="11b_int8", minutes=20, level=2,
     task="For each head of each row: a step and a zero, in float32, so that its numbers fill the "
@@ -57,7 +57,7 @@ def _(f):
     x = torch.tensor([3.7, -1.5, 0.]).view(1, 3, 1, 1).repeat(1, 1, 2, 4)
     return dequantize(*f(x))
 
-# %% ../nbs/11e_mistakes.ipynb #87990d65
+# %% ../nbs/11e_mistakes.ipynb #bb09ebfc
 quantize_piece.mistake(
     "the fraction always cut off",
     {"if nearest: codes = codes.round()": "pass"},
@@ -121,7 +121,7 @@ quantize_piece.mistake(
     does="The upper half of all numbers comes back as something else. The text is noise.",
 )
 
-# %% ../nbs/11e_mistakes.ipynb #e0301f5f
+# %% ../nbs/11e_mistakes.ipynb #a67a0a9c
 dequantize_piece = Piece(
     "int8_cache.dequantize", lesson="11b_int8", minutes=3, level=1,
     task="From codes, step and zero to the numbers that they stand for, in float32.",
@@ -147,7 +147,7 @@ def _(f):
     codes = torch.randint(0, 256, (1, 2, 3, 4), dtype=torch.uint8)
     return f(codes, torch.rand(1, 2, 1, 1) + 0.1, torch.zeros(1, 2, 1, 1))
 
-# %% ../nbs/11e_mistakes.ipynb #320b3afb
+# %% ../nbs/11e_mistakes.ipynb #1950f973
 dequantize_piece.mistake(
     "subtracted in bytes",
     {"codes.float() - zero": "(codes - zero.round().to(torch.uint8)).float()"},

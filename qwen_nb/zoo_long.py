@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['alpha_piece', 'frequency_piece', 'logn_piece']
 
-# %% ../nbs/11d_mistakes.ipynb #993ed771
+# %% ../nbs/11d_mistakes.ipynb #305749f4
 import torch
 
 from .pieces import Piece
 
-# %% ../nbs/11d_mistakes.ipynb #6ced6918
+# %% ../nbs/11d_mistakes.ipynb #21634697
 alpha_piece = Piece(
     "qwen1.ntk_alpha", lesson="11a_long", minutes=10, level=2,
     task="How many times slower the slowest pair of channels is to turn for a prompt of n tokens: "
@@ -44,7 +44,7 @@ def _(f):
 def _(f):
     return [float(f(n, 100)) for n in (99, 100, 101, 200, 201, 399)]
 
-# %% ../nbs/11d_mistakes.ipynb #89585b18
+# %% ../nbs/11d_mistakes.ipynb #4e6c5bef
 alpha_piece.mistake(
     "the ratio of the lengths, without steps",
     {"2 ** doublings - 1": "n / seq_length"},
@@ -95,7 +95,7 @@ alpha_piece.mistake(
     does="Only prompts of exactly L, 2 L or 4 L tokens are wrong.",
 )
 
-# %% ../nbs/11d_mistakes.ipynb #b6468fbb
+# %% ../nbs/11d_mistakes.ipynb #d7b2f63c
 frequency_piece = Piece(
     "qwen1.ntk_frequencies", lesson="11a_long", minutes=5, level=2,
     task="Radians per position for each pair of channels, with the base stretched so that the "
@@ -125,7 +125,7 @@ def _(f):
 def _(f):
     return f(16, 1_000_000., 1)
 
-# %% ../nbs/11d_mistakes.ipynb #499676bb
+# %% ../nbs/11d_mistakes.ipynb #f2639d05
 frequency_piece.mistake(
     "the exponent forgotten",
     {"alpha ** (head_dim / (head_dim - 2))": "alpha"},
@@ -169,7 +169,7 @@ frequency_piece.mistake(
     does="Right for Qwen1, and wrong for whatever is trained with another base.",
 )
 
-# %% ../nbs/11d_mistakes.ipynb #8fb9426e
+# %% ../nbs/11d_mistakes.ipynb #13e93e77
 logn_piece = Piece(
     "qwen1.logn_scale", lesson="11a_long", minutes=5, level=1,
     task="For each position the factor of its query: the logarithm of the position over the "
@@ -195,6 +195,10 @@ def _(f):
 def _(f):
     return f(torch.tensor([[0, 0, 1, 40, 41], [38, 39, 40, 41, 42]]), 36)
 
+@logn_piece.probe("a text that goes on behind a cache")
+def _(f):
+    return f(torch.arange(20, 60)[None], 32)
+
 @logn_piece.probe("long texts")
 def _(f):
     return f(torch.tensor([[8191, 8192, 8193, 10_001, 32_767]]), 8192)
@@ -203,7 +207,7 @@ def _(f):
 def _(f):
     return f(torch.arange(1, 9), 8192)
 
-# %% ../nbs/11d_mistakes.ipynb #8edf2e78
+# %% ../nbs/11d_mistakes.ipynb #59c53a22
 logn_piece.mistake(
     "log-n left out",
     {"clamp_min(1.)": "clamp(1., 1.)"},

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['route_piece', 'mix_piece']
 
-# %% ../nbs/14c_mistakes.ipynb #87354e4b
+# %% ../nbs/14c_mistakes.ipynb #3ac8e8c9
 import torch
 
 from .mlp import SwiGLU
 from .pieces import Piece
 
-# %% ../nbs/14c_mistakes.ipynb #d828038f
+# %% ../nbs/14c_mistakes.ipynb #607d60de
 route_piece = Piece(
     "moe.route", lesson="14_moe", minutes=10, level=1,
     task="From the router's scores: each token's k most probable experts and their weights, the "
@@ -53,7 +53,7 @@ def _(f):
 def _(f):
     return f(torch.zeros(0, 7), 3, True)
 
-# %% ../nbs/14c_mistakes.ipynb #efe6abe9
+# %% ../nbs/14c_mistakes.ipynb #acb370d6
 route_piece.mistake(
     "weights that always add up to 1",
     {"if norm_topk_prob:": "if True:"},
@@ -116,7 +116,7 @@ route_piece.mistake(
     does="Every token goes to those who know least about it. The text falls apart.",
 )
 
-# %% ../nbs/14c_mistakes.ipynb #d7621de3
+# %% ../nbs/14c_mistakes.ipynb #2e2b0bd6
 mix_piece = Piece(
     "moe.mix_experts", lesson="14_moe", minutes=25, level=3,
     task="Send each token to its chosen experts only, and add up their answers, each times its "
@@ -183,7 +183,7 @@ def _(f):
     with torch.no_grad():
         return f(experts, torch.zeros(0, 8), weights[:0], chosen[:0])
 
-# %% ../nbs/14c_mistakes.ipynb #8a6b1539
+# %% ../nbs/14c_mistakes.ipynb #ddcb7bc8
 mix_piece.mistake(
     "the weights forgotten",
     {"(said * weights[..., None])": "said"},

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['band_piece', 'layers_piece']
 
-# %% ../nbs/12a_mistakes.ipynb #e00afd13
+# %% ../nbs/12a_mistakes.ipynb #d5c8a137
 from .pieces import Piece
 
-# %% ../nbs/12a_mistakes.ipynb #44578ac0
+# %% ../nbs/12a_mistakes.ipynb #aaec7c40
 band_piece = Piece(
     "qwen2.window_mask", lesson="12_qwen2", minutes=10, level=2,
     task="True where a query may look: at itself and the `window - 1` positions before it. The "
@@ -41,7 +41,7 @@ def _(f):
 def _(f):
     return f(4, 4, 9)
 
-# %% ../nbs/12a_mistakes.ipynb #ce1e0fa1
+# %% ../nbs/12a_mistakes.ipynb #6a1aa0c4
 band_piece.mistake(
     "a window one too wide",
     {"< window": "<= window"},
@@ -86,7 +86,7 @@ band_piece.mistake(
     does="Everything is seen, also what is to come.",
 )
 
-# %% ../nbs/12a_mistakes.ipynb #372bce99
+# %% ../nbs/12a_mistakes.ipynb #5d1c9283
 layers_piece = Piece(
     "qwen2.layer_windows", lesson="12_qwen2", minutes=10, level=2,
     task="For each layer its window, or None where it sees everything, from what config.json says "
@@ -126,7 +126,7 @@ def _(f):
 def _(f):
     return f(dict(use_sliding_window=True, sliding_window=-1, max_window_layers=3), 5)
 
-# %% ../nbs/12a_mistakes.ipynb #0e5f37d3
+# %% ../nbs/12a_mistakes.ipynb #fda4869d
 layers_piece.mistake(
     "the switch not read",
     {'raw.get("use_sliding_window", False) and width': "width"},
