@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['sparse_piece', 'unfuse_piece', 'balance_piece']
 
-# %% ../nbs/14d_mistakes.ipynb #ab4b28fb
+# %% ../nbs/14d_mistakes.ipynb #74968b10
 import torch
 
 from .moe import SparseMLP
 from .pieces import Piece
 
-# %% ../nbs/14d_mistakes.ipynb #99a43d00
+# %% ../nbs/14d_mistakes.ipynb #e34e06dc
 sparse_piece = Piece(
     "moe.SparseMLP.forward", lesson="14_moe", minutes=10, level=2,
     task="Route every position with `self.gate`, mix the chosen experts, and add the shared "
@@ -36,11 +36,11 @@ def _sparse_layer(norm_topk_prob, shared):
     for p in layer.parameters(): torch.nn.init.normal_(p, std=0.7)
     return layer.requires_grad_(False)
 
-@sparse_piece.probe("a batch, no shared expert")
+@sparse_piece.probe("no shared expert")
 def _(f):
     return f(_sparse_layer(True, False), torch.randn(2, 3, 8))
 
-@sparse_piece.probe("a shared expert, weights as they are")
+@sparse_piece.probe("a shared expert")
 def _(f):
     return f(_sparse_layer(False, True), torch.randn(2, 3, 8))
 
@@ -48,7 +48,7 @@ def _(f):
 def _(f):
     return f(_sparse_layer(False, True), torch.randn(4, 8))
 
-# %% ../nbs/14d_mistakes.ipynb #ba158b82
+# %% ../nbs/14d_mistakes.ipynb #c6d56b49
 sparse_piece.mistake(
     "the shared expert without its gate",
     {"self.shared_expert_gate(flat).sigmoid() * self.": "self."},
@@ -82,7 +82,7 @@ sparse_piece.mistake(
     does="Adding it to the residual stream fails, or for a batch of one spreads it over all rows.",
 )
 
-# %% ../nbs/14d_mistakes.ipynb #cd043634
+# %% ../nbs/14d_mistakes.ipynb #35a18282
 unfuse_piece = Piece(
     "moe.unfuse", lesson="14_moe", minutes=15, level=2,
     task="From tensors that hold all experts of a layer to one tensor for each expert and matrix, "
@@ -120,15 +120,15 @@ def _(f):
     memory = {t.untyped_storage().data_ptr() for t in stored.values()}
     return {name: t.untyped_storage().data_ptr() in memory for name, t in f(stored).items()}
 
-@unfuse_piece.probe("already one tensor for each expert")
+@unfuse_piece.probe("nothing fused")
 def _(f):
     return f({"mlp.experts.0.down_proj.weight": torch.randn(6, 4), "gate_up_proj": torch.ones(3)})
 
-@unfuse_piece.probe("a shape that cannot be cut")
+@unfuse_piece.probe("an odd shape")
 def _(f):
     return f({"mlp.experts.gate_up_proj": torch.randn(3, 7, 6)})
 
-# %% ../nbs/14d_mistakes.ipynb #7c71a190
+# %% ../nbs/14d_mistakes.ipynb #82e751ae
 unfuse_piece.mistake(
     "up before gate",
     {"zip(parts, of": "zip(parts[::-1], of"},
@@ -182,8 +182,14 @@ unfuse_piece.mistake(
     why="Attention, norms and routers are in the same file.",
     does="Loading by name stops: nearly everything is missing.",
 )
+unfuse_piece.mistake(
+    "nothing refused",
+    {"        check_fused(name, t)\n": ""},
+    why="A wrong shape is better said than cut.",
+    does="A file of another layout loads, and the text is noise.",
+)
 
-# %% ../nbs/14d_mistakes.ipynb #3762e93b
+# %% ../nbs/14d_mistakes.ipynb #1781a9fb
 balance_piece = Piece(
     "balance.load_balancing_loss", lesson="14b_balance", minutes=20, level=3,
     task="From the routers' scores to one number: the number of experts times the sum, over "
@@ -214,11 +220,11 @@ def _uneven_layers(layers=2, tokens=8, experts=5):
 def _(f):
     return f(_uneven_layers(), 2)
 
-@balance_piece.probe("one layer, one expert a token")
+@balance_piece.probe("one choice")
 def _(f):
     return f(_uneven_layers(layers=1), 1)
 
-@balance_piece.probe("a batch padded on the left")
+@balance_piece.probe("a padded batch")
 def _(f):
     return f(_uneven_layers(), 2, torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]]))
 
@@ -227,7 +233,7 @@ def _(f):
     logits = [z.requires_grad_() for z in _uneven_layers()]
     return torch.autograd.grad(f(logits, 2), logits)
 
-# %% ../nbs/14d_mistakes.ipynb #c7dbd9ab
+# %% ../nbs/14d_mistakes.ipynb #ecd4e680
 balance_piece.mistake(
     "padding that counts",
     {"real = attention_mask.flatten().float().repeat(len(logits))": "pass"},

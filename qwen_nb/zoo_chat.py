@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['query_piece', 'assistant_piece', 'who_wrote']
 
-# %% ../nbs/10e_mistakes.ipynb #226c39fa
+# %% ../nbs/10e_mistakes.ipynb #81732ce1
 from .chatml import Control, Message
 from .pieces import Piece
 
-# %% ../nbs/10e_mistakes.ipynb #870c14ed
+# %% ../nbs/10e_mistakes.ipynb #d57fa7db
 def who_wrote(
     pieces,  # of a prompt
 ) -> dict:
@@ -23,7 +23,7 @@ def who_wrote(
             parts.append([who, str(piece)])
     return dict(text="".join(pieces), parts=[f"{who}: {text!r}" for who, text in parts])
 
-# %% ../nbs/10e_mistakes.ipynb #6b5e8b7d
+# %% ../nbs/10e_mistakes.ipynb #d2e2b60b
 query_piece = Piece(
     "chatml.last_query", lesson="10_chat", minutes=5, level=1,
     task="The index of the last message in which a user asks something, or None if there is "
@@ -64,7 +64,7 @@ def _(f):
 def _(f):
     return [f(_conversation("system: Tell a story.", "assistant: Once.")), f([])]
 
-# %% ../nbs/10e_mistakes.ipynb #7c22f914
+# %% ../nbs/10e_mistakes.ipynb #e356d491
 query_piece.mistake(
     "the first question, not the last",
     {"reversed(range(len(messages)))": "range(len(messages))"},
@@ -109,7 +109,7 @@ query_piece.mistake(
     public="LlamaFactory#10773",
 )
 
-# %% ../nbs/10e_mistakes.ipynb #ca724a18
+# %% ../nbs/10e_mistakes.ipynb #f05f9207
 assistant_piece = Piece(
     "chatml.assistant_pieces", lesson="10_chat", minutes=25, level=3,
     task="Yield the pieces of one assistant's message: the header, its thought where the family "
@@ -161,7 +161,7 @@ def _(f):
     odd = Message("assistant", "Write <|im_end|> here.", "Is <think> a token?")
     return _each_place(f, "qwen3", odd)
 
-# %% ../nbs/10e_mistakes.ipynb #0e30d6af
+# %% ../nbs/10e_mistakes.ipynb #519dbf37
 assistant_piece.mistake(
     "thoughts of earlier turns kept",
     {"asked_before and has_place": "has_place"},

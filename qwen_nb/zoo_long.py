@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['alpha_piece', 'frequency_piece', 'logn_piece']
 
-# %% ../nbs/11d_mistakes.ipynb #305749f4
+# %% ../nbs/11d_mistakes.ipynb #e4b6f7af
 import torch
 
 from .pieces import Piece
 
-# %% ../nbs/11d_mistakes.ipynb #21634697
+# %% ../nbs/11d_mistakes.ipynb #dc1ad323
 alpha_piece = Piece(
     "qwen1.ntk_alpha", lesson="11a_long", minutes=10, level=2,
     task="How many times slower the slowest pair of channels is to turn for a prompt of n tokens: "
@@ -28,23 +28,23 @@ alpha_piece = Piece(
     """,
 )
 
-@alpha_piece.probe("at and past the training length")
+@alpha_piece.probe("at and past L")
 def _(f):
     return [float(f(n, 32)) for n in (17, 31, 32, 33, 50)]
 
-@alpha_piece.probe("at and past its doubles")
+@alpha_piece.probe("at and past 2 L, 4 L")
 def _(f):
     return [float(f(n, 8192)) for n in (16_384, 16_385, 30_000, 32_768, 32_769, 100_000)]
 
-@alpha_piece.probe("much shorter than in training")
+@alpha_piece.probe("much shorter")
 def _(f):
     return [float(f(n, 2048)) for n in (2, 100, 512, 1024)]
 
-@alpha_piece.probe("a training length of 100")
+@alpha_piece.probe("L is 100")
 def _(f):
     return [float(f(n, 100)) for n in (99, 100, 101, 200, 201, 399)]
 
-# %% ../nbs/11d_mistakes.ipynb #4e6c5bef
+# %% ../nbs/11d_mistakes.ipynb #3f8e8cb7
 alpha_piece.mistake(
     "the ratio of the lengths, without steps",
     {"2 ** doublings - 1": "n / seq_length"},
@@ -95,7 +95,7 @@ alpha_piece.mistake(
     does="Only prompts of exactly L, 2 L or 4 L tokens are wrong.",
 )
 
-# %% ../nbs/11d_mistakes.ipynb #d7b2f63c
+# %% ../nbs/11d_mistakes.ipynb #39dec3c9
 frequency_piece = Piece(
     "qwen1.ntk_frequencies", lesson="11a_long", minutes=5, level=2,
     task="Radians per position for each pair of channels, with the base stretched so that the "
@@ -125,7 +125,7 @@ def _(f):
 def _(f):
     return f(16, 1_000_000., 1)
 
-# %% ../nbs/11d_mistakes.ipynb #f2639d05
+# %% ../nbs/11d_mistakes.ipynb #4a23520b
 frequency_piece.mistake(
     "the exponent forgotten",
     {"alpha ** (head_dim / (head_dim - 2))": "alpha"},
@@ -169,7 +169,7 @@ frequency_piece.mistake(
     does="Right for Qwen1, and wrong for whatever is trained with another base.",
 )
 
-# %% ../nbs/11d_mistakes.ipynb #13e93e77
+# %% ../nbs/11d_mistakes.ipynb #ec381421
 logn_piece = Piece(
     "qwen1.logn_scale", lesson="11a_long", minutes=5, level=1,
     task="For each position the factor of its query: the logarithm of the position over the "
@@ -187,15 +187,15 @@ logn_piece = Piece(
     keeps=("position",),
 )
 
-@logn_piece.probe("up to the training length and past it")
+@logn_piece.probe("up to L and past it")
 def _(f):
     return f(torch.tensor([1, 2, 16, 31, 32, 33, 64, 1024]), 32)
 
-@logn_piece.probe("two rows, one with padding")
+@logn_piece.probe("a padded batch")
 def _(f):
     return f(torch.tensor([[0, 0, 1, 40, 41], [38, 39, 40, 41, 42]]), 36)
 
-@logn_piece.probe("a text that goes on behind a cache")
+@logn_piece.probe("behind a cache")
 def _(f):
     return f(torch.arange(20, 60)[None], 32)
 
@@ -203,11 +203,11 @@ def _(f):
 def _(f):
     return f(torch.tensor([[8191, 8192, 8193, 10_001, 32_767]]), 8192)
 
-@logn_piece.probe("within the training length")
+@logn_piece.probe("within L")
 def _(f):
     return f(torch.arange(1, 9), 8192)
 
-# %% ../nbs/11d_mistakes.ipynb #59c53a22
+# %% ../nbs/11d_mistakes.ipynb #200e81a8
 logn_piece.mistake(
     "log-n left out",
     {"clamp_min(1.)": "clamp(1., 1.)"},

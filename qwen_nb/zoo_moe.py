@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['route_piece', 'mix_piece']
 
-# %% ../nbs/14c_mistakes.ipynb #3ac8e8c9
+# %% ../nbs/14c_mistakes.ipynb #0f3190ab
 import torch
 
 from .mlp import SwiGLU
 from .pieces import Piece
 
-# %% ../nbs/14c_mistakes.ipynb #607d60de
+# %% ../nbs/14c_mistakes.ipynb #50de771d
 route_piece = Piece(
     "moe.route", lesson="14_moe", minutes=10, level=1,
     task="From the router's scores: each token's k most probable experts and their weights, the "
@@ -32,11 +32,11 @@ route_piece = Piece(
     keeps=("logits",),
 )
 
-@route_piece.probe("weights as they are")
+@route_piece.probe("not normed")
 def _(f):
     return f(torch.randn(5, 7), 3, False)
 
-@route_piece.probe("weights that add up to 1")
+@route_piece.probe("normed")
 def _(f):
     return f(torch.randn(5, 7), 3, True)
 
@@ -45,7 +45,7 @@ def _(f):
     scores = torch.stack([torch.randperm(40), torch.randperm(40)]) * 0.002
     return f(scores.bfloat16(), 6, True)
 
-@route_piece.probe("one expert, normed")
+@route_piece.probe("one expert")
 def _(f):
     return f(torch.randn(4, 6), 1, True)
 
@@ -53,7 +53,7 @@ def _(f):
 def _(f):
     return f(torch.zeros(0, 7), 3, True)
 
-# %% ../nbs/14c_mistakes.ipynb #acb370d6
+# %% ../nbs/14c_mistakes.ipynb #79f00d74
 route_piece.mistake(
     "weights that always add up to 1",
     {"if norm_topk_prob:": "if True:"},
@@ -116,7 +116,7 @@ route_piece.mistake(
     does="Every token goes to those who know least about it. The text falls apart.",
 )
 
-# %% ../nbs/14c_mistakes.ipynb #2e2b0bd6
+# %% ../nbs/14c_mistakes.ipynb #36e3f628
 mix_piece = Piece(
     "moe.mix_experts", lesson="14_moe", minutes=25, level=3,
     task="Send each token to its chosen experts only, and add up their answers, each times its "
@@ -145,20 +145,20 @@ def _four_experts():
     weights = torch.rand(5, 2) + 0.1
     return experts, weights, chosen
 
-@mix_piece.probe("five tokens, two of four experts idle")
+@mix_piece.probe("idle experts")
 def _(f):
     experts, weights, chosen = _four_experts()
     with torch.no_grad():
         return f(experts, torch.randn(5, 8), weights, chosen)
 
-@mix_piece.probe("three of six experts, in bfloat16")
+@mix_piece.probe("bfloat16")
 def _(f):
     experts = [SwiGLU(8, 4).bfloat16() for _ in range(6)]
     chosen = torch.stack([torch.randperm(6)[:3] for _ in range(7)])
     with torch.no_grad():
         return f(experts, torch.randn(7, 8).bfloat16(), torch.rand(7, 3).bfloat16(), chosen)
 
-@mix_piece.probe("how many rows each expert sees")
+@mix_piece.probe("rows an expert sees")
 def _(f):
     experts, weights, chosen = _four_experts()
     rows = {}
@@ -171,7 +171,7 @@ def _(f):
         f([counting(e) for e in range(4)], torch.randn(5, 8), weights, chosen)
     return {e: n for e, n in sorted(rows.items()) if n}
 
-@mix_piece.probe("which experts get gradients")
+@mix_piece.probe("gradients")
 def _(f):
     experts, weights, chosen = _four_experts()
     f(experts, torch.randn(5, 8), weights, chosen).sum().backward()
@@ -183,7 +183,7 @@ def _(f):
     with torch.no_grad():
         return f(experts, torch.zeros(0, 8), weights[:0], chosen[:0])
 
-# %% ../nbs/14c_mistakes.ipynb #ddcb7bc8
+# %% ../nbs/14c_mistakes.ipynb #fcb5fe3e
 mix_piece.mistake(
     "the weights forgotten",
     {"(said * weights[..., None])": "said"},
@@ -241,6 +241,12 @@ mix_piece.mistake(
      "said * weights[..., None]": "said"},
     why="Llama 4 does it so. An expert is not linear: half the input is not half the answer.",
     does="Quiet choices become much too quiet. The text is that of a weaker model.",
+)
+mix_piece.mistake(
+    "an empty batch forgotten",
+    {"answers or [x]": "answers"},
+    why="Without any token no expert is called, and nothing cannot be put together.",
+    does="A step with an empty batch stops, such as the last one on one of several machines.",
 )
 mix_piece.mistake(
     "every expert on every token",

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['band_piece', 'layers_piece']
 
-# %% ../nbs/12a_mistakes.ipynb #d5c8a137
+# %% ../nbs/12a_mistakes.ipynb #d11ccd4e
 from .pieces import Piece
 
-# %% ../nbs/12a_mistakes.ipynb #aaec7c40
+# %% ../nbs/12a_mistakes.ipynb #30347692
 band_piece = Piece(
     "qwen2.window_mask", lesson="12_qwen2", minutes=10, level=2,
     task="True where a query may look: at itself and the `window - 1` positions before it. The "
@@ -25,11 +25,11 @@ band_piece = Piece(
     """,
 )
 
-@band_piece.probe("a whole text, window 3")
+@band_piece.probe("a whole text")
 def _(f):
     return f(6, 6, 3)
 
-@band_piece.probe("two new tokens behind a cache")
+@band_piece.probe("behind a cache")
 def _(f):
     return f(2, 7, 3)
 
@@ -37,11 +37,11 @@ def _(f):
 def _(f):
     return f(4, 5, 1)
 
-@band_piece.probe("a window wider than the text")
+@band_piece.probe("a wide window")
 def _(f):
     return f(4, 4, 9)
 
-# %% ../nbs/12a_mistakes.ipynb #6a1aa0c4
+# %% ../nbs/12a_mistakes.ipynb #0660a493
 band_piece.mistake(
     "a window one too wide",
     {"< window": "<= window"},
@@ -86,7 +86,7 @@ band_piece.mistake(
     does="Everything is seen, also what is to come.",
 )
 
-# %% ../nbs/12a_mistakes.ipynb #5d1c9283
+# %% ../nbs/12a_mistakes.ipynb #6b487e22
 layers_piece = Piece(
     "qwen2.layer_windows", lesson="12_qwen2", minutes=10, level=2,
     task="For each layer its window, or None where it sees everything, from what config.json says "
@@ -104,7 +104,7 @@ layers_piece = Piece(
     keeps=("raw",),
 )
 
-@layers_piece.probe("windows on, the last two of five")
+@layers_piece.probe("windows on")
 def _(f):
     return f(dict(use_sliding_window=True, sliding_window=6, max_window_layers=3), 5)
 
@@ -112,7 +112,7 @@ def _(f):
 def _(f):
     return f(dict(use_sliding_window=False, sliding_window=6, max_window_layers=3), 5)
 
-@layers_piece.probe("a list of layers' types")
+@layers_piece.probe("a list of types")
 def _(f):
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     on = dict(use_sliding_window=True, sliding_window=6, max_window_layers=0)
@@ -122,11 +122,11 @@ def _(f):
 def _(f):
     return [f({}, 3), f(dict(use_sliding_window=True), 30)]
 
-@layers_piece.probe("a config that makes no sense")
+@layers_piece.probe("a width of -1")
 def _(f):
     return f(dict(use_sliding_window=True, sliding_window=-1, max_window_layers=3), 5)
 
-# %% ../nbs/12a_mistakes.ipynb #fda4869d
+# %% ../nbs/12a_mistakes.ipynb #4366a71b
 layers_piece.mistake(
     "the switch not read",
     {'raw.get("use_sliding_window", False) and width': "width"},
