@@ -186,6 +186,7 @@ def test_defaults():
 
     public = [getattr(q2, name) for name in q2.__all__]
     assert {f.__name__: defaults(f) for f in public if callable(f)} == dict(
+        check_windows={},
         layer_windows={},
         window_mask=dict(device=None),
         WindowAttention={},
