@@ -106,7 +106,7 @@ def attention_map(
             hook.remove()
     return torch.stack(seen)
 
-# %% ../nbs/21_train.ipynb #b0dc82e0
+# %% ../nbs/21_train.ipynb #9554f22b
 def adamw_step(
     theta, gradient,      # tensors of one shape
     m, v,                 # moving means of the gradient and of its square; zeros at first
