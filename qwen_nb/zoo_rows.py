@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['graded_piece', 'span_piece', 'documents_piece']
 
-# %% ../nbs/20f_mistakes.ipynb #cf0f9817
+# %% ../nbs/20f_mistakes.ipynb #6bc0b57d
 import numpy as np
 import torch
 
 from .pieces import Piece
 
-# %% ../nbs/20f_mistakes.ipynb #ba4fd710
+# %% ../nbs/20f_mistakes.ipynb #0fb3daf5
 graded_piece = Piece(
     "rows.said_by_model", lesson="20b_rows", minutes=20, level=2,
     task="True for each id that the model writes: from behind the ids that open its turn, and "
@@ -53,7 +53,7 @@ def _(f):
 def _(f):
     return _as_bools(f([7, 1, 4, 2, 4, 9, 4], _MARKS))
 
-# %% ../nbs/20f_mistakes.ipynb #e53cfc9d
+# %% ../nbs/20f_mistakes.ipynb #4596589f
 graded_piece.mistake(
     "an end that is not graded",
     {"ids.index(end, begin) + 1]": "ids.index(end, begin)]"},
@@ -66,6 +66,7 @@ graded_piece.mistake(
     {"np.zeros(": "np.ones("},
     why="Only what the model writes has a target.",
     does="It learns to write the user's turns and goes on talking with itself.",
+    public="nanochat#582",
 )
 graded_piece.mistake(
     "the opening of the turn graded",
@@ -98,9 +99,10 @@ graded_piece.mistake(
                        "    said[:turns[-1] if turns else 0] = False\n    return said"},
     why="The model wrote the earlier answers too.",
     does="Most of the words in long conversations teach nothing.",
+    public="zai-org/GLM-4#803",
 )
 
-# %% ../nbs/20f_mistakes.ipynb #113a835f
+# %% ../nbs/20f_mistakes.ipynb #741af856
 span_piece = Piece(
     "rows.read_span", lesson="20b_rows", minutes=25, level=3,
     task="Read the places from `first` to before `last`: their ids, what comes after each, in "
@@ -142,7 +144,7 @@ def _(f):
 def _(f):
     return _as_ids(f(_ThreeTexts(), 12, 18, _MARKS))
 
-# %% ../nbs/20f_mistakes.ipynb #caa84b0b
+# %% ../nbs/20f_mistakes.ipynb #c85e6d21
 span_piece.mistake(
     "targets that are not shifted",
     {"ids[1:], IGNORED)": "ids[:-1], IGNORED)"},
@@ -195,7 +197,7 @@ span_piece.mistake(
     does="The first word of each answer is not learnt, and one id behind the end is.",
 )
 
-# %% ../nbs/20f_mistakes.ipynb #1e46df2e
+# %% ../nbs/20f_mistakes.ipynb #0c572edd
 documents_piece = Piece(
     "rows.document_mask", lesson="20b_rows", minutes=8, level=1,
     task="True where a query may look: at its own place and before, within its document.",
@@ -223,7 +225,7 @@ def _(f):
 def _(f):
     return f(torch.tensor([[5, 5, 2, 2], [3, 1, 1, 8]]))
 
-# %% ../nbs/20f_mistakes.ipynb #f44b569f
+# %% ../nbs/20f_mistakes.ipynb #b934da07
 documents_piece.mistake(
     "a mask that lets a document see those before it",
     {" == ": " >= "},
@@ -236,6 +238,7 @@ documents_piece.mistake(
     {"causal_mask(seq, seq, device=document_ids.device) & same": "same"},
     why="A token must not see those that it is to predict.",
     does="The loss falls to nearly 0, and the model cannot write.",
+    public="paiml/entrenar#310",
 )
 documents_piece.mistake(
     "a mask that is True where it should hide",

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['loss_piece', 'rate_piece']
 
-# %% ../nbs/21i_mistakes.ipynb #185c6ca8
+# %% ../nbs/21i_mistakes.ipynb #480738f7
 import torch
 
 from .pieces import Piece
 from .rows import IGNORED
 
-# %% ../nbs/21i_mistakes.ipynb #3f41d73f
+# %% ../nbs/21i_mistakes.ipynb #46ece1ca
 loss_piece = Piece(
     "train.next_token_loss", lesson="21_train", minutes=8, level=1,
     task="The mean of -ln p(label) over all labels of the batch that are not IGNORED, in float32.",
@@ -45,7 +45,7 @@ def _(f):
 def _(f):
     return f(8 * torch.randn(2, 4, 50).bfloat16(), _labels([4, 49, IGNORED, 3], [0, 9, 9, 30]))
 
-# %% ../nbs/21i_mistakes.ipynb #c8b48e5d
+# %% ../nbs/21i_mistakes.ipynb #70772dc1
 loss_piece.mistake(
     "a mean over the ignored places too",
     {"ignore_index=IGNORED)": "ignore_index=IGNORED, reduction='sum') / labels.numel()"},
@@ -87,6 +87,7 @@ loss_piece.mistake(
     {"logits.float()": "logits.float().softmax(-1)"},
     why="`F.cross_entropy` wants logits.",
     does="The loss hardly falls: it cannot get below nearly ln of the vocabulary's size.",
+    public="bkitano/llama-from-scratch#5",
 )
 loss_piece.mistake(
     "bits in place of nats",
@@ -95,11 +96,11 @@ loss_piece.mistake(
     does="Trains as well with a larger step, and no number can be compared with others'.",
 )
 
-# %% ../nbs/21i_mistakes.ipynb #ae5243ce
+# %% ../nbs/21i_mistakes.ipynb #321bde79
 rate_piece = Piece(
     "train.learning_rate", lesson="21_train", minutes=12, level=2,
     task="The learning rate of a step, counted from 0: a straight line up to the peak over "
-         "`warmup` steps, then half a cosine down to `final` times the peak at `steps`, not beyond.",
+         "`warmup` steps, then half a cosine down to `final` times the peak at `steps`.",
     hints=(
         "Two cases: during the warm-up and after it. The very first step must not have the rate 0.",
         "After the warm-up, how much of the rest is done, from 0 to 1? Half of 1 + cos(pi * done) "
@@ -135,7 +136,7 @@ def _(f):
 def _(f):
     return _rates(f, [0, 3, 4], 4, 1e-2, 4)
 
-# %% ../nbs/21i_mistakes.ipynb #4d69ac0c
+# %% ../nbs/21i_mistakes.ipynb #ce3a8d85
 rate_piece.mistake(
     "a first step with the rate 0",
     {"(step + 1) / warmup": "step / warmup"},
