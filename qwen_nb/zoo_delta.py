@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['length_piece', 'rule_piece', 'chunk_piece']
 
-# %% ../nbs/15e_mistakes.ipynb #4058a3cd
+# %% ../nbs/15e_mistakes.ipynb #fdacfd68
 import torch
 
 from .delta import l2_norm
 from .pieces import Piece
 
-# %% ../nbs/15e_mistakes.ipynb #2e61b257
+# %% ../nbs/15e_mistakes.ipynb #36a1468e
 length_piece = Piece(
     "delta.l2_norm", lesson="15_delta", minutes=5, level=1,
     task="Divide each vector by its length. The 1e-6 under the root keeps zeros from becoming NaN.",
@@ -39,7 +39,7 @@ def _(f):
 def _(f):
     return f(torch.zeros(2, 4))
 
-# %% ../nbs/15e_mistakes.ipynb #7ca8b510
+# %% ../nbs/15e_mistakes.ipynb #1d531245
 length_piece.mistake(
     "a vector divided by its root mean square, not by its length",
     {".sum(-1": ".mean(-1"},
@@ -81,7 +81,7 @@ length_piece.mistake(
     does="The first padded batch is NaN.",
 )
 
-# %% ../nbs/15e_mistakes.ipynb #26c750ed
+# %% ../nbs/15e_mistakes.ipynb #868dfafe
 def _rule_inputs(batch, heads, seq, key, value, forget=1.0):
     "Random q, k, v, g and beta for the rule, all sizes different."
     q, k = torch.randn(2, batch, heads, seq, key)
@@ -129,7 +129,7 @@ def _(f):
 def _(f):
     return f(*_rule_inputs(1, 2, 6, 4, 3, forget=0.0))
 
-# %% ../nbs/15e_mistakes.ipynb #9a459691
+# %% ../nbs/15e_mistakes.ipynb #0bcd63a6
 rule_piece.mistake(
     "adding to what stands under the key, in place of replacing it",
     {"(v[:, :, t] - known)": "v[:, :, t]"},
@@ -189,7 +189,7 @@ rule_piece.mistake(
     public="ollama#15865",
 )
 
-# %% ../nbs/15e_mistakes.ipynb #8a120e70
+# %% ../nbs/15e_mistakes.ipynb #02ef091f
 chunk_piece = Piece(
     "delta.delta_rule_chunked", lesson="15_delta", minutes=40, level=3,
     task="The same as `delta_rule`, but `size` tokens at a time, by the formulas (1) to (4).",
@@ -227,7 +227,7 @@ def _(f):
     read = f(*inputs)[0]
     return torch.autograd.grad(read.sum(), g)[0].isfinite()
 
-# %% ../nbs/15e_mistakes.ipynb #e1c594fb
+# %% ../nbs/15e_mistakes.ipynb #3545b647
 chunk_piece.mistake(
     "reads within a chunk that are not faded",
     {"(D * (Q @ K.mT))": "(Q @ K.mT).tril()"},

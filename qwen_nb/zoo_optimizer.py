@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['adamw_piece', 'groups_piece', 'first_weights_piece']
 
-# %% ../nbs/21j_mistakes.ipynb #1fe7be2f
+# %% ../nbs/21j_mistakes.ipynb #a766813d
 from types import SimpleNamespace
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from .pieces import Piece
 
-# %% ../nbs/21j_mistakes.ipynb #c13c79b1
+# %% ../nbs/21j_mistakes.ipynb #d565904c
 adamw_piece = Piece(
     "train.adamw_step", lesson="21_train", minutes=12, level=2,
     task="One step of AdamW: the new weights and the new two means.",
@@ -55,7 +55,7 @@ def _(f):
     theta, gradient, m, v = torch.randn(4, 6)
     return f(theta, gradient, m, v.square(), 1000, lr=0.03, decay=0.2)
 
-# %% ../nbs/21j_mistakes.ipynb #3426cd9c
+# %% ../nbs/21j_mistakes.ipynb #fba19b50
 adamw_piece.mistake(
     "means that are not corrected for their beginning at zero",
     {"m / (1 - b1**t), v / (1 - b2**t)": "m, v"},
@@ -117,7 +117,7 @@ adamw_piece.mistake(
     does="The means grow in the first steps, and the weights jump.",
 )
 
-# %% ../nbs/21j_mistakes.ipynb #f20d01d9
+# %% ../nbs/21j_mistakes.ipynb #12b64aa5
 groups_piece = Piece(
     "train.parameter_groups", lesson="21_train", minutes=10, level=1,
     task="Two groups for an optimizer: the matrices that are trained, with `weight_decay`, and the "
@@ -143,7 +143,10 @@ class _FewWeights(nn.Module):
 
 def _named_groups(model, groups):
     names = {id(p): name for name, p in model.named_parameters()}
-    return [(g["weight_decay"], sorted(names[id(p)] for p in g["params"])) for g in groups]
+    found = []
+    for g in groups:
+        found.append((g["weight_decay"], sorted(names[id(p)] for p in g["params"])))
+    return found
 
 @groups_piece.probe("tied and frozen weights")
 def _(f):
@@ -159,7 +162,7 @@ def _(f):
 def _(f):
     return len(f(_FewWeights().bfloat16()))
 
-# %% ../nbs/21j_mistakes.ipynb #b99a6cf8
+# %% ../nbs/21j_mistakes.ipynb #4e4feca7
 groups_piece.mistake(
     "one group for all, so that scales and biases decay",
     {"matrices = [p for p in trained if p.dim() > 1]": "matrices = trained",
@@ -211,7 +214,7 @@ groups_piece.mistake(
     does="The loss falls at first and then stands still.",
 )
 
-# %% ../nbs/21j_mistakes.ipynb #9b1e2eee
+# %% ../nbs/21j_mistakes.ipynb #3e3bcfde
 first_weights_piece = Piece(
     "train.init_weights", lesson="21_train", minutes=12, level=2,
     task="Draw every matrix with std 1/√hidden_size, set biases to 0 and norms' scales to 1, and "
@@ -221,9 +224,7 @@ first_weights_piece = Piece(
         "A generator of its own, seeded; under `torch.no_grad()` copy into each parameter. At last "
         "go through `model.modules()` and hand the generator to those with `first_values`.",
     ),
-    shapes="""
-    model    an nn.Module with a config; changed and given back
-    """,
+    shapes="model    an nn.Module with a config; changed and given back",
 )
 
 class _OwnScale(nn.Module):
@@ -240,7 +241,6 @@ class _WideModel(nn.Module):
         nn.init.constant_(self.norm.weight, 3.0)
 
 def _first_sizes(model):
-    "Each parameter's mean and spread, in units of 1/√hidden_size for matrices: roughly."
     unit = model.config.hidden_size ** -0.5
     found = {}
     for name, p in model.named_parameters():
@@ -261,7 +261,7 @@ def _(f):
     a, b, c = (f(_WideModel(64), seed).up.weight.detach() for seed in (1, 2, 1))
     return torch.equal(a, b), torch.equal(a, c)
 
-# %% ../nbs/21j_mistakes.ipynb #ef9eebdc
+# %% ../nbs/21j_mistakes.ipynb #2d5c67c3
 first_weights_piece.mistake(
     "a std of 0.02 for every width",
     {"model.config.hidden_size ** -0.5": "0.02"},
