@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHAR_OF', 'BYTE_OF', 'BYTE_IDS', 'SPLIT', 'SPLIT_MARKS', 'KINDS', 'ON_SKELETON', 'TEXTS', 'stand_ins', 'byte_ids',
            'spell', 'unspell', 'count_pairs', 'replace_pair', 'kind_of', 'CharKinds', 'nfc', 'split', 'pair_places',
-           'learn_merges', 'Picture', 'box_text', 'svg_escape', 'svg_box', 'draw_tokens']
+           'next_pair', 'join_pair', 'learn_merges', 'Picture', 'box_text', 'svg_escape', 'svg_box', 'draw_tokens']
 
 # %% ../nbs/03_tokenizer.ipynb #586f8822
 import heapq
@@ -131,6 +131,43 @@ def pair_places(
             where[pair].add(w)
     return counts, where
 
+def next_pair(
+    heap:list,       # of (-count, pair), a heap; the entries that are used up are taken off
+    counts:Counter,  # how often each pair occurs now
+):
+    """The most frequent pair, among equals the one with the smaller ids. None if none is left.
+
+    A pair that has become rarer since it was put on the heap goes back with its new count."""
+    while heap:
+        count, pair = heapq.heappop(heap)
+        if -count == counts[pair]:
+            return pair
+        if counts[pair] > 0:                     # out of date: the pair has become rarer
+            heapq.heappush(heap, (-counts[pair], pair))
+
+# %% ../nbs/03_tokenizer.ipynb #10b054b0
+def join_pair(
+    words:list,      # of lists of ids
+    times:list,      # how often each word occurs
+    counts:Counter,  # how often each pair occurs
+    where:dict,      # in which words, as their numbers
+    pair:tuple,      # the pair to join
+    new:int,         # its id
+) -> set:
+    "Put `new` for the pair in every word, and keep counts and places right. Gives the new pairs."
+    fresh = set()                                # the pairs that `new` is half of
+    for w in where.pop(pair):
+        before, after = words[w], replace_pair(words[w], pair, new)
+        for p in zip(before, before[1:]):
+            counts[p] -= times[w]
+        for p in zip(after, after[1:]):
+            counts[p] += times[w]
+            if new in p:
+                where[p].add(w)
+                fresh.add(p)
+        words[w] = after
+    return fresh
+
 # %% ../nbs/03_tokenizer.ipynb #cfcc9b34
 def learn_merges(
     pieces:Counter,  # how often each piece (bytes) occurs
@@ -148,26 +185,13 @@ def learn_merges(
     heapq.heapify(heap)
 
     merges = []
-    while heap and len(merges) < n:
-        count, pair = heapq.heappop(heap)
-        if -count != counts[pair]:               # out of date: the pair has become rarer
-            if counts[pair] > 0:
-                heapq.heappush(heap, (-counts[pair], pair))
-            continue
+    while len(merges) < n:
+        pair = next_pair(heap, counts)
+        if pair is None:
+            break
         new = 256 + len(merges)
         merges.append((*pair, new))
-        fresh = set()                            # the pairs that `new` is half of
-        for w in where.pop(pair):
-            before, after = words[w], replace_pair(words[w], pair, new)
-            for p in zip(before, before[1:]):
-                counts[p] -= times[w]
-            for p in zip(after, after[1:]):
-                counts[p] += times[w]
-                if new in p:
-                    where[p].add(w)
-                    fresh.add(p)
-            words[w] = after
-        for p in fresh:
+        for p in join_pair(words, times, counts, where, pair, new):
             heapq.heappush(heap, (-counts[p], p))
     return merges
 

@@ -65,17 +65,20 @@ class KVCache:
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
 
+    def place(self, new:int):
+        "From where to where `new` more positions go. ValueError if there is no room for them."
+        start, room = self.length, self.kv.shape[4]
+        if start + new > room:
+            found = f"{start} are filled and {new} more do not fit"
+            raise ValueError(f"the KV cache has room for {room} positions; {found}")
+        return start, start + new
+
     def update(self, layer_idx:int, k:torch.Tensor, v:torch.Tensor):
         """Add one layer's new `(batch, kv heads, new, head_dim)`; all of that layer's come back.
 
         Layers in order. ValueError if they do not fit."""
         keys, values = self.kv[layer_idx].detach()     # (batch, kv heads, max_length, head_dim)
-        start, new, room = self.length, k.shape[2], keys.shape[2]
-        end = start + new
-        if end > room:
-            found = f"{start} are filled and {new} more do not fit"
-            raise ValueError(f"the KV cache has room for {room} positions; {found}")
-
+        start, end = self.place(k.shape[2])
         keys[:, :, start:end] = k.detach()
         values[:, :, start:end] = v.detach()
         if layer_idx == len(self.kv) - 1:              # the last layer: this pass is over

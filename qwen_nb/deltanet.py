@@ -49,7 +49,9 @@ class GatedRMSNorm(RMSNorm):
     "RMSNorm, then times `silu(z)`, in float32. Source: Qwen3_5RMSNormGated in transformers."
     def forward(self,
                 x:torch.Tensor, z:torch.Tensor):  # the same shape, (…, size)
-        return (super().forward(x) * F.silu(z.float())).to(x.dtype)
+        normed = RMSNorm.forward(self, x)
+        gate = F.silu(z.float())
+        return (normed * gate).to(x.dtype)
 
 # %% ../nbs/15a_deltanet.ipynb #e32eb1f4
 def qkv_heads(

@@ -27,7 +27,7 @@ class Attention(nn.Module):
     """Causal grouped-query attention with RoPE: `(batch, seq, hidden_size)` in and out.
 
     ValueError: see `check_sharing`. Source: Qwen3Attention and Qwen2Attention in transformers."""
-    training_mix = staticmethod(attend)    # for bfloat16 in training mode, see `forward`
+    training_mix = staticmethod(attend)    # for bfloat16 in training, see `which_mix`
 
     def __init__(self, hidden_size:int,    # width of the residual stream
                  num_attention_heads:int,  # query heads
@@ -58,6 +58,11 @@ class Attention(nn.Module):
         v = self.split_heads(self.v_proj(x)).transpose(1, 2)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
+    def which_mix(self, v, cache):
+        "The function that mixes: `attend`, or in training perhaps a faster one."
+        in_training = self.training and cache is None and v.dtype == torch.bfloat16
+        return self.training_mix if in_training else attend
+
     def forward(self,
                 x:torch.Tensor,                      # (batch, seq, hidden_size)
                 cos:torch.Tensor, sin:torch.Tensor,  # (1 or batch, seq, head_dim), from `Rotary`
@@ -65,6 +70,5 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)
-        in_training = self.training and cache is None and v.dtype == torch.bfloat16
-        mix = self.training_mix if in_training else attend
-        return self.o_proj(mix(q, k, v, mask).transpose(1, 2).flatten(-2))
+        mix = self.which_mix(v, cache)(q, k, v, mask)    # (batch, heads, seq, head_dim)
+        return self.o_proj(mix.transpose(1, 2).flatten(-2))

@@ -78,12 +78,16 @@ class GatedAttention(Attention):
         q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))
         q, k = apply_partial_rope(q, cos, sin), apply_partial_rope(k, cos, sin)
         if cache is not None: k, v = cache.update(self.layer_idx, k, v)
+        mixed = self.mix_values(q, k, v, mask, cache).transpose(1, 2)     # shaped like the gate
+        return self.o_proj((mixed * gate.sigmoid()).flatten(-2))
+
+    def mix_values(self, q, k, v, mask, cache):
+        "`attend`, or in training its faster way. Rows of the mask without a key see everything."
         if mask is not None:  # no row may be empty; what padding sees, nobody reads
             mask = mask | ~mask.any(-1, keepdim=True)
         in_training = self.training and cache is None and v.dtype == torch.bfloat16
         mix = self.training_mix if in_training else attend
-        mixed = mix(q, k, v, mask).transpose(1, 2)             # (batch, seq, heads, head_dim)
-        return self.o_proj((mixed * gate.sigmoid()).flatten(-2))
+        return mix(q, k, v, mask)
 
 # %% ../nbs/15b_hybrid.ipynb #a9457a83
 def memory_shapes(

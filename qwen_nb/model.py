@@ -37,8 +37,10 @@ class Block(nn.Module):
 
     def forward(self, x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor,
                 mask:torch.Tensor=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, cos, sin, mask, cache)
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp(normed)
 
 # %% ../nbs/08_model.ipynb #b123f3f7
 class Parts:
@@ -164,7 +166,9 @@ def positions(
     seq:int,                      # for how many columns, from the end
 ) -> torch.Tensor:
     "How many real tokens stand before each of the last `seq` columns, `(batch, seq)`; padding: 0."
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq:]
+    so_far = attention_mask.long().cumsum(-1)          # real tokens up to here, this one included
+    place = (so_far - 1).clamp_min(0)                  # none before: padding
+    return place[:, -seq:]
 
 # %% ../nbs/08_model.ipynb #322b46f8
 def check_inputs(input_ids:torch.Tensor, attention_mask:torch.Tensor, past:int, vocab_size:int):
