@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['next_piece', 'join_piece', 'learn_piece']
 
-# %% ../nbs/03h_mistakes.ipynb #81ac9ab6
+# %% ../nbs/03h_mistakes.ipynb #2f6427c8
 from collections import Counter
 from heapq import heapify
 
 from .bpe import pair_places
 from .pieces import Piece
 
-# %% ../nbs/03h_mistakes.ipynb #27157219
+# %% ../nbs/03h_mistakes.ipynb #5190cf43
 next_piece = Piece(
     "bpe.next_pair", lesson="03_tokenizer", minutes=15, level=3,
     task="The most frequent pair that is left, among equals the one with the smaller ids; None "
@@ -52,7 +52,7 @@ def _(f):
     return _pairs_in_turn(f, [(-4, (9, 1)), (-4, (2, 8)), (-4, (2, 7)), (-5, (6, 6))],
                           {(9, 1): 4, (2, 8): 4, (2, 7): 4, (6, 6): 5})
 
-@next_piece.probe("one has become rarer")
+@next_piece.probe("one is rarer")
 def _(f):
     return _pairs_in_turn(f, [(-9, (1, 2)), (-5, (3, 4)), (-3, (0, 9))],
                           {(1, 2): 4, (3, 4): 5, (0, 9): 3})
@@ -61,7 +61,7 @@ def _(f):
 def _(f):
     return _pairs_in_turn(f, [(-6, (1, 2)), (-5, (3, 4))], {(3, 4): 5})
 
-# %% ../nbs/03h_mistakes.ipynb #46d6f2a3
+# %% ../nbs/03h_mistakes.ipynb #5090d702
 next_piece.mistake(
     "an entry believed that is out of date",
     {"if -count == counts[pair]:": "if counts[pair] > 0:"},
@@ -95,7 +95,7 @@ next_piece.mistake(
     does="Pairs are joined in no order at all.",
 )
 
-# %% ../nbs/03h_mistakes.ipynb #ee811af2
+# %% ../nbs/03h_mistakes.ipynb #0f5d54d0
 join_piece = Piece(
     "bpe.join_pair", lesson="03_tokenizer", minutes=15, level=3,
     task="Put `new` for `pair` in every word that has it, and change `words`, `counts` and `where` "
@@ -126,19 +126,19 @@ def _joined_everywhere(f, words, times, pair, new):
 def _(f):
     return _joined_everywhere(f, [[4, 1, 2, 5]], [1], (1, 2), 300)
 
-@join_piece.probe("three words, not equally often")
+@join_piece.probe("three words")
 def _(f):
     return _joined_everywhere(f, [[1, 2, 6], [7, 8], [3, 1, 2]], [5, 2, 3], (1, 2), 301)
 
-@join_piece.probe("two places that touch")
+@join_piece.probe("touching")
 def _(f):
     return _joined_everywhere(f, [[9, 1, 2, 1, 2]], [2], (1, 2), 302)
 
-@join_piece.probe("a pair elsewhere too")
+@join_piece.probe("old pair elsewhere")
 def _(f):
     return _joined_everywhere(f, [[4, 1, 2, 4, 1]], [2], (1, 2), 303)
 
-# %% ../nbs/03h_mistakes.ipynb #0d398878
+# %% ../nbs/03h_mistakes.ipynb #7c8fc5a7
 join_piece.mistake(
     "words counted once, however often they occur",
     {"-= times[w]": "-= 1", "+= times[w]": "+= 1"},
@@ -199,7 +199,7 @@ join_piece.mistake(
     public="mocibb/cs336#1",
 )
 
-# %% ../nbs/03h_mistakes.ipynb #9c62b632
+# %% ../nbs/03h_mistakes.ipynb #43d5954c
 learn_piece = Piece(
     "bpe.learn_merges", lesson="03_tokenizer", minutes=15, level=2,
     task="At most n merges `(left id, right id, new id)`, the most frequent pair first, of equals "
@@ -218,11 +218,11 @@ learn_piece = Piece(
     """,
 )
 
-@learn_piece.probe("a word that repeats itself")
+@learn_piece.probe("banana")
 def _(f):
     return f(Counter([b"banana"]), 3)
 
-@learn_piece.probe("rare and frequent pieces")
+@learn_piece.probe("rare and frequent")
 def _(f):
     return f(Counter({b"abab": 1, b"cd": 5, b"ab": 1, b"xcd": 2}), 3)
 
@@ -234,11 +234,11 @@ def _(f):
 def _(f):
     return f(Counter(["да да".encode(), "да".encode()]), 2)
 
-@learn_piece.probe("more merges than pairs")
+@learn_piece.probe("few pairs")
 def _(f):
     return f(Counter({b"abc": 1, b"de": 2}), 258)
 
-# %% ../nbs/03h_mistakes.ipynb #5199ece9
+# %% ../nbs/03h_mistakes.ipynb #b174097d
 learn_piece.mistake(
     "training that ignores how often a piece occurs",
     {"list(pieces.values())": "[1] * len(words)"},
@@ -292,4 +292,5 @@ learn_piece.mistake(
      "list(pieces.values())": "[1]"},
     why="No token may cross a cut.",
     does="Tokens such as `e t` are learned, that no text can use later.",
+    public="LLMs-from-scratch#975",
 )
