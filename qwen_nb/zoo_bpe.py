@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['stand_ins_piece', 'spell_piece', 'count_piece', 'replace_piece']
 
-# %% ../nbs/03g_mistakes.ipynb #cf09c175
+# %% ../nbs/03g_mistakes.ipynb #4cb135bc
 from .pieces import Piece
 
-# %% ../nbs/03g_mistakes.ipynb #2cf0201a
+# %% ../nbs/03g_mistakes.ipynb #724b8558
 stand_ins_piece = Piece(
     "bpe.stand_ins", lesson="03_tokenizer", minutes=10, level=2,
     task="A dict from each of the 256 bytes to its stand-in: first the printable bytes, which "
@@ -50,7 +50,7 @@ def _(f):
 def _(f):
     return list(f())
 
-# %% ../nbs/03g_mistakes.ipynb #26f03480
+# %% ../nbs/03g_mistakes.ipynb #e1728002
 stand_ins_piece.mistake(
     "a table that borrows character 256 + the byte",
     {"chr(256 + i)": "chr(256 + b)"},
@@ -83,11 +83,11 @@ stand_ins_piece.mistake(
     does="English is right; every other script is spelled in characters that no file has.",
 )
 
-# %% ../nbs/03g_mistakes.ipynb #a3d5f17c
+# %% ../nbs/03g_mistakes.ipynb #e86bdf24
 spell_piece = Piece(
     "bpe.spell", lesson="03_tokenizer", minutes=3, level=1,
     task="The bytes of a token as a string of their stand-ins.",
-    hints=("Byte by byte; a token need not be whole characters.", "Look each byte up in `CHAR_OF`."),
+    hints=("Byte by byte; a token may hold half a character.", "Look each byte up in `CHAR_OF`."),
     shapes="""
     raw           n bytes
     the result    a string of n characters
@@ -137,11 +137,11 @@ spell_piece.mistake(
     does="No token with a space is found.",
 )
 
-# %% ../nbs/03g_mistakes.ipynb #44a592e2
+# %% ../nbs/03g_mistakes.ipynb #29400193
 count_piece = Piece(
     "bpe.count_pairs", lesson="03_tokenizer", minutes=5, level=1,
     task="How often each pair of neighbours stands in a list of ids: a Counter by (left, right).",
-    hints=("Each id but the last has a right neighbour.", "`zip` of the list and the list from 1 on."),
+    hints=("Each id but the last has a right neighbour.", "`zip` the list and its rest."),
     shapes="""
     ids           a list of n ids
     the result    counts of pairs, n - 1 in all
@@ -202,7 +202,7 @@ count_piece.mistake(
     does="All pairs are ties, and the tie rule alone decides what is learned.",
 )
 
-# %% ../nbs/03g_mistakes.ipynb #a94d1490
+# %% ../nbs/03g_mistakes.ipynb #c22467d0
 replace_piece = Piece(
     "bpe.replace_pair", lesson="03_tokenizer", minutes=10, level=1,
     task="A new list in which `new` stands for every `pair`, from left to right. The old list is "
@@ -240,7 +240,7 @@ def _(f):
 def _(f):
     return [list(f([9], (9, 9), 304)), list(f([], (9, 9), 304))]
 
-# %% ../nbs/03g_mistakes.ipynb #4590c52f
+# %% ../nbs/03g_mistakes.ipynb #703f7027
 replace_piece.mistake(
     "a right half that is left standing",
     {"i += 2 if found else 1": "i += 1"},
