@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['widen_piece', 'round_piece']
 
-# %% ../nbs/02d_mistakes.ipynb #775f0b25
+# %% ../nbs/02d_mistakes.ipynb #e34f7e4e
 import torch
 
 from .pieces import Piece
 
-# %% ../nbs/02d_mistakes.ipynb #13356622
+# %% ../nbs/02d_mistakes.ipynb #0efe8959
 widen_piece = Piece(
     "bfloat16.bf16_to_float32", lesson="02a_bfloat16", minutes=5, level=1,
     task="From bfloat16 patterns, as int16, to the float32 numbers that they stand for.",
@@ -52,7 +52,7 @@ def _(f):
 def _(f):
     return f(torch.zeros(0, 3, dtype=torch.int16))
 
-# %% ../nbs/02d_mistakes.ipynb #86d933ee
+# %% ../nbs/02d_mistakes.ipynb #ed9b4c95
 widen_piece.mistake(
     "a pattern converted as if it were a number",
     {"shifted.view(torch.float32)": "bits.float()"},
@@ -92,7 +92,7 @@ widen_piece.mistake(
     public="jax#38995",
 )
 
-# %% ../nbs/02d_mistakes.ipynb #c25f6487
+# %% ../nbs/02d_mistakes.ipynb #92210231
 round_piece = Piece(
     "bfloat16.float32_to_bf16", lesson="02a_bfloat16", minutes=15, level=2,
     task="From float32 numbers to the nearest bfloat16 patterns, as int16. Ties go to the "
@@ -113,6 +113,7 @@ round_piece = Piece(
     keeps=("x",), steps=0,
 )
 
+# %% ../nbs/02d_mistakes.ipynb #3e8b67a4
 def _numbers_of(patterns):
     "The float32 numbers with these 32 bits."
     signed = [p - 2**32 if p >= 2**31 else p for p in patterns]
@@ -144,7 +145,7 @@ def _(f):
 def _(f):
     return _one_nan(f(_numbers_of([0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x3F800000])))
 
-# %% ../nbs/02d_mistakes.ipynb #372c570b
+# %% ../nbs/02d_mistakes.ipynb #42af0636
 round_piece.mistake(
     "bfloat16 cut off, not rounded",
     {"bits + 0x7FFF + b": "bits"},
@@ -181,6 +182,8 @@ round_piece.mistake(
          "somebody asked for it, as a repair.)",
     public="gorse-io/gorse#1240",
 )
+
+# %% ../nbs/02d_mistakes.ipynb #edc30fca
 round_piece.mistake(
     "the smallest numbers rounded to zero",
     {">> 16\n": ">> 16\n    kept = torch.where(bits & 0x7F800000 == 0, bits >> 31 << 15, kept)\n"},

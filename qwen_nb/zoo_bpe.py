@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['stand_ins_piece', 'spell_piece', 'count_piece', 'replace_piece']
 
-# %% ../nbs/03g_mistakes.ipynb #4cb135bc
+# %% ../nbs/03g_mistakes.ipynb #504d93d2
 from .pieces import Piece
 
-# %% ../nbs/03g_mistakes.ipynb #724b8558
+# %% ../nbs/03g_mistakes.ipynb #c3153e87
 stand_ins_piece = Piece(
     "bpe.stand_ins", lesson="03_tokenizer", minutes=10, level=2,
     task="A dict from each of the 256 bytes to its stand-in: first the printable bytes, which "
@@ -50,7 +50,7 @@ def _(f):
 def _(f):
     return list(f())
 
-# %% ../nbs/03g_mistakes.ipynb #e1728002
+# %% ../nbs/03g_mistakes.ipynb #34c61287
 stand_ins_piece.mistake(
     "a table that borrows character 256 + the byte",
     {"chr(256 + i)": "chr(256 + b)"},
@@ -83,7 +83,7 @@ stand_ins_piece.mistake(
     does="English is right; every other script is spelled in characters that no file has.",
 )
 
-# %% ../nbs/03g_mistakes.ipynb #e86bdf24
+# %% ../nbs/03g_mistakes.ipynb #cea749af
 spell_piece = Piece(
     "bpe.spell", lesson="03_tokenizer", minutes=3, level=1,
     task="The bytes of a token as a string of their stand-ins.",
@@ -94,6 +94,7 @@ spell_piece = Piece(
     """,
 )
 
+# %% ../nbs/03g_mistakes.ipynb #1df71083
 @spell_piece.probe("an English word")
 def _(f):
     return f(b"the")
@@ -137,7 +138,7 @@ spell_piece.mistake(
     does="No token with a space is found.",
 )
 
-# %% ../nbs/03g_mistakes.ipynb #29400193
+# %% ../nbs/03g_mistakes.ipynb #9bb3de12
 count_piece = Piece(
     "bpe.count_pairs", lesson="03_tokenizer", minutes=5, level=1,
     task="How often each pair of neighbours stands in a list of ids: a Counter by (left, right).",
@@ -149,6 +150,7 @@ count_piece = Piece(
     keeps=("ids",),
 )
 
+# %% ../nbs/03g_mistakes.ipynb #e6415651
 @count_piece.probe("no repeats")
 def _(f):
     return dict(f([5, 3, 8]))
@@ -189,6 +191,8 @@ count_piece.mistake(
     why="Every id but the last begins a pair, not every second one.",
     does="Half of all pairs are never seen: merges depend on where a word begins.",
 )
+
+# %% ../nbs/03g_mistakes.ipynb #b397ca83
 count_piece.mistake(
     "pairs without a direction",
     {"zip(ids, ids[1:])": "(tuple(sorted(pair)) for pair in zip(ids, ids[1:]))"},
@@ -202,7 +206,7 @@ count_piece.mistake(
     does="All pairs are ties, and the tie rule alone decides what is learned.",
 )
 
-# %% ../nbs/03g_mistakes.ipynb #c22467d0
+# %% ../nbs/03g_mistakes.ipynb #4ee619ba
 replace_piece = Piece(
     "bpe.replace_pair", lesson="03_tokenizer", minutes=10, level=1,
     task="A new list in which `new` stands for every `pair`, from left to right. The old list is "
@@ -240,7 +244,7 @@ def _(f):
 def _(f):
     return [list(f([9], (9, 9), 304)), list(f([], (9, 9), 304))]
 
-# %% ../nbs/03g_mistakes.ipynb #703f7027
+# %% ../nbs/03g_mistakes.ipynb #7c64768f
 replace_piece.mistake(
     "a right half that is left standing",
     {"i += 2 if found else 1": "i += 1"},
@@ -279,6 +283,8 @@ replace_piece.mistake(
     why="The last id begins no pair, but it stays.",
     does="Every piece loses its last letter with every merge.",
 )
+
+# %% ../nbs/03g_mistakes.ipynb #060defe7
 replace_piece.mistake(
     "pairs found from the right",
     {"out, i = [], 0": "ids, pair, out, i = ids[::-1], pair[::-1], [], 0",

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['names_piece', 'CHAT_NAMES', 'encode_text_piece', 'decode_piece']
 
-# %% ../nbs/03j_mistakes.ipynb #b4c1a5ff
+# %% ../nbs/03j_mistakes.ipynb #5315eebb
 import torch
 
 from .pieces import Piece
 from .zoo_encode import small_tokenizer
 
-# %% ../nbs/03j_mistakes.ipynb #d3cc62bf
+# %% ../nbs/03j_mistakes.ipynb #da20db72
 names_piece = Piece(
     "tokenizer.names_pattern", lesson="03c_special", minutes=10, level=2,
     task="A compiled pattern whose `split` cuts a text at these names and keeps the names. If one "
@@ -54,19 +54,13 @@ def _(f):
 def _(f):
     return f([]).split("abc")
 
-# %% ../nbs/03j_mistakes.ipynb #e445ef7f
+# %% ../nbs/03j_mistakes.ipynb #86c94408
 names_piece.mistake(
     "names in the order of the list",
     {"sorted(names, key=len, reverse=True)": "list(names)"},
     why="Of several alternatives the first that fits wins, and a short name may begin a long one.",
     does="The longer token is never found: its beginning is taken, and the rest is text.",
     public="georg-jung/FastBertTokenizer#101",
-)
-names_piece.mistake(
-    "names in the order of the alphabet",
-    {"sorted(names, key=len, reverse=True)": "sorted(names)"},
-    why="In the alphabet the short name comes before the long one that it begins.",
-    does="The longer token is never found: its beginning is taken, and the rest is text.",
 )
 names_piece.mistake(
     "names whose signs are read as a pattern",
@@ -100,7 +94,7 @@ names_piece.mistake(
     does="The line break behind `<|im_start|>user` disappears.",
 )
 
-# %% ../nbs/03j_mistakes.ipynb #479f3a6d
+# %% ../nbs/03j_mistakes.ipynb #31acffce
 encode_text_piece = Piece(
     "tokenizer.PlainTokenizer.encode", lesson="03c_special", minutes=10, level=1,
     task="The ids of a text. Only with `allow_special` are names of added tokens those tokens. "
@@ -142,7 +136,7 @@ def _(f):
 def _(f):
     return f(small_tokenizer(), "the \ud83e cat")
 
-# %% ../nbs/03j_mistakes.ipynb #f5146e7e
+# %% ../nbs/03j_mistakes.ipynb #c0cb2b67
 encode_text_piece.mistake(
     "names that count without permission",
     {"if not allow_special:": "if False:"},
@@ -176,6 +170,8 @@ encode_text_piece.mistake(
     does="Every turn begins with a space that was never there in training.",
     public="tokenizers#1174",
 )
+
+# %% ../nbs/03j_mistakes.ipynb #0131f00c
 encode_text_piece.mistake(
     "a text that nobody checks",
     {"check_text(text)": "pass"},
@@ -183,7 +179,7 @@ encode_text_piece.mistake(
     does="A text from a JavaScript program ends in an error deep inside.",
 )
 
-# %% ../nbs/03j_mistakes.ipynb #b0d8cf23
+# %% ../nbs/03j_mistakes.ipynb #d9fd5751
 decode_piece = Piece(
     "tokenizer.TokenDecoder.decode", lesson="03c_special", minutes=10, level=1,
     task="The text of these ids, a list or a tensor. With `skip_special` the control tokens are "
@@ -230,7 +226,7 @@ def _(f):
 def _(f):
     return f(small_tokenizer(), _ids_of(" the cat != the mat , ."))
 
-# %% ../nbs/03j_mistakes.ipynb #91744f7b
+# %% ../nbs/03j_mistakes.ipynb #5b32c084
 decode_piece.mistake(
     "each token read as text by itself",
     {'raw = b"".join(self.token_bytes(i)':
@@ -268,6 +264,8 @@ decode_piece.mistake(
     why="With `skip_special` they are not to be shown.",
     does="Every answer ends in `<|im_end|>`.",
 )
+
+# %% ../nbs/03j_mistakes.ipynb #ccffede7
 decode_piece.mistake(
     "control tokens always left out",
     {"self.control if skip_special else ()": "self.control"},

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['header_piece', 'TWO_TENSORS', 'SAME_BYTES', 'bytes_piece', 'BYTE_INFOS', 'tensor_piece']
 
-# %% ../nbs/02c_mistakes.ipynb #0b647304
+# %% ../nbs/02c_mistakes.ipynb #13794e54
 import io
 import json
 
@@ -14,7 +14,7 @@ import torch
 from .pieces import Piece
 from .weights import TensorInfo
 
-# %% ../nbs/02c_mistakes.ipynb #68c90581
+# %% ../nbs/02c_mistakes.ipynb #65d595fb
 header_piece = Piece(
     "weights.read_header", lesson="02_weights", minutes=15, level=2,
     task="From an open file: each tensor's `TensorInfo` by name, and the place in the file where "
@@ -35,6 +35,7 @@ header_piece = Piece(
     """,
 )
 
+# %% ../nbs/02c_mistakes.ipynb #e7340b73
 def _weights_file(entries, data, pad=0):
     "An open file with these header entries and these bytes behind it."
     header = json.dumps(entries).encode() + b" " * pad
@@ -74,7 +75,7 @@ def _(f):
 def _(f):
     return _refuses(f, _weights_file(SAME_BYTES, bytes(16)))
 
-# %% ../nbs/02c_mistakes.ipynb #9ff2994d
+# %% ../nbs/02c_mistakes.ipynb #6cedc941
 header_piece.mistake(
     "a header whose own 8 bytes of length are forgotten",
     {"return tensors, 8 + n": "return tensors, n"},
@@ -108,6 +109,8 @@ header_piece.mistake(
     does="All files open but those of the one model whose notes are empty.",
     public="foundation-model-stack/fastsafetensors#88",
 )
+
+# %% ../nbs/02c_mistakes.ipynb #f2f8c024
 header_piece.mistake(
     "a layout that nobody checks",
     {"check_layout(tensors, size - 8 - n)": "pass"},
@@ -124,7 +127,7 @@ header_piece.mistake(
     public="stable-diffusion.cpp#1754",
 )
 
-# %% ../nbs/02c_mistakes.ipynb #653004db
+# %% ../nbs/02c_mistakes.ipynb #c369c251
 bytes_piece = Piece(
     "weights.tensor_bytes", lesson="02_weights", minutes=5, level=1,
     task="The bytes of one tensor, from an open file, its `TensorInfo` and the place `at` where "
@@ -166,7 +169,7 @@ def _(f):
 def _(f):
     return _refuses(lambda size: _read_bytes(f, [1], 10, size), 20)
 
-# %% ../nbs/02c_mistakes.ipynb #f8ac4a5b
+# %% ../nbs/02c_mistakes.ipynb #650f1056
 bytes_piece.mistake(
     "an offset counted from the beginning of the file",
     {"at + info.start": "info.start"},
@@ -192,12 +195,6 @@ bytes_piece.mistake(
     does="The first tensor is right; the second has too many bytes for its shape.",
 )
 bytes_piece.mistake(
-    "an end that is read too",
-    {"info.end - info.start": "info.end - info.start + 1"},
-    why="The end is the first byte that is no longer the tensor's.",
-    does="Every tensor has one byte too many, which fits no dtype of two or four.",
-)
-bytes_piece.mistake(
     "a short read that goes unnoticed",
     {"raise ValueError": "str"},
     why="A file that is still being downloaded ends early, and reading it gives what there is.",
@@ -205,7 +202,7 @@ bytes_piece.mistake(
     public="osaurus-ai/vmlx-swift#217",
 )
 
-# %% ../nbs/02c_mistakes.ipynb #2c14b771
+# %% ../nbs/02c_mistakes.ipynb #98da25c1
 tensor_piece = Piece(
     "weights.bytes_to_tensor", lesson="02_weights", minutes=8, level=1,
     task="The tensor that these bytes are: `raw` holds its numbers row by row, `dtype` is "
@@ -249,7 +246,7 @@ def _(f):
 def _(f):
     return f(bytearray(), torch.bfloat16, [0, 3])
 
-# %% ../nbs/02c_mistakes.ipynb #12373f77
+# %% ../nbs/02c_mistakes.ipynb #6a04dd08
 tensor_piece.mistake(
     "bytes converted, not looked at",
     {"flat.view(dtype)": "flat.to(dtype)"},
@@ -258,7 +255,7 @@ tensor_piece.mistake(
 )
 tensor_piece.mistake(
     "a tensor filled column by column",
-    {".reshape(shape)": ".reshape(shape[::-1]).permute(*range(len(shape))[::-1])"},
+    {".reshape(shape)": ".reshape(shape[::-1]).permute(list(range(len(shape)))[::-1])"},
     why="The last axis is the one whose neighbours lie side by side.",
     does="Norms are right, matrices are scrambled, and all shapes fit. (In nx: the reverse.)",
     public="elixir-nx/nx#1040",
@@ -284,6 +281,8 @@ tensor_piece.mistake(
     does="A file with one empty tensor does not open.",
     public="safetensors#442",
 )
+
+# %% ../nbs/02c_mistakes.ipynb #2cbf3b3f
 tensor_piece.mistake(
     "a single number taken for an empty tensor",
     {"if raw:": "if raw and shape:"},
