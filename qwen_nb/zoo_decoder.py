@@ -215,8 +215,8 @@ head_piece = Piece(
          "ties the two, else with `lm_head`.",
     hints=(
         "The config says which of the two matrices it is. Both have one row for each token.",
-        "`F.linear(x, W)` multiplies with a matrix as it is stored, (out, in). Nothing else is done "
-        "here: no norm, no softmax, no choice of a position.",
+        "`F.linear(x, W)` multiplies with a matrix as stored, (out, in). Nothing else happens: "
+        "no norm, no softmax, no choice of a position.",
     ),
     shapes="""
     x                     (..., hidden_size), normed already
