@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOW', 'TRIED', 'alike_tensors', 'as_tensor', 'alike', 'at_text', 'kind_text', 'short', 'moved_axes', 'lost_axis',
-           'shape_story', 'function_story', 'ruled_out_story', 'sign_story']
+           'shape_story', 'function_story', 'ruled_out_story', 'sign_story', 'mask_story']
 
-# %% ../nbs/01b_alike.ipynb #b21db557
+# %% ../nbs/01b_alike.ipynb #e5f51552
 import math
 from itertools import permutations
 
@@ -20,7 +20,7 @@ from .verify import rounding_steps
 
 set_style()
 
-# %% ../nbs/01b_alike.ipynb #8ba27006
+# %% ../nbs/01b_alike.ipynb #3a79be83
 LOW = torch.bfloat16, torch.float16
 
 
@@ -39,7 +39,7 @@ def alike_tensors(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float
         return bool(share <= few) and bool(error.max() <= 2)
     return bool((error <= steps).all())
 
-# %% ../nbs/01b_alike.ipynb #0ab7aee9
+# %% ../nbs/01b_alike.ipynb #8b7300f6
 def as_tensor(value:object):
     "An array of NumPy as a tensor; anything else as it is."
     if hasattr(value, "__array__") and not torch.is_tensor(value):
@@ -72,7 +72,7 @@ def alike(
     of_one_kind = isinstance(ours, type(theirs)) or isinstance(theirs, type(ours))
     return of_one_kind and ours == theirs
 
-# %% ../nbs/01b_alike.ipynb #ae463c59
+# %% ../nbs/01b_alike.ipynb #64138c1a
 def at_text(index:tuple):
     "An index as people write it: [0, 2, 1]."
     return "[" + ", ".join(str(i) for i in index) + "]"
@@ -96,7 +96,7 @@ def short(value:object):
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
-# %% ../nbs/01b_alike.ipynb #d2ad86b2
+# %% ../nbs/01b_alike.ipynb #4c642197
 def moved_axes(ours:torch.Tensor, theirs:torch.Tensor):
     "Which two axes were exchanged, if that explains the shape; else None."
     for order in permutations(range(theirs.ndim)):
@@ -141,7 +141,7 @@ def shape_story(ours:torch.Tensor, theirs:torch.Tensor):
             return f"Axis {axis} has length {length}, expected {expected}."
     return ""
 
-# %% ../nbs/01b_alike.ipynb #102df766
+# %% ../nbs/01b_alike.ipynb #8f2f1247
 TRIED = {
     "the softmax of the right one": lambda t: t.softmax(-1),
     "the log-softmax of the right one": lambda t: t.log_softmax(-1),
@@ -189,3 +189,19 @@ def sign_story(ours:torch.Tensor, theirs:torch.Tensor, wrong:torch.Tensor):
         if where.any() and (where == wrong).all():
             return f"Exactly the {sign} values are wrong, all {other} ones are right."
     return ""
+
+# %% ../nbs/01b_alike.ipynb #13f20568
+def mask_story(ours:torch.Tensor, theirs:torch.Tensor):
+    "What is different between two masks."
+    if ours.all() or not ours.any():
+        return f"All of yours is {bool(ours.flatten()[0])}."
+    if torch.equal(ours, ~theirs):
+        return "True and False are exchanged."
+    if ours.ndim >= 2 and ours.shape[-1] == ours.shape[-2] and torch.equal(ours, theirs.mT):
+        return "Rows and columns are exchanged: queries and keys."
+    more, fewer = (ours & ~theirs).sum().item(), (theirs & ~ours).sum().item()
+    if more and not fewer:
+        return f"{more} places are True that should be False, and none the other way."
+    if fewer and not more:
+        return f"{fewer} places are False that should be True, and none the other way."
+    return f"{more} places are True that should be False, {fewer} False that should be True."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['power_text', 'ratio_spread', 'factor_story', 'slices_from', 'order_story', 'place_story', 'growth_story',
-           'mask_story', 'broken_story', 'number_story', 'tensor_story', 'text_story', 'list_order_story', 'list_story',
-           'dict_story', 'value_story']
+           'broken_story', 'number_story', 'tensor_story', 'text_story', 'list_order_story', 'list_story', 'dict_story',
+           'value_story']
 
-# %% ../nbs/01c_locate.ipynb #03c1e161
+# %% ../nbs/01c_locate.ipynb #bbb43c33
 import math
 
 import torch
@@ -19,6 +19,7 @@ from qwen_nb.alike import (
     at_text,
     function_story,
     kind_text,
+    mask_story,
     ruled_out_story,
     shape_story,
     short,
@@ -26,7 +27,7 @@ from qwen_nb.alike import (
 )
 from .verify import rounding_steps
 
-# %% ../nbs/01c_locate.ipynb #881da9ad
+# %% ../nbs/01c_locate.ipynb #e1659add
 def power_text(number:float):
     "Which simple number a factor is, if it is one."
     for n in (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256):
@@ -73,7 +74,7 @@ def factor_story(ours:torch.Tensor, theirs:torch.Tensor):
         return "Each head (axis 1) is right but for a factor of its own."
     return ""
 
-# %% ../nbs/01c_locate.ipynb #00f5a583
+# %% ../nbs/01c_locate.ipynb #8b85b5c9
 def slices_from(ours:torch.Tensor, theirs:torch.Tensor, axis:int, steps:float):
     "For each slice of ours along an axis: which slice of theirs it is, or None."
     found = []
@@ -105,7 +106,7 @@ def order_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float):
         return f"Along axis {axis} the entries come from {order}, expected 0 to {n - 1} in order."
     return ""
 
-# %% ../nbs/01c_locate.ipynb #809bee87
+# %% ../nbs/01c_locate.ipynb #1e3984f9
 def place_story(wrong:torch.Tensor):
     "Along which axis it goes wrong, and from where on."
     for axis in range(wrong.ndim):
@@ -133,7 +134,7 @@ def place_story(wrong:torch.Tensor):
         return f"{along} only entries {short(good)} are right."
     return f"{wrong.double().mean():.0%} of the values differ, everywhere."
 
-# %% ../nbs/01c_locate.ipynb #5f074512
+# %% ../nbs/01c_locate.ipynb #863a6879
 def growth_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Whether the error grows along an axis that is not the last."
     apart = (ours.double() - theirs.double()).abs().nan_to_num(0, 0, 0)
@@ -151,23 +152,7 @@ def growth_story(ours:torch.Tensor, theirs:torch.Tensor):
                     "or depends on the position.")
     return ""
 
-# %% ../nbs/01c_locate.ipynb #57eaea5f
-def mask_story(ours:torch.Tensor, theirs:torch.Tensor):
-    "What is different between two masks."
-    if ours.all() or not ours.any():
-        return f"All of yours is {bool(ours.flatten()[0])}."
-    if torch.equal(ours, ~theirs):
-        return "True and False are exchanged."
-    if ours.ndim >= 2 and ours.shape[-1] == ours.shape[-2] and torch.equal(ours, theirs.mT):
-        return "Rows and columns are exchanged: queries and keys."
-    more, fewer = (ours & ~theirs).sum().item(), (theirs & ~ours).sum().item()
-    if more and not fewer:
-        return f"{more} places are True that should be False, and none the other way."
-    if fewer and not more:
-        return f"{fewer} places are False that should be True, and none the other way."
-    return f"{more} places are True that should be False, {fewer} False that should be True."
-
-# %% ../nbs/01c_locate.ipynb #eb740ec9
+# %% ../nbs/01c_locate.ipynb #591859f2
 def broken_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Where NaN or infinity begins, where a finite number is expected."
     if not theirs.is_floating_point():
@@ -205,7 +190,7 @@ def number_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, wrong:torc
                 "the idea is right, and a cast or a small constant is not.")
     return f"{where} {growth_story(ours, theirs)}".strip()
 
-# %% ../nbs/01c_locate.ipynb #56ca8b98
+# %% ../nbs/01c_locate.ipynb #1085f128
 def tensor_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float):
     "Sentences on how two tensors differ: first the plain things, then what kind of error it is."
     if ours.shape != theirs.shape:
@@ -229,7 +214,7 @@ def tensor_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float)
         return [first, mask_story(ours, theirs), place_story(wrong)]
     return [first, number_story(ours, theirs, steps, wrong)]
 
-# %% ../nbs/01c_locate.ipynb #88a19f9a
+# %% ../nbs/01c_locate.ipynb #48fd96d8
 def text_story(ours:str, theirs:str):
     "Where two pieces of text, or of bytes, part."
     at = 0
@@ -273,7 +258,7 @@ def list_story(ours:list, theirs:list, steps:float, few:float):
         sentences += value_story(ours[at], theirs[at], steps, few)
     return sentences
 
-# %% ../nbs/01c_locate.ipynb #b7374c7b
+# %% ../nbs/01c_locate.ipynb #4bea8ebc
 def dict_story(ours:dict, theirs:dict, steps:float, few:float):
     "How two dicts differ: their keys, or the first value that does."
     if ours.keys() != theirs.keys():
