@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'read_progress', 'note_progress', 'help_steps', 'hint', 'cell_of', 'without_calls', 'show_verdict',
-           'grade_piece', 'mixed_class', 'grade', 'save', 'one_answer', 'begin', 'edition_folder', 'lay_out',
-           'standing', 'build']
+           'grade_piece', 'borrowed', 'mixed_class', 'grade', 'save', 'one_answer', 'begin', 'edition_folder',
+           'lay_out', 'standing', 'build']
 
-# %% ../nbs/80c_build.ipynb #663f1481
+# %% ../nbs/80c_build.ipynb #682a33d6
 import ast
 import inspect
 import json
@@ -15,6 +15,7 @@ import linecache
 import sys
 import textwrap
 from pathlib import Path
+from types import FunctionType
 
 from .diagnose import Verdict, diagnose, package_class
 from .edition import keep_work, lessons_with_pieces, text_of
@@ -32,7 +33,7 @@ from qwen_nb.mine import (
 from .own_map import draw_map
 from .pieces import Piece
 
-# %% ../nbs/80c_build.ipynb #e1f7a107
+# %% ../nbs/80c_build.ipynb #fe6d38ee
 def read_progress() -> dict:
     "name of the piece → {hints: how many steps were asked for, tries: how often graded, right}."
     path = my_folder() / "progress.json"
@@ -53,7 +54,7 @@ def note_progress(piece:Piece, **what):
     half.write_text(json.dumps(progress, indent=1), encoding="utf-8")
     half.replace(folder / "progress.json")
 
-# %% ../nbs/80c_build.ipynb #ed526845
+# %% ../nbs/80c_build.ipynb #60d202ae
 def help_steps(piece:Piece) -> list:
     "The steps of help for a piece: (title, text)."
     first, second = piece.hints
@@ -87,7 +88,7 @@ def hint(
     if step < len(steps):
         print(f'Not enough? hint("{piece.name}") again: {steps[step][0]}.')
 
-# %% ../nbs/80c_build.ipynb #6c2b4260
+# %% ../nbs/80c_build.ipynb #52943e13
 def cell_of(answer:object) -> str:
     "The cell in which a function or class was written."
     functions = [answer]
@@ -135,10 +136,21 @@ def grade_piece(piece:Piece, answer:object):
         print(f'Help: hint("{piece.name}")')
     return verdict.right
 
-# %% ../nbs/80c_build.ipynb #3655ba13
+# %% ../nbs/80c_build.ipynb #2dbc8b91
+def borrowed(piece:Piece):
+    "The package's own function, seeing the notebook's names as if it had been written there."
+    function = original(piece.path)
+    here = vars(sys.modules["__main__"])
+    made = FunctionType(function.__code__, here, function.__name__, function.__defaults__,
+                        function.__closure__)
+    made.__kwdefaults__, made.__doc__ = function.__kwdefaults__, function.__doc__
+    made.__qualname__, made.__borrowed__ = function.__qualname__, True
+    return made
+
+
 def mixed_class(answer:type, wrong:list):
     "The learner's class, with the package's methods for the pieces that are not right yet."
-    methods = {piece.path.split(".")[-1]: original(piece.path) for piece in wrong}
+    methods = {piece.path.split(".")[-1]: borrowed(piece) for piece in wrong}
     return type(answer.__name__, (answer,), methods | {"__yours__": answer})
 
 
@@ -155,7 +167,7 @@ def grade(
         return answer
     is_class = isinstance(answer, type)
     package = package_class(pieces[0]) if is_class else original(pieces[0].path)
-    if answer is package:
+    if answer is package or hasattr(answer, "__borrowed__"):
         print(f"This is the package's own {answer.__name__}. To grade yours, run its cell first.")
         return answer
 
@@ -169,7 +181,7 @@ def grade(
         draw_map()
     if not wrong:
         return answer
-    return mixed_class(answer, wrong) if is_class else package
+    return mixed_class(answer, wrong) if is_class else borrowed(pieces[0])
 
 
 def save(piece:Piece, answer:object):
@@ -181,7 +193,7 @@ def save(piece:Piece, answer:object):
     except (OSError, TypeError, SyntaxError) as error:
         print(f"  It could not be saved ({error}), and counts in this notebook only.")
 
-# %% ../nbs/80c_build.ipynb #c8abb75a
+# %% ../nbs/80c_build.ipynb #9fc83f6c
 QUESTION = "Max is in the attic.\nAnna has the ball.\nWho has the ball?"
 _loaded = []
 
@@ -218,7 +230,7 @@ def begin(
         print("This folder is gone when the session ends. To keep it, mount your Drive and set "
               'os.environ["MY_QWEN"] = "/content/drive/MyDrive/my_qwen" before this cell.')
 
-# %% ../nbs/80c_build.ipynb #ee270a89
+# %% ../nbs/80c_build.ipynb #6a061c4f
 def edition_folder() -> Path:
     "Where the building edition is: beside the package in a clone. FileNotFoundError without one."
     import qwen_nb
@@ -256,7 +268,7 @@ def lay_out(folder:Path) -> list:
         changed.append(path.stem)
     return changed
 
-# %% ../nbs/80c_build.ipynb #6556e346
+# %% ../nbs/80c_build.ipynb #a04983db
 def standing() -> list:
     "Where one stands, as lines: each lesson with its pieces, and what comes next."
     progress, lines, following = read_progress(), [], None
