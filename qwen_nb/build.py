@@ -7,7 +7,7 @@ __all__ = ['QUESTION', 'read_progress', 'note_progress', 'help_steps', 'hint', '
            'grade_piece', 'borrowed', 'mixed_class', 'grade', 'save', 'one_answer', 'begin', 'edition_folder',
            'lay_out', 'standing', 'build']
 
-# %% ../nbs/80c_build.ipynb #682a33d6
+# %% ../nbs/80c_build.ipynb #fc7f949c
 import ast
 import inspect
 import json
@@ -33,7 +33,7 @@ from qwen_nb.mine import (
 from .own_map import draw_map
 from .pieces import Piece
 
-# %% ../nbs/80c_build.ipynb #fe6d38ee
+# %% ../nbs/80c_build.ipynb #7d639449
 def read_progress() -> dict:
     "name of the piece → {hints: how many steps were asked for, tries: how often graded, right}."
     path = my_folder() / "progress.json"
@@ -54,7 +54,7 @@ def note_progress(piece:Piece, **what):
     half.write_text(json.dumps(progress, indent=1), encoding="utf-8")
     half.replace(folder / "progress.json")
 
-# %% ../nbs/80c_build.ipynb #60d202ae
+# %% ../nbs/80c_build.ipynb #46934822
 def help_steps(piece:Piece) -> list:
     "The steps of help for a piece: (title, text)."
     first, second = piece.hints
@@ -88,7 +88,7 @@ def hint(
     if step < len(steps):
         print(f'Not enough? hint("{piece.name}") again: {steps[step][0]}.')
 
-# %% ../nbs/80c_build.ipynb #52943e13
+# %% ../nbs/80c_build.ipynb #5d70c39c
 def cell_of(answer:object) -> str:
     "The cell in which a function or class was written."
     functions = [answer]
@@ -136,7 +136,7 @@ def grade_piece(piece:Piece, answer:object):
         print(f'Help: hint("{piece.name}")')
     return verdict.right
 
-# %% ../nbs/80c_build.ipynb #2dbc8b91
+# %% ../nbs/80c_build.ipynb #86869eaa
 def borrowed(piece:Piece):
     "The package's own function, seeing the notebook's names as if it had been written there."
     function = original(piece.path)
@@ -159,7 +159,7 @@ def grade(
 ):
     """Say of each piece whether it is right, or which mistake it is. Gives what to go on with: the
     learner's if it is right, else the package's."""
-    answer = getattr(answer, "__yours__", answer)
+    answer = vars(answer).get("__yours__", answer) if hasattr(answer, "__dict__") else answer
     try:
         pieces = pieces_of(answer)
     except LookupError as error:
@@ -193,7 +193,7 @@ def save(piece:Piece, answer:object):
     except (OSError, TypeError, SyntaxError) as error:
         print(f"  It could not be saved ({error}), and counts in this notebook only.")
 
-# %% ../nbs/80c_build.ipynb #9fc83f6c
+# %% ../nbs/80c_build.ipynb #fe9c75ec
 QUESTION = "Max is in the attic.\nAnna has the ball.\nWho has the ball?"
 _loaded = []
 
@@ -230,7 +230,7 @@ def begin(
         print("This folder is gone when the session ends. To keep it, mount your Drive and set "
               'os.environ["MY_QWEN"] = "/content/drive/MyDrive/my_qwen" before this cell.')
 
-# %% ../nbs/80c_build.ipynb #6a061c4f
+# %% ../nbs/80c_build.ipynb #bb7e20d0
 def edition_folder() -> Path:
     "Where the building edition is: beside the package in a clone. FileNotFoundError without one."
     import qwen_nb
@@ -268,7 +268,7 @@ def lay_out(folder:Path) -> list:
         changed.append(path.stem)
     return changed
 
-# %% ../nbs/80c_build.ipynb #a04983db
+# %% ../nbs/80c_build.ipynb #ba06cc09
 def standing() -> list:
     "Where one stands, as lines: each lesson with its pieces, and what comes next."
     progress, lines, following = read_progress(), [], None

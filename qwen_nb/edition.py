@@ -8,7 +8,7 @@ __all__ = ['STUB', 'LEVELS', 'BEGIN', 'NOTE', 'find_function', 'body_lines', 'ho
            'new_cell', 'task_of', 'split_after', 'piece_cells', 'pieces_in', 'first_cell', 'lessons_with_pieces',
            'build_lesson', 'is_changed', 'key_of', 'keep_work', 'is_ours']
 
-# %% ../nbs/80b_edition.ipynb #ebb11e3b
+# %% ../nbs/80b_edition.ipynb #386bf5e1
 import ast
 import copy
 import hashlib
@@ -17,7 +17,7 @@ import re
 from .mine import all_pieces
 from .pieces import Piece
 
-# %% ../nbs/80b_edition.ipynb #b4ea434f
+# %% ../nbs/80b_edition.ipynb #ea2a759b
 STUB = """{indent}# {count}, {time}. Stuck? Run hint("{name}") in a cell of its own.
 {indent}raise NotImplementedError("{name} is still to be written")"""
 
@@ -67,11 +67,11 @@ def make_stub(
     stub = STUB.format(indent=indent, count=count.capitalize(), time=time, name=piece.name)
     return "\n".join([*head, stub, *lines[last:]]), len(code)
 
-# %% ../nbs/80b_edition.ipynb #9fc8d53e
+# %% ../nbs/80b_edition.ipynb #ce0728b5
 def is_comment(line:str):
     return line.strip().startswith("#")
 
-# %% ../nbs/80b_edition.ipynb #b58bc85d
+# %% ../nbs/80b_edition.ipynb #bfa33e16
 def text_of(cell:dict):
     return "".join(cell["source"])
 
@@ -148,7 +148,7 @@ def new_cell(kind:str, id:str, text:str, **meta):
     cell = {"cell_type": kind, "id": id, "metadata": made, "source": text.splitlines(True)}
     return cell | {"execution_count": None, "outputs": []} if kind == "code" else cell
 
-# %% ../nbs/80b_edition.ipynb #a2eb9b44
+# %% ../nbs/80b_edition.ipynb #8ae0274e
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 BEGIN = """#@title Your own pieces {{display-mode: "form"}}
 from qwen_nb.build import begin, grade, hint
@@ -201,7 +201,7 @@ def pieces_in(cell:dict, pieces:list):
     tree = ast.parse(text)
     return [piece for piece in pieces if find_function(tree, piece.name)]
 
-# %% ../nbs/80b_edition.ipynb #77ca661a
+# %% ../nbs/80b_edition.ipynb #cfd11d7b
 def first_cell(cell:dict, name:str):
     "The title, with a note on what this edition is. Its picture is the reading edition's."
     text = text_of(cell).replace("/blob/main/nbs/", "/blob/main/building/")
@@ -210,7 +210,7 @@ def first_cell(cell:dict, name:str):
     text = f"{title}\n{NOTE.format(name=name)}{re.sub(picture, '', rest, flags=re.S)}"
     return new_cell("markdown", cell["id"], text)
 
-# %% ../nbs/80b_edition.ipynb #c995bd61
+# %% ../nbs/80b_edition.ipynb #3f4d7036
 def lessons_with_pieces() -> dict:
     "Name of the lesson → its pieces, in the order of the course."
     found = {}
@@ -252,7 +252,7 @@ def build_lesson(
     about = {k: copy.deepcopy(nb[k]) for k in ("metadata", "nbformat", "nbformat_minor")}
     return {"cells": cells, **about}
 
-# %% ../nbs/80b_edition.ipynb #03a7df59
+# %% ../nbs/80b_edition.ipynb #b86ba8a8
 def is_changed(cell:dict):
     "Whether a code cell is not as the tool made it."
     made = cell["metadata"].get("qwen_nb", {}).get("made")

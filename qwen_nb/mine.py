@@ -6,7 +6,7 @@
 __all__ = ['ZOO', 'ABOUT', 'all_pieces', 'pieces_of', 'my_folder', 'sections', 'package_imports', 'names_used', 'brought_along',
            'write_module', 'keep_cell', 'load_mine', 'place_answer', 'use_mine', 'use_package']
 
-# %% ../nbs/80_mine.ipynb #7710ac03
+# %% ../nbs/80_mine.ipynb #481793f8
 import ast
 import builtins
 import importlib
@@ -19,7 +19,7 @@ from pathlib import Path
 from .diagnose import as_method_of, diagnose, new_methods, package_class
 from .pieces import IN_USE, Piece, original, place_holders, put_in, take_out
 
-# %% ../nbs/80_mine.ipynb #f9d6ce13
+# %% ../nbs/80_mine.ipynb #ed86bb8f
 # Modules that hold pieces, in the order of the course
 ZOO = """
 zoo_weights zoo_bfloat16 zoo_bpe zoo_merges zoo_encode zoo_text zoo_positions zoo_rope
@@ -56,7 +56,7 @@ def pieces_of(
         raise LookupError(f"there is no piece called {name}; the pieces are {', '.join(every)}")
     return found
 
-# %% ../nbs/80_mine.ipynb #1b291d24
+# %% ../nbs/80_mine.ipynb #10c9d8aa
 def my_folder() -> Path:
     """Where the learner's pieces are: `$MY_QWEN`, or the nearest folder above that is or has a
     `my_qwen`, or else a new `my_qwen` beside the notebooks (in a clone of the project: at its
@@ -93,7 +93,7 @@ def package_imports(module:str) -> list:
             lines.append(ast.unparse(node))
     return lines
 
-# %% ../nbs/80_mine.ipynb #37d7c03e
+# %% ../nbs/80_mine.ipynb #dd29be06
 def names_used(source:str) -> set:
     "Names that a cell takes from outside."
     tree = ast.parse(source)
@@ -132,7 +132,7 @@ def brought_along(source:str, module:str, notebook:dict) -> str:
             lines.append(f"{name} = {value!r}")
     return "\n".join(line for line in lines if line)
 
-# %% ../nbs/80_mine.ipynb #e4569440
+# %% ../nbs/80_mine.ipynb #a813c83a
 def write_module(
     folder:Path,  # the learner's
     module:str,  # of the package: "norm"
@@ -178,7 +178,7 @@ def keep_cell(
     cells[name] = f"{needs}\n\n{source}" if needs else source
     write_module(folder, module, cells)
 
-# %% ../nbs/80_mine.ipynb #a82b695c
+# %% ../nbs/80_mine.ipynb #70f44eca
 def load_mine(folder:Path) -> tuple:
     "The learner's pieces from a folder: name of the piece → function or class; and complaints."
     found, complaints = {}, []
@@ -207,7 +207,7 @@ def place_answer(piece:Piece, answer:object):
     method = as_method_of(package_class(piece), method)
     put_in(piece, method, new_methods(piece, answer))
 
-# %% ../nbs/80_mine.ipynb #be904deb
+# %% ../nbs/80_mine.ipynb #87059dc6
 def use_mine(
     folder:Path=None,  # the learner's; None: `my_folder()`
 ) -> list:

@@ -23,7 +23,7 @@ k, v = repeat_kv(k, group), repeat_kv(v, group)
 if layer_idx == len(self.kv) - 1:
 for run in runs(tokenizer, pieces):
 first = raw.get("max_window_layers", 28)
-real = attention_mask.flatten().float()
+if attention_mask is not None:
 for name, p in model.named_parameters():
 """
 sys.path.insert(0, str(ROOT))
