@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STUB', 'LEVELS', 'BEGIN', 'NOTE', 'find_function', 'body_lines', 'how_long', 'make_stub', 'is_comment', 'text_of',
-           'is_left_out', 'names_made', 'names_read_by', 'left_out', 'without_directives', 'links_to', 'short_hash',
-           'new_cell', 'task_of', 'split_after', 'piece_cells', 'pieces_in', 'first_cell', 'lessons_with_pieces',
-           'build_lesson', 'is_changed', 'key_of', 'keep_work', 'is_ours']
+           'is_install', 'is_left_out', 'names_made', 'names_read_by', 'left_out', 'without_directives', 'links_to',
+           'short_hash', 'new_cell', 'task_of', 'split_after', 'piece_cells', 'pieces_in', 'first_cell',
+           'lessons_with_pieces', 'build_lesson', 'is_changed', 'key_of', 'keep_work', 'is_tools']
 
-# %% ../nbs/80b_edition.ipynb #386bf5e1
+# %% ../nbs/80b_edition.ipynb #cf2be5b7
 import ast
 import copy
 import hashlib
@@ -17,7 +17,7 @@ import re
 from .mine import all_pieces
 from .pieces import Piece
 
-# %% ../nbs/80b_edition.ipynb #ea2a759b
+# %% ../nbs/80b_edition.ipynb #0523cb7e
 STUB = """{indent}# {count}, {time}. Stuck? Run hint("{name}") in a cell of its own.
 {indent}raise NotImplementedError("{name} is still to be written")"""
 
@@ -67,13 +67,18 @@ def make_stub(
     stub = STUB.format(indent=indent, count=count.capitalize(), time=time, name=piece.name)
     return "\n".join([*head, stub, *lines[last:]]), len(code)
 
-# %% ../nbs/80b_edition.ipynb #ce0728b5
+# %% ../nbs/80b_edition.ipynb #57531d67
 def is_comment(line:str):
     return line.strip().startswith("#")
 
-# %% ../nbs/80b_edition.ipynb #bfa33e16
+# %% ../nbs/80b_edition.ipynb #38050210
 def text_of(cell:dict):
     return "".join(cell["source"])
+
+
+def is_install(cell:dict):
+    "Whether it is the cell that installs the package in Colab."
+    return text_of(cell).startswith("#@title Install")
 
 
 def is_left_out(cell:dict):
@@ -103,7 +108,7 @@ def names_read_by(text:str):
     tree = ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", text, flags=re.M))
     return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
-
+# %% ../nbs/80b_edition.ipynb #cf3129eb
 def left_out(cells:list) -> set:
     "The ids of all cells to be left out: those that say so, and code that needs what they made."
     out, missing, here = set(), set(), set()
@@ -148,7 +153,7 @@ def new_cell(kind:str, id:str, text:str, **meta):
     cell = {"cell_type": kind, "id": id, "metadata": made, "source": text.splitlines(True)}
     return cell | {"execution_count": None, "outputs": []} if kind == "code" else cell
 
-# %% ../nbs/80b_edition.ipynb #8ae0274e
+# %% ../nbs/80b_edition.ipynb #44c48b3e
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 BEGIN = """#@title Your own pieces {{display-mode: "form"}}
 from qwen_nb.build import begin, grade, hint
@@ -192,16 +197,16 @@ def piece_cells(cell:dict, pieces:list):
     ]
     return [*cells, new_cell("code", f"{id}-after", after)] if after else cells
 
-
+# %% ../nbs/80b_edition.ipynb #f13a10b7
 def pieces_in(cell:dict, pieces:list):
     "Those of a lesson's pieces that a code cell holds."
-    if cell["cell_type"] != "code" or "google.colab" in text_of(cell):
+    if cell["cell_type"] != "code" or is_install(cell):
         return []
     text = re.sub(r"^(\s*)[%!].*", r"\1pass", text_of(cell), flags=re.M)
     tree = ast.parse(text)
     return [piece for piece in pieces if find_function(tree, piece.name)]
 
-# %% ../nbs/80b_edition.ipynb #cfd11d7b
+# %% ../nbs/80b_edition.ipynb #ee271135
 def first_cell(cell:dict, name:str):
     "The title, with a note on what this edition is. Its picture is the reading edition's."
     text = text_of(cell).replace("/blob/main/nbs/", "/blob/main/building/")
@@ -210,7 +215,7 @@ def first_cell(cell:dict, name:str):
     text = f"{title}\n{NOTE.format(name=name)}{re.sub(picture, '', rest, flags=re.S)}"
     return new_cell("markdown", cell["id"], text)
 
-# %% ../nbs/80b_edition.ipynb #3f4d7036
+# %% ../nbs/80b_edition.ipynb #7e48a2ac
 def lessons_with_pieces() -> dict:
     "Name of the lesson → its pieces, in the order of the course."
     found = {}
@@ -239,7 +244,7 @@ def build_lesson(
             is_code = cell["cell_type"] == "code"
             text = without_directives(text) if is_code else text
             cells.append(new_cell(cell["cell_type"], cell["id"], text))
-        if "google.colab" in text_of(cell):
+        if is_install(cell):
             cells.append(new_cell("code", "mine", BEGIN.format(name=name)))
     if missing:
         raise ValueError(f"{name} has no cell that defines {', '.join(sorted(missing))}")
@@ -252,7 +257,7 @@ def build_lesson(
     about = {k: copy.deepcopy(nb[k]) for k in ("metadata", "nbformat", "nbformat_minor")}
     return {"cells": cells, **about}
 
-# %% ../nbs/80b_edition.ipynb #b86ba8a8
+# %% ../nbs/80b_edition.ipynb #3f90ddae
 def is_changed(cell:dict):
     "Whether a code cell is not as the tool made it."
     made = cell["metadata"].get("qwen_nb", {}).get("made")
@@ -277,7 +282,7 @@ def keep_work(
             last = key
             if is_changed(cell):
                 changed[key] = cell
-        elif is_changed(cell) or cell["cell_type"] == "markdown" and not is_ours(cell):
+        elif is_changed(cell) or cell["cell_type"] == "markdown" and not is_tools(cell):
             added.setdefault(last, []).append(cell)
     cells = list(added.get(None, []))
     for cell in made["cells"]:
@@ -289,6 +294,6 @@ def keep_work(
     return made | {"cells": cells}
 
 
-def is_ours(cell:dict):
+def is_tools(cell:dict):
     "Whether a markdown cell came from the tool, of this or an older version: those ids are known."
     return bool(re.fullmatch(r"[0-9a-f]{8}(-task)?|[\w-]+-task", cell.get("id", "")))
