@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['begin_piece', 'layer_piece']
 
-# %% ../nbs/22f_mistakes.ipynb #6a9e6d7e
+# %% ../nbs/22f_mistakes.ipynb #9a544e32
 import torch
 from torch import nn
 
 from .lora import LoRALinear
 from .pieces import Piece
 
-# %% ../nbs/22f_mistakes.ipynb #9b991895
+# %% ../nbs/22f_mistakes.ipynb #c9e77131
 begin_piece = Piece(
     "lora.LoRALinear.begin", lesson="22a_lora", minutes=10, level=1,
     task="Give A random values between -1/√in and 1/√in, drawn with the generator, and B zeros. "
@@ -62,7 +62,7 @@ def _(f):
     return dict(one_seed_equal=equal, two_seeds_equal=torch.equal(
         first.lora_A.weight, other.lora_A.weight))
 
-# %% ../nbs/22f_mistakes.ipynb #fd5596eb
+# %% ../nbs/22f_mistakes.ipynb #6ca3ae9c
 begin_piece.mistake(
     "B at random",
     {"nn.init.zeros_(self.lora_B.weight)": "nn.init.normal_(self.lora_B.weight, std=0.02)"},
@@ -103,7 +103,7 @@ begin_piece.mistake(
     does="Two runs with one seed differ, and nothing can be repeated.",
 )
 
-# %% ../nbs/22f_mistakes.ipynb #1b36a7f4
+# %% ../nbs/22f_mistakes.ipynb #175dd775
 layer_piece = Piece(
     "lora.LoRALinear.forward", lesson="22a_lora", minutes=10, level=2,
     task="The frozen layer's output, plus what the adapter adds: B A x times `self.scale`. A "
@@ -153,7 +153,7 @@ def _(f):
 def _(f):
     return f(_adapted(dtype=torch.bfloat16), torch.randn(400, 6).bfloat16())
 
-# %% ../nbs/22f_mistakes.ipynb #cd1936c8
+# %% ../nbs/22f_mistakes.ipynb #dcd71d7d
 layer_piece.mistake(
     "an adapter without its scale",
     {"(self.lora_A(x)) * self.scale": "(self.lora_A(x))"},
@@ -172,6 +172,7 @@ layer_piece.mistake(
     {"self.kept is not None": "False"},
     why="After merging the weight holds the adapter's part already.",
     does="Merged, the model overdoes what it learnt; not merged, it is right.",
+    public="candle-lora#26",
 )
 layer_piece.mistake(
     "a forgotten bias",

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['delta_piece', 'merge_piece']
 
-# %% ../nbs/22g_mistakes.ipynb #4a6bcef3
+# %% ../nbs/22g_mistakes.ipynb #2f17ca1c
 import torch
 from torch import nn
 
 from .lora import LoRALinear
 from .pieces import Piece
 
-# %% ../nbs/22g_mistakes.ipynb #a53addd6
+# %% ../nbs/22g_mistakes.ipynb #9735b293
 delta_piece = Piece(
     "lora.LoRALinear.delta", lesson="22a_lora", minutes=5, level=1,
     task="What the adapter adds to the weight, as one matrix of the weight's shape, in the "
@@ -44,7 +44,7 @@ def _(f):
 def _(f):
     return f(_trained_layer(6, 5, torch.bfloat16))
 
-# %% ../nbs/22g_mistakes.ipynb #6c599e2c
+# %% ../nbs/22g_mistakes.ipynb #8e6c8614
 delta_piece.mistake(
     "a change without the scale",
     {"self.scale * (": "("},
@@ -81,7 +81,7 @@ delta_piece.mistake(
     public="openagents#9456",
 )
 
-# %% ../nbs/22g_mistakes.ipynb #25d363a0
+# %% ../nbs/22g_mistakes.ipynb #99a2ea24
 merge_piece = Piece(
     "lora.merge_layer", lesson="22a_lora", minutes=10, level=2,
     task="Put `layer.delta()` into the weight: `layer.weight` becomes a new frozen parameter of "
@@ -128,7 +128,7 @@ def _(f):
     layer, _ = _merged(f, torch.float32)
     return layer(torch.randn(3, 6))
 
-# %% ../nbs/22g_mistakes.ipynb #f70f9bef
+# %% ../nbs/22g_mistakes.ipynb #8b099223
 merge_piece.mistake(
     "a change that is rounded before it is added",
     {"(layer.weight + layer.delta()).to(layer.weight.dtype)":

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['log_probs_piece', 'sums_piece', 'pair_piece']
 
-# %% ../nbs/22h_mistakes.ipynb #69120ad5
+# %% ../nbs/22h_mistakes.ipynb #a5465af0
 import torch
 
 from .pieces import Piece
 from .rows import IGNORED
 
-# %% ../nbs/22h_mistakes.ipynb #9e974a81
+# %% ../nbs/22h_mistakes.ipynb #6b9c05bb
 log_probs_piece = Piece(
     "preference.answer_log_probs", lesson="22b_preference", minutes=10, level=2,
     task="The log-probability that the model gives to each label, in float32, and 0 where the "
@@ -63,7 +63,7 @@ def _(f):
 def _(f):
     return f(_TableModel(torch.bfloat16), _pairs_batch([6, 4]))
 
-# %% ../nbs/22h_mistakes.ipynb #913ec664
+# %% ../nbs/22h_mistakes.ipynb #43f48fa8
 log_probs_piece.mistake(
     "log-probabilities in the model's dtype",
     {".float().log_softmax": ".log_softmax"},
@@ -123,7 +123,7 @@ log_probs_piece.mistake(
     does="Batches with a prompt or padding, that is all of them, stop with an error.",
 )
 
-# %% ../nbs/22h_mistakes.ipynb #58031204
+# %% ../nbs/22h_mistakes.ipynb #244fb2ab
 sums_piece = Piece(
     "preference.answer_sums", lesson="22b_preference", minutes=5, level=1,
     task="The log-probabilities of whole answers, in two tensors: of the chosen and of the "
@@ -150,7 +150,7 @@ def _(f):
 def _(f):
     return f(_TableModel(), _pairs_batch([2, 4]))
 
-# %% ../nbs/22h_mistakes.ipynb #7213d342
+# %% ../nbs/22h_mistakes.ipynb #f2211927
 sums_piece.mistake(
     "a mean over the row",
     {".sum(-1)": ".mean(-1)"},
@@ -183,7 +183,7 @@ sums_piece.mistake(
     does="The result has one number for each place, and the loss mixes all pairs.",
 )
 
-# %% ../nbs/22h_mistakes.ipynb #7a911d27
+# %% ../nbs/22h_mistakes.ipynb #c5239495
 pair_piece = Piece(
     "preference.pair_loss", lesson="22b_preference", minutes=10, level=2,
     task="DPO's loss of each pair, and its margin: beta times the log ratio of the chosen answer "
@@ -220,7 +220,7 @@ def _(f):
 def _(f):
     return f(*(-3 * torch.rand(4, 5)), 2.)
 
-# %% ../nbs/22h_mistakes.ipynb #3f745af8
+# %% ../nbs/22h_mistakes.ipynb #4dea199a
 pair_piece.mistake(
     "DPO without the reference",
     {"(chosen - ref_chosen)": "chosen", "(rejected - ref_rejected)": "rejected"},
