@@ -7,7 +7,7 @@ __all__ = ['QUESTION', 'read_progress', 'note_progress', 'help_steps', 'hint', '
            'grade_piece', 'mixed_class', 'grade', 'save', 'one_answer', 'begin', 'edition_folder', 'lay_out',
            'standing', 'build']
 
-# %% ../nbs/80c_build.ipynb #901102cf
+# %% ../nbs/80c_build.ipynb #663f1481
 import ast
 import inspect
 import json
@@ -16,7 +16,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from .diagnose import Verdict, diagnose
+from .diagnose import Verdict, diagnose, package_class
 from .edition import keep_work, lessons_with_pieces, text_of
 from qwen_nb.mine import (
     IN_USE,
@@ -24,7 +24,6 @@ from qwen_nb.mine import (
     keep_cell,
     my_folder,
     original,
-    original_class,
     pieces_of,
     place_answer,
     take_out,
@@ -33,7 +32,7 @@ from qwen_nb.mine import (
 from .own_map import draw_map
 from .pieces import Piece
 
-# %% ../nbs/80c_build.ipynb #0fc41ee4
+# %% ../nbs/80c_build.ipynb #e1f7a107
 def read_progress() -> dict:
     "name of the piece → {hints: how many steps were asked for, tries: how often graded, right}."
     path = my_folder() / "progress.json"
@@ -54,7 +53,7 @@ def note_progress(piece:Piece, **what):
     half.write_text(json.dumps(progress, indent=1), encoding="utf-8")
     half.replace(folder / "progress.json")
 
-# %% ../nbs/80c_build.ipynb #e62b6f91
+# %% ../nbs/80c_build.ipynb #ed526845
 def help_steps(piece:Piece) -> list:
     "The steps of help for a piece: (title, text)."
     first, second = piece.hints
@@ -88,7 +87,7 @@ def hint(
     if step < len(steps):
         print(f'Not enough? hint("{piece.name}") again: {steps[step][0]}.')
 
-# %% ../nbs/80c_build.ipynb #b42254bf
+# %% ../nbs/80c_build.ipynb #6c2b4260
 def cell_of(answer:object) -> str:
     "The cell in which a function or class was written."
     functions = [answer]
@@ -136,7 +135,7 @@ def grade_piece(piece:Piece, answer:object):
         print(f'Help: hint("{piece.name}")')
     return verdict.right
 
-# %% ../nbs/80c_build.ipynb #4b335d8c
+# %% ../nbs/80c_build.ipynb #3655ba13
 def mixed_class(answer:type, wrong:list):
     "The learner's class, with the package's methods for the pieces that are not right yet."
     methods = {piece.path.split(".")[-1]: original(piece.path) for piece in wrong}
@@ -155,7 +154,7 @@ def grade(
         print(error)
         return answer
     is_class = isinstance(answer, type)
-    package = original_class(pieces[0]) if is_class else original(pieces[0].path)
+    package = package_class(pieces[0]) if is_class else original(pieces[0].path)
     if answer is package:
         print(f"This is the package's own {answer.__name__}. To grade yours, run its cell first.")
         return answer
@@ -182,7 +181,7 @@ def save(piece:Piece, answer:object):
     except (OSError, TypeError, SyntaxError) as error:
         print(f"  It could not be saved ({error}), and counts in this notebook only.")
 
-# %% ../nbs/80c_build.ipynb #208537f4
+# %% ../nbs/80c_build.ipynb #c8abb75a
 QUESTION = "Max is in the attic.\nAnna has the ball.\nWho has the ball?"
 _loaded = []
 
@@ -219,7 +218,7 @@ def begin(
         print("This folder is gone when the session ends. To keep it, mount your Drive and set "
               'os.environ["MY_QWEN"] = "/content/drive/MyDrive/my_qwen" before this cell.')
 
-# %% ../nbs/80c_build.ipynb #5e66be29
+# %% ../nbs/80c_build.ipynb #ee270a89
 def edition_folder() -> Path:
     "Where the building edition is: beside the package in a clone. FileNotFoundError without one."
     import qwen_nb
@@ -257,7 +256,7 @@ def lay_out(folder:Path) -> list:
         changed.append(path.stem)
     return changed
 
-# %% ../nbs/80c_build.ipynb #238e7b4f
+# %% ../nbs/80c_build.ipynb #6556e346
 def standing() -> list:
     "Where one stands, as lines: each lesson with its pieces, and what comes next."
     progress, lines, following = read_progress(), [], None

@@ -8,7 +8,7 @@ __all__ = ['STUB', 'LEVELS', 'BEGIN', 'NOTE', 'find_function', 'body_lines', 'ho
            'pieces_in', 'first_cell', 'lessons_with_pieces', 'build_lesson', 'is_changed', 'key_of', 'keep_work',
            'is_ours']
 
-# %% ../nbs/80b_edition.ipynb #73790afc
+# %% ../nbs/80b_edition.ipynb #334b5998
 import ast
 import copy
 import hashlib
@@ -17,7 +17,7 @@ import re
 from .mine import all_pieces
 from .pieces import Piece
 
-# %% ../nbs/80b_edition.ipynb #d7955fbb
+# %% ../nbs/80b_edition.ipynb #b2c5aa7d
 STUB = """{indent}# {count}, {time}. Stuck? Run hint("{name}") in a cell of its own.
 {indent}raise NotImplementedError("{name} is still to be written")"""
 
@@ -67,11 +67,11 @@ def make_stub(
     stub = STUB.format(indent=indent, count=count.capitalize(), time=time, name=piece.name)
     return "\n".join([*head, stub, *lines[last:]]), len(code)
 
-# %% ../nbs/80b_edition.ipynb #5a19d6ae
+# %% ../nbs/80b_edition.ipynb #b555f905
 def is_comment(line:str):
     return line.strip().startswith("#")
 
-# %% ../nbs/80b_edition.ipynb #271aafb1
+# %% ../nbs/80b_edition.ipynb #842f0fbd
 def text_of(cell:dict):
     return "".join(cell["source"])
 
@@ -110,7 +110,7 @@ def new_cell(kind:str, id:str, text:str, **meta):
     cell = {"cell_type": kind, "id": id, "metadata": made, "source": text.splitlines(True)}
     return cell | {"execution_count": None, "outputs": []} if kind == "code" else cell
 
-# %% ../nbs/80b_edition.ipynb #264fd40d
+# %% ../nbs/80b_edition.ipynb #4d4c8931
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 BEGIN = """#@title Your own pieces {{display-mode: "form"}}
 from qwen_nb.build import begin, grade, hint
@@ -154,7 +154,7 @@ def pieces_in(cell:dict, pieces:list):
     tree = ast.parse(text)
     return [piece for piece in pieces if find_function(tree, piece.name)]
 
-# %% ../nbs/80b_edition.ipynb #6f444456
+# %% ../nbs/80b_edition.ipynb #ca6cc925
 def first_cell(cell:dict, name:str):
     "The title, with a note on what this edition is. Its picture is the reading edition's."
     text = text_of(cell).replace("/blob/main/nbs/", "/blob/main/building/")
@@ -163,7 +163,7 @@ def first_cell(cell:dict, name:str):
     text = f"{title}\n{NOTE.format(name=name)}{re.sub(picture, '', rest, flags=re.S)}"
     return new_cell("markdown", cell["id"], text)
 
-# %% ../nbs/80b_edition.ipynb #08cdc903
+# %% ../nbs/80b_edition.ipynb #15bb5bbf
 def lessons_with_pieces() -> dict:
     "Name of the lesson → its pieces, in the order of the course."
     found = {}
@@ -204,7 +204,7 @@ def build_lesson(
     about = {k: copy.deepcopy(nb[k]) for k in ("metadata", "nbformat", "nbformat_minor")}
     return {"cells": cells, **about}
 
-# %% ../nbs/80b_edition.ipynb #7983b472
+# %% ../nbs/80b_edition.ipynb #300b07b5
 def is_changed(cell:dict):
     "Whether a code cell is not as the tool made it."
     made = cell["metadata"].get("qwen_nb", {}).get("made")

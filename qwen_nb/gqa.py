@@ -33,8 +33,7 @@ class Attention(nn.Module):
                  num_attention_heads:int,  # query heads
                  num_key_value_heads:int,  # key/value heads; divides num_attention_heads
                  head_dim:int,             # of one head; heads * head_dim need not be hidden_size
-                 qkv_bias:bool=False,      # Qwen2: True
-                 o_bias:bool=False,        # a bias on the way out
+                 qkv_bias:bool=False, o_bias:bool=False,   # Qwen2: True on the way in
                  qk_norm:bool=True,        # Qwen3: RMSNorm over each head's query and key
                  eps:float=1e-6,           # of those norms
                  layer_idx:int=0):         # which slot of the cache is ours
@@ -58,15 +57,13 @@ class Attention(nn.Module):
         v = self.split_heads(self.v_proj(x)).transpose(1, 2)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def which_mix(self, v, cache):
-        "The function that mixes: `attend`, or in training perhaps a faster one."
+    def which_mix(self, v, cache):            # `attend`, or in training perhaps a faster one
         in_training = self.training and cache is None and v.dtype == torch.bfloat16
         return self.training_mix if in_training else attend
 
-    def forward(self,
-                x:torch.Tensor,                      # (batch, seq, hidden_size)
+    def forward(self, x:torch.Tensor,                # (batch, seq, hidden_size)
                 cos:torch.Tensor, sin:torch.Tensor,  # (1 or batch, seq, head_dim), from `Rotary`
-                mask:torch.Tensor=None, cache=None):  # `causal_mask`; has `update(layer_idx, k, v)`
+                mask:torch.Tensor=None, cache=None): # `causal_mask`; has `update(layer_idx, k, v)`
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ZOO', 'ABOUT', 'all_pieces', 'pieces_of', 'my_folder', 'sections', 'package_imports', 'names_used', 'brought_along',
-           'write_module', 'keep_cell', 'load_mine', 'place_answer', 'original_class', 'use_mine', 'use_package']
+           'write_module', 'keep_cell', 'load_mine', 'place_answer', 'use_mine', 'use_package']
 
-# %% ../nbs/80_mine.ipynb #7a5d508d
+# %% ../nbs/80_mine.ipynb #20c9a853
 import ast
 import builtins
 import importlib
@@ -16,11 +16,18 @@ import os
 import re
 from pathlib import Path
 
-from .diagnose import candidate, diagnose
+from .diagnose import as_method_of, diagnose, new_methods, package_class
 from .pieces import IN_USE, Piece, original, place_holders, put_in, take_out
 
-# %% ../nbs/80_mine.ipynb #cb0f4810
-ZOO = ("zoo_positions",)  # modules that hold pieces, in the order of the course
+# %% ../nbs/80_mine.ipynb #4b4bb6d3
+# Modules that hold pieces, in the order of the course
+ZOO = """
+zoo_weights zoo_bfloat16 zoo_bpe zoo_merges zoo_encode zoo_text zoo_positions zoo_rope
+zoo_yarn zoo_masks zoo_attention zoo_gqa zoo_block zoo_decoder zoo_loading zoo_choosing
+zoo_penalties zoo_order zoo_writing zoo_batches zoo_chat zoo_turns zoo_prompt zoo_long
+zoo_int8 zoo_windows zoo_moe zoo_balance zoo_delta zoo_deltanet zoo_hybrid zoo_rows
+zoo_train zoo_optimizer zoo_tuning zoo_rewards
+""".split()
 _found = {}
 
 
@@ -49,7 +56,7 @@ def pieces_of(
         raise LookupError(f"there is no piece called {name}; the pieces are {', '.join(every)}")
     return found
 
-# %% ../nbs/80_mine.ipynb #b9449ad7
+# %% ../nbs/80_mine.ipynb #f0f799d8
 def my_folder() -> Path:
     """Where the learner's pieces are: `$MY_QWEN`, or the nearest folder above that is or has a
     `my_qwen`, or else a new `my_qwen` beside the notebooks (in a clone of the project: at its
@@ -86,7 +93,7 @@ def package_imports(module:str) -> list:
             lines.append(ast.unparse(node))
     return lines
 
-# %% ../nbs/80_mine.ipynb #060c1921
+# %% ../nbs/80_mine.ipynb #58c0e77a
 def names_used(source:str) -> set:
     "Names that a cell takes from outside."
     tree = ast.parse(source)
@@ -125,7 +132,7 @@ def brought_along(source:str, module:str, notebook:dict) -> str:
             lines.append(f"{name} = {value!r}")
     return "\n".join(line for line in lines if line)
 
-# %% ../nbs/80_mine.ipynb #f26181eb
+# %% ../nbs/80_mine.ipynb #ab57c529
 def write_module(
     folder:Path,  # the learner's
     module:str,  # of the package: "norm"
@@ -171,7 +178,7 @@ def keep_cell(
     cells[name] = f"{needs}\n\n{source}" if needs else source
     write_module(folder, module, cells)
 
-# %% ../nbs/80_mine.ipynb #a8e76273
+# %% ../nbs/80_mine.ipynb #dc792971
 def load_mine(folder:Path) -> tuple:
     "The learner's pieces from a folder: name of the piece → function or class; and complaints."
     found, complaints = {}, []
@@ -194,22 +201,13 @@ def load_mine(folder:Path) -> tuple:
 
 def place_answer(piece:Piece, answer:object):
     "Let a right answer, a function or a class, take its place."
-    function, helpers = candidate(piece, answer), {}
-    if isinstance(answer, type):
-        function = vars(answer)[piece.path.split(".")[-1]]
-        for name, value in vars(answer).items():
-            is_new = name not in vars(original_class(piece)) and not name.startswith("__")
-            if is_new and callable(value):
-                helpers[name] = value
-    put_in(piece, function, helpers)
+    if not isinstance(answer, type):
+        return put_in(piece, answer)
+    method = vars(answer)[piece.path.split(".")[-1]]
+    method = as_method_of(package_class(piece), method)
+    put_in(piece, method, new_methods(piece, answer))
 
-
-def original_class(piece:Piece):
-    "The package's class whose method a piece is."
-    module, owner = piece.path.split(".")[:2]
-    return getattr(importlib.import_module(f"qwen_nb.{module}"), owner)
-
-# %% ../nbs/80_mine.ipynb #167a6f72
+# %% ../nbs/80_mine.ipynb #69264438
 def use_mine(
     folder:Path=None,  # the learner's; None: `my_folder()`
 ) -> list:

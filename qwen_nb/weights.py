@@ -158,14 +158,14 @@ def check_claim(n:int, size:int):
 
 
 def header_entries(raw:bytes) -> list:
-    "The header's entries, `__metadata__` too, as (name, entry) pairs. ValueError if it is not the format's."
+    "The header's (name, entry) pairs, `__metadata__` too. ValueError if it breaks the format."
     entries = parse_json(raw.decode("utf-8"))
     if not isinstance(entries, Pairs):
         raise ValueError("the header is not a JSON object")
     _check_notes([entry for name, entry in entries if name == "__metadata__"])
     return entries
 
-# %% ../nbs/02_weights.ipynb #801e003c
+# %% ../nbs/02_weights.ipynb #281af31a
 def read_header(
     f,  # an open binary file
 ) -> tuple:
@@ -201,7 +201,7 @@ def bytes_to_tensor(raw:bytearray, dtype, shape:list) -> torch.Tensor:
     numbers = flat.view(dtype)
     return numbers.reshape(shape)
 
-# %% ../nbs/02_weights.ipynb #76b9f246
+# %% ../nbs/02_weights.ipynb #c9ddc3c1
 def torch_form(info:TensorInfo) -> tuple:
     "A tensor's dtype and shape as PyTorch has them. ValueError if it has not."
     dtype = getattr(torch, DTYPES[info.dtype][1] or "", None)

@@ -11,7 +11,7 @@ import torch
 from .attention import visible_keys
 from .pieces import Piece
 
-# %% ../nbs/06d_mistakes.ipynb #9ee2806e
+# %% ../nbs/06d_mistakes.ipynb #01d7927e
 head_piece = Piece(
     "attention.attend_one_head", lesson="06_attention", minutes=15, level=1,
     task="All queries of one head at once: the mix of the values, and the weights.",
@@ -50,6 +50,7 @@ grouped_piece = Piece(
     keeps=("q", "k", "v", "mask"),
 )
 
+# %% ../nbs/06d_mistakes.ipynb #e1ddbe14
 @head_piece.probe("3 queries, 5 keys")
 def _(f):
     q, k, v = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5, 8)
@@ -79,9 +80,9 @@ def _(f):
     q, k, v = (x.sign().bfloat16() for x in torch.randn(3, 1, 2, 9, 16))
     return f(q, k, v, visible_keys(9, 9))[1]      # scores without rounding in any order
 
-# %% ../nbs/06d_mistakes.ipynb #10d163ed
+# %% ../nbs/06d_mistakes.ipynb #610495cd
 def _mistakes_of_any_head(piece):
-    "Known mistakes that one head and many heads share."
+    "Known mistakes of scale and mask that one head and many heads share."
     piece.mistake(
         "attention without the scale",
         {" * q.shape[-1] ** -0.5": ""},
@@ -108,6 +109,10 @@ def _mistakes_of_any_head(piece):
         why="The mask is True where a query may look; what is filled is where it may not.",
         does="Every token sees the future only, and the last sees nothing: NaN.",
     )
+
+# %% ../nbs/06d_mistakes.ipynb #aba2b209
+def _more_mistakes_of_any_head(piece):
+    "And those of the softmax and the mix."
     piece.mistake(
         "masked scores of 0",
         {"-math.inf": "0.0"},
@@ -128,7 +133,11 @@ def _mistakes_of_any_head(piece):
         does="The next layer gets vectors that it never met in training.",
     )
 
+# %% ../nbs/06d_mistakes.ipynb #3833bd25
 _mistakes_of_any_head(head_piece)
+_more_mistakes_of_any_head(head_piece)
+
+# %% ../nbs/06d_mistakes.ipynb #adbf68a6
 head_piece.mistake(
     "a mask after the softmax",
     {"    scores = scores.masked_fill(~mask, -math.inf)\n": "",
@@ -144,7 +153,7 @@ head_piece.mistake(
     does="With a cache it fails; with a whole text each token gets what others asked for.",
 )
 
-# %% ../nbs/06d_mistakes.ipynb #cf4c71ad
+# %% ../nbs/06d_mistakes.ipynb #bac15981
 share_piece = Piece(
     "attention.repeat_kv", lesson="06_attention", minutes=5, level=1,
     task="Give every query head a copy of its key head: the first n query heads share key head 0, "
@@ -169,6 +178,8 @@ def _(f):
     return f(torch.randn(1, 4, 3, 8), 1)
 
 _REPEAT = "x.repeat_interleave(n, dim=1)"
+
+# %% ../nbs/06d_mistakes.ipynb #c2b855df
 share_piece.mistake(
     "key heads dealt out in turn",
     {_REPEAT: "x.repeat(1, n, 1, 1)"},
@@ -197,8 +208,11 @@ share_piece.mistake(
     public="mamba#462",
 )
 
-# %% ../nbs/06d_mistakes.ipynb #ca70f8f7
+# %% ../nbs/06d_mistakes.ipynb #e058d1cf
 _mistakes_of_any_head(grouped_piece)
+_more_mistakes_of_any_head(grouped_piece)
+
+# %% ../nbs/06d_mistakes.ipynb #335a7943
 grouped_piece.mistake(
     "a mask after the softmax",
     {"    scores = scores.masked_fill(~mask, -math.inf)\n": "",
@@ -236,6 +250,8 @@ grouped_piece.mistake(
     does="Most heads read the keys of a stranger; the first and the last are right.",
     public="onnx#7274",
 )
+
+# %% ../nbs/06d_mistakes.ipynb #33437ed1
 grouped_piece.mistake(
     "a softmax in the model's dtype",
     {"scores.softmax(-1, dtype=torch.float32).to(q.dtype)":

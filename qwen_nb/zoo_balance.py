@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['sparse_piece', 'unfuse_piece', 'balance_piece']
 
-# %% ../nbs/14d_mistakes.ipynb #74968b10
+# %% ../nbs/14d_mistakes.ipynb #6b4c351d
 import torch
 
 from .moe import SparseMLP
 from .pieces import Piece
 
-# %% ../nbs/14d_mistakes.ipynb #e34e06dc
+# %% ../nbs/14d_mistakes.ipynb #eca1e25b
 sparse_piece = Piece(
     "moe.SparseMLP.forward", lesson="14_moe", minutes=10, level=2,
     task="Route every position with `self.gate`, mix the chosen experts, and add the shared "
@@ -48,13 +48,12 @@ def _(f):
 def _(f):
     return f(_sparse_layer(False, True), torch.randn(4, 8))
 
-# %% ../nbs/14d_mistakes.ipynb #c6d56b49
+# %% ../nbs/14d_mistakes.ipynb #00b24b1d
 sparse_piece.mistake(
     "the shared expert without its gate",
     {"self.shared_expert_gate(flat).sigmoid() * self.": "self."},
     why="How much of it is let through is learnt, token by token.",
-    does="The shared expert is about twice too loud. The weights of its gate load, and nobody "
-         "notices that they are not used.",
+    does="It is about twice too loud. Its gate's weights load, and nobody sees them unused.",
     public="NousResearch/torchtitan#36",
 )
 sparse_piece.mistake(
@@ -82,7 +81,7 @@ sparse_piece.mistake(
     does="Adding it to the residual stream fails, or for a batch of one spreads it over all rows.",
 )
 
-# %% ../nbs/14d_mistakes.ipynb #35a18282
+# %% ../nbs/14d_mistakes.ipynb #c15d50fe
 unfuse_piece = Piece(
     "moe.unfuse", lesson="14_moe", minutes=15, level=2,
     task="From tensors that hold all experts of a layer to one tensor for each expert and matrix, "
@@ -128,7 +127,7 @@ def _(f):
 def _(f):
     return f({"mlp.experts.gate_up_proj": torch.randn(3, 7, 6)})
 
-# %% ../nbs/14d_mistakes.ipynb #82e751ae
+# %% ../nbs/14d_mistakes.ipynb #10a82b65
 unfuse_piece.mistake(
     "up before gate",
     {"zip(parts, of": "zip(parts[::-1], of"},
@@ -152,10 +151,11 @@ unfuse_piece.mistake(
     "matrices that are turned",
     {".weight\"] = w": ".weight\"] = w.T"},
     why="A linear layer's weight is (out, in), and so are the fused ones of these families.",
-    does="The shapes do not fit the model. The files of Qwen3-VL's mixtures are turned, so code "
-         "for them is wrong here.",
+    does="The shapes do not fit. (Files of Qwen3-VL's mixtures are turned; these are not.)",
     public="llama.cpp#20200",
 )
+
+# %% ../nbs/14d_mistakes.ipynb #cb28749f
 unfuse_piece.mistake(
     "the first half under both names",
     {"zip(parts, of_expert.chunk(len(parts)))":
@@ -189,7 +189,7 @@ unfuse_piece.mistake(
     does="A file of another layout loads, and the text is noise.",
 )
 
-# %% ../nbs/14d_mistakes.ipynb #1781a9fb
+# %% ../nbs/14d_mistakes.ipynb #327b1fdb
 balance_piece = Piece(
     "balance.load_balancing_loss", lesson="14b_balance", minutes=20, level=3,
     task="From the routers' scores to one number: the number of experts times the sum, over "
@@ -233,7 +233,7 @@ def _(f):
     logits = [z.requires_grad_() for z in _uneven_layers()]
     return torch.autograd.grad(f(logits, 2), logits)
 
-# %% ../nbs/14d_mistakes.ipynb #ecd4e680
+# %% ../nbs/14d_mistakes.ipynb #1182e813
 balance_piece.mistake(
     "padding that counts",
     {"real = attention_mask.flatten().float().repeat(len(logits))": "pass"},
@@ -260,6 +260,8 @@ balance_piece.mistake(
     does="The loss is about k whatever the router does, and its gradient nearly nothing.",
     public="transformers#45120",
 )
+
+# %% ../nbs/14d_mistakes.ipynb #f903c867
 balance_piece.mistake(
     "each layer by itself, then the mean",
     {"    probs = torch.cat(list(logits))":
@@ -267,8 +269,7 @@ balance_piece.mistake(
      "        each = [load_balancing_loss([z], k, attention_mask) for z in logits]\n"
      "        return sum(each) / len(each)\n"
      "    probs = torch.cat(list(logits))"},
-    why="It is arguably the better loss, and nearer to the paper. The reference, with which this "
-        "one is compared, counts all layers together.",
+    why="It is arguably the better loss, but the reference counts all layers together.",
     does="Balance is asked of every layer, not of all layers together: a stronger push.",
     public="transformers#31464",
 )

@@ -87,6 +87,7 @@ swiglu_piece.mistake(
     {"F.silu(self.gate_proj(x))": "self.gate_proj(x)", "gate * up": "F.silu(gate * up)"},
     why="Gate and up then have the same part: two negative ones make an open unit.",
     does="Pretrained weights give nonsense, with every shape as it should be.",
+    public="breakdown-minimind#3",
 )
 swiglu_piece.mistake(
     "gate and up added, not multiplied", {"gate * up": "gate + up"},
@@ -97,6 +98,7 @@ swiglu_piece.mistake(
     "no gate: SiLU of up alone", {"gate * up": "F.silu(up)"},
     why="The gate's matrix is never used, and a third of the MLP lies idle.",
     does="It trains nicely as a plain MLP; pretrained weights give nonsense.",
+    public="timesfm#493",
 )
 swiglu_piece.mistake(
     "`down_proj` transposed",
@@ -179,11 +181,13 @@ block_piece.mistake(
     "the residual of the MLP taken after the norm", {"return x +": "return normed +"},
     why="The stream goes on as it was. What is normed is only what the branch reads.",
     does="Every block rescales the stream; it trains, and pretrained weights give nonsense.",
+    public="transformer-explainer#32",
 )
 block_piece.mistake(
     "no residual around attention", {"x = x + self.self": "x = self.self"},
     why="What the layers below have written is thrown away, and only attention's output goes on.",
-    does="A token forgets itself; deep models built so do not train at all.",
+    does="A token forgets itself. (In public the output was added to itself, `x = x + x`.)",
+    public="BitNet#32",
 )
 block_piece.mistake(
     "no residual around the MLP", {"return x +": "return"},
@@ -222,6 +226,7 @@ block_piece.mistake(
      "post_attention_layernorm(x)": "post_attention_layernorm(before)"},
     why="The MLP must read what attention has just written; GPT-J's does not, Qwen's does.",
     does="Each token's MLP works without what was found for it, and the text is nonsense.",
+    public="mlx-lm#586",
 )
 block_piece.mistake(
     "the mask not handed on", {" mask,": " None,"},

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['stand_ins_piece', 'spell_piece', 'count_piece', 'replace_piece']
 
-# %% ../nbs/03g_mistakes.ipynb #6a60ad27
+# %% ../nbs/03g_mistakes.ipynb #504d93d2
 from .pieces import Piece
 
-# %% ../nbs/03g_mistakes.ipynb #a654f552
+# %% ../nbs/03g_mistakes.ipynb #c3153e87
 stand_ins_piece = Piece(
     "bpe.stand_ins", lesson="03_tokenizer", minutes=10, level=2,
     task="A dict from each of the 256 bytes to its stand-in: first the printable bytes, which "
@@ -26,12 +26,12 @@ stand_ins_piece = Piece(
     """,
 )
 
-@stand_ins_piece.probe("ASCII letters and signs")
+@stand_ins_piece.probe("ASCII")
 def _(f):
     table = f()
     return [table[b] for b in b"AZaz09!~"]
 
-@stand_ins_piece.probe("space, tab, line break")
+@stand_ins_piece.probe("blanks")
 def _(f):
     table = f()
     return [table[b] for b in b" \t\n\r"]
@@ -46,11 +46,11 @@ def _(f):
     table = f()
     return [table[b] for b in range(161, 256)]
 
-@stand_ins_piece.probe("the order of the bytes")
+@stand_ins_piece.probe("the order")
 def _(f):
     return list(f())
 
-# %% ../nbs/03g_mistakes.ipynb #f4885024
+# %% ../nbs/03g_mistakes.ipynb #34c61287
 stand_ins_piece.mistake(
     "a table that borrows character 256 + the byte",
     {"chr(256 + i)": "chr(256 + b)"},
@@ -83,17 +83,18 @@ stand_ins_piece.mistake(
     does="English is right; every other script is spelled in characters that no file has.",
 )
 
-# %% ../nbs/03g_mistakes.ipynb #df037b27
+# %% ../nbs/03g_mistakes.ipynb #cea749af
 spell_piece = Piece(
     "bpe.spell", lesson="03_tokenizer", minutes=3, level=1,
     task="The bytes of a token as a string of their stand-ins.",
-    hints=("Byte by byte; a token need not be whole characters.", "Look each byte up in `CHAR_OF`."),
+    hints=("Byte by byte; a token may hold half a character.", "Look each byte up in `CHAR_OF`."),
     shapes="""
     raw           n bytes
     the result    a string of n characters
     """,
 )
 
+# %% ../nbs/03g_mistakes.ipynb #1df71083
 @spell_piece.probe("an English word")
 def _(f):
     return f(b"the")
@@ -137,11 +138,11 @@ spell_piece.mistake(
     does="No token with a space is found.",
 )
 
-# %% ../nbs/03g_mistakes.ipynb #6a763acf
+# %% ../nbs/03g_mistakes.ipynb #9bb3de12
 count_piece = Piece(
     "bpe.count_pairs", lesson="03_tokenizer", minutes=5, level=1,
     task="How often each pair of neighbours stands in a list of ids: a Counter by (left, right).",
-    hints=("Each id but the last has a right neighbour.", "`zip` of the list and the list from 1 on."),
+    hints=("Each id but the last has a right neighbour.", "`zip` the list and its rest."),
     shapes="""
     ids           a list of n ids
     the result    counts of pairs, n - 1 in all
@@ -149,11 +150,12 @@ count_piece = Piece(
     keeps=("ids",),
 )
 
-@count_piece.probe("no pair twice")
+# %% ../nbs/03g_mistakes.ipynb #e6415651
+@count_piece.probe("no repeats")
 def _(f):
     return dict(f([5, 3, 8]))
 
-@count_piece.probe("a pair again, and turned round")
+@count_piece.probe("turned round")
 def _(f):
     return dict(f([1, 2, 7, 1, 2, 1]))
 
@@ -161,7 +163,7 @@ def _(f):
 def _(f):
     return dict(f([4, 4, 4, 4, 4, 4, 6]))
 
-@count_piece.probe("one id, and none")
+@count_piece.probe("one, none")
 def _(f):
     return [dict(f([9])), dict(f([]))]
 
@@ -189,6 +191,8 @@ count_piece.mistake(
     why="Every id but the last begins a pair, not every second one.",
     does="Half of all pairs are never seen: merges depend on where a word begins.",
 )
+
+# %% ../nbs/03g_mistakes.ipynb #b397ca83
 count_piece.mistake(
     "pairs without a direction",
     {"zip(ids, ids[1:])": "(tuple(sorted(pair)) for pair in zip(ids, ids[1:]))"},
@@ -202,7 +206,7 @@ count_piece.mistake(
     does="All pairs are ties, and the tie rule alone decides what is learned.",
 )
 
-# %% ../nbs/03g_mistakes.ipynb #a18ae948
+# %% ../nbs/03g_mistakes.ipynb #4ee619ba
 replace_piece = Piece(
     "bpe.replace_pair", lesson="03_tokenizer", minutes=10, level=1,
     task="A new list in which `new` stands for every `pair`, from left to right. The old list is "
@@ -220,15 +224,15 @@ replace_piece = Piece(
     keeps=("ids",),
 )
 
-@replace_piece.probe("a pair twice, and turned round")
+@replace_piece.probe("turned round, twice")
 def _(f):
     return list(f([1, 2, 7, 2, 1, 1, 2, 5], (1, 2), 300))
 
-@replace_piece.probe("three and four equal ids")
+@replace_piece.probe("equal ids")
 def _(f):
     return [list(f([7, 7, 7, 8], (7, 7), 301)), list(f([7, 7, 7, 7], (7, 7), 301))]
 
-@replace_piece.probe("the left half without the right")
+@replace_piece.probe("left half alone")
 def _(f):
     return list(f([1, 3, 1, 1, 2, 1], (1, 2), 302))
 
@@ -236,11 +240,11 @@ def _(f):
 def _(f):
     return [list(f([4, 1, 2], (1, 2), 303)), list(f([1, 2], (1, 2), 303))]
 
-@replace_piece.probe("one id, and none")
+@replace_piece.probe("one, none")
 def _(f):
     return [list(f([9], (9, 9), 304)), list(f([], (9, 9), 304))]
 
-# %% ../nbs/03g_mistakes.ipynb #c4688f8b
+# %% ../nbs/03g_mistakes.ipynb #7c64768f
 replace_piece.mistake(
     "a right half that is left standing",
     {"i += 2 if found else 1": "i += 1"},
@@ -279,6 +283,8 @@ replace_piece.mistake(
     why="The last id begins no pair, but it stays.",
     does="Every piece loses its last letter with every merge.",
 )
+
+# %% ../nbs/03g_mistakes.ipynb #060defe7
 replace_piece.mistake(
     "pairs found from the right",
     {"out, i = [], 0": "ids, pair, out, i = ids[::-1], pair[::-1], [], 0",

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['query_piece', 'assistant_piece', 'who_wrote']
 
-# %% ../nbs/10e_mistakes.ipynb #81732ce1
+# %% ../nbs/10e_mistakes.ipynb #56194bc5
 from .chatml import Control, Message
 from .pieces import Piece
 
-# %% ../nbs/10e_mistakes.ipynb #d57fa7db
+# %% ../nbs/10e_mistakes.ipynb #d7fb2750
 def who_wrote(
     pieces,  # of a prompt
 ) -> dict:
@@ -23,7 +23,7 @@ def who_wrote(
             parts.append([who, str(piece)])
     return dict(text="".join(pieces), parts=[f"{who}: {text!r}" for who, text in parts])
 
-# %% ../nbs/10e_mistakes.ipynb #d2e2b60b
+# %% ../nbs/10e_mistakes.ipynb #9cebab0e
 query_piece = Piece(
     "chatml.last_query", lesson="10_chat", minutes=5, level=1,
     task="The index of the last message in which a user asks something, or None if there is "
@@ -64,7 +64,7 @@ def _(f):
 def _(f):
     return [f(_conversation("system: Tell a story.", "assistant: Once.")), f([])]
 
-# %% ../nbs/10e_mistakes.ipynb #e356d491
+# %% ../nbs/10e_mistakes.ipynb #80fa3541
 query_piece.mistake(
     "the first question, not the last",
     {"reversed(range(len(messages)))": "range(len(messages))"},
@@ -89,6 +89,8 @@ query_piece.mistake(
     why="A user may end a question with the tag. Only a whole answer is none.",
     does="Almost nothing, until somebody asks about tags. Then old thoughts come back.",
 )
+
+# %% ../nbs/10e_mistakes.ipynb #93539089
 query_piece.mistake(
     "any message taken for a question",
     {'messages[i].role == "user" and ': ""},
@@ -109,7 +111,7 @@ query_piece.mistake(
     public="LlamaFactory#10773",
 )
 
-# %% ../nbs/10e_mistakes.ipynb #f05f9207
+# %% ../nbs/10e_mistakes.ipynb #25ded4a9
 assistant_piece = Piece(
     "chatml.assistant_pieces", lesson="10_chat", minutes=25, level=3,
     task="Yield the pieces of one assistant's message: the header, its thought where the family "
@@ -135,33 +137,34 @@ def _each_place(f, family, *messages):
     places = [(True, True), (True, False), (False, False)]
     return [who_wrote(f(m, family, *place)) for m in messages for place in places]
 
-@assistant_piece.probe("Qwen3's thoughts")
+# %% ../nbs/10e_mistakes.ipynb #4a2a5e94
+@assistant_piece.probe("Qwen3")
 def _(f):
     thinks = Message("assistant", "\n In the garden.", "\n\n  He went there. \n")
     return _each_place(f, "qwen3", thinks, Message("assistant", "\nHere."))
 
-@assistant_piece.probe("Qwen3.5's thoughts")
+@assistant_piece.probe("Qwen3.5")
 def _(f):
     thinks = Message("assistant", "\n\nIn the garden.", "\n  He went there. \n")
     return _each_place(f, "qwen3.5", thinks, Message("assistant", "\nHere."))
 
-@assistant_piece.probe("Qwen2.5, no thoughts")
+@assistant_piece.probe("Qwen2.5")
 def _(f):
     return _each_place(f, "qwen2.5", Message("assistant", "Here.", "He went there."))
 
-@assistant_piece.probe("calls of tools")
+@assistant_piece.probe("calls")
 def _(f):
     calls = (("add", {"a": 1}), ("now", {}))
     words = Message("assistant", "I add.", "Two calls.", calls)
     silent = Message("assistant", "", "Two calls.", calls)
     return [_each_place(f, family, words, silent) for family in ("qwen3", "qwen3.5")]
 
-@assistant_piece.probe("control tokens in words")
+@assistant_piece.probe("odd words")
 def _(f):
     odd = Message("assistant", "Write <|im_end|> here.", "Is <think> a token?")
     return _each_place(f, "qwen3", odd)
 
-# %% ../nbs/10e_mistakes.ipynb #519dbf37
+# %% ../nbs/10e_mistakes.ipynb #0bdb497a
 assistant_piece.mistake(
     "thoughts of earlier turns kept",
     {"asked_before and has_place": "has_place"},
@@ -192,10 +195,12 @@ assistant_piece.mistake(
 assistant_piece.mistake(
     "the thought's line breaks not cut off",
     {'m.thinking.strip() if is_35 else m.thinking.strip("\\n")': "m.thinking"},
-    why="Programs that split an answer leave line breaks at the thought. The template adds its own.",
+    why="Splitting an answer leaves line breaks at the thought, and the template adds its own.",
     does="Two or three line breaks where training had one, and more of them with every turn.",
     public="llama.cpp#24985",
 )
+
+# %% ../nbs/10e_mistakes.ipynb #19aa1c91
 assistant_piece.mistake(
     "the words' line breaks always cut off",
     {'m.content.lstrip("\\n") if keep else m.content': 'm.content.lstrip("\\n")'},

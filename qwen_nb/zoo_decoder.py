@@ -92,19 +92,21 @@ decoder_piece.mistake(
     "the last layer left out", {"in self.layers:": "in self.layers[:-1]:"},
     why="A range that ends one too early.",
     does="Quiet: with many layers the text is only a little worse.",
+    public="continual-inference#70",
 )
 decoder_piece.mistake(
     "every layer reads the embedding",
     {"x = layer(": "out = layer(", "self.norm(x)": "self.norm(out)"},
     why="A layer must read what the layer before it gave.",
     does="Only the last layer counts, and the text is nonsense.",
+    public="TreeBERT#5",
 )
 decoder_piece.mistake(
     "the positions ignored",
     {"self.rotary(position_ids": "self.rotary(torch.arange(input_ids.shape[1])[None]"},
     why="Positions are the caller's to say: padding and a cache shift them.",
     does="One text alone is right; with a cache every new token stands at position 0.",
-    public="alpaca-lora#315",
+    public="Megatron-LM#453",
 )
 decoder_piece.mistake(
     "the mask not handed to the layers", {" mask,": " None,"},
@@ -192,6 +194,7 @@ positions_piece.mistake(
     {"attention_mask.long()": "attention_mask[:, -seq:].long()"},
     why="The tokens that are in the cache already stand before the new ones.",
     does="Right for a text read at once; while writing, every new token stands at 0.",
+    public="mlx-vlm#1983",
 )
 positions_piece.mistake(
     "counting down the batch", {"cumsum(-1)": "cumsum(0)"},
@@ -212,8 +215,8 @@ head_piece = Piece(
          "ties the two, else with `lm_head`.",
     hints=(
         "The config says which of the two matrices it is. Both have one row for each token.",
-        "`F.linear(x, W)` multiplies with a matrix as it is stored, (out, in). Nothing else is done "
-        "here: no norm, no softmax, no choice of a position.",
+        "`F.linear(x, W)` multiplies with a matrix as stored, (out, in). Nothing else happens: "
+        "no norm, no softmax, no choice of a position.",
     ),
     shapes="""
     x                     (..., hidden_size), normed already

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['length_piece', 'rule_piece', 'chunk_piece']
 
-# %% ../nbs/15e_mistakes.ipynb #fdacfd68
+# %% ../nbs/15e_mistakes.ipynb #643e3365
 import torch
 
 from .delta import l2_norm
 from .pieces import Piece
 
-# %% ../nbs/15e_mistakes.ipynb #36a1468e
+# %% ../nbs/15e_mistakes.ipynb #ddebce43
 length_piece = Piece(
     "delta.l2_norm", lesson="15_delta", minutes=5, level=1,
     task="Divide each vector by its length. The 1e-6 under the root keeps zeros from becoming NaN.",
@@ -39,24 +39,19 @@ def _(f):
 def _(f):
     return f(torch.zeros(2, 4))
 
-# %% ../nbs/15e_mistakes.ipynb #1d531245
+# %% ../nbs/15e_mistakes.ipynb #8f18a907
 length_piece.mistake(
     "a vector divided by its root mean square, not by its length",
     {".sum(-1": ".mean(-1"},
     why="The mean is the sum divided by the size, so the vectors get the length √size.",
     does="Keys are too long: each write removes more than there is, and the memory explodes.",
+    public="1bit-MONSTER/1bit-MONSTER#2134",
 )
 length_piece.mistake(
     "a vector divided by its length squared",
     {"torch.rsqrt(": "torch.reciprocal("},
     why="The sum of the squares is the length squared; the root is missing.",
     does="Long keys become short and short ones long: no write replaces what stood there.",
-)
-length_piece.mistake(
-    "one length for all vectors",
-    {".sum(-1, keepdim=True)": ".sum()"},
-    why="The sum goes over all axes; every vector has a length of its own.",
-    does="All keys become tiny, and nothing is remembered.",
 )
 length_piece.mistake(
     "a length that is bounded from below, in place of the 1e-6 under the root",
@@ -72,7 +67,7 @@ length_piece.mistake(
      "1 / ((x * x).sum(-1, keepdim=True).sqrt() + 1e-6)"},
     why="Under the root it counts as a squared length, outside as a length: a thousand times less.",
     does="Only vectors shorter than a hundredth differ. Kernels and reference may disagree there.",
-    public="flash-linear-attention#508",
+    public="sglang#10466",
 )
 length_piece.mistake(
     "a length without the 1e-6",
@@ -81,7 +76,7 @@ length_piece.mistake(
     does="The first padded batch is NaN.",
 )
 
-# %% ../nbs/15e_mistakes.ipynb #868dfafe
+# %% ../nbs/15e_mistakes.ipynb #28f13f76
 def _rule_inputs(batch, heads, seq, key, value, forget=1.0):
     "Random q, k, v, g and beta for the rule, all sizes different."
     q, k = torch.randn(2, batch, heads, seq, key)
@@ -129,7 +124,7 @@ def _(f):
 def _(f):
     return f(*_rule_inputs(1, 2, 6, 4, 3, forget=0.0))
 
-# %% ../nbs/15e_mistakes.ipynb #0bcd63a6
+# %% ../nbs/15e_mistakes.ipynb #96a6d502
 rule_piece.mistake(
     "adding to what stands under the key, in place of replacing it",
     {"(v[:, :, t] - known)": "v[:, :, t]"},
@@ -162,6 +157,8 @@ rule_piece.mistake(
     why="The query reads after the write, so that a token can read itself.",
     does="Every token sees only those before it.",
 )
+
+# %% ../nbs/15e_mistakes.ipynb #cd1656fa
 rule_piece.mistake(
     "beta left out",
     {"beta[:, :, t, None] * ": ""},
@@ -189,7 +186,7 @@ rule_piece.mistake(
     public="ollama#15865",
 )
 
-# %% ../nbs/15e_mistakes.ipynb #02ef091f
+# %% ../nbs/15e_mistakes.ipynb #c8a0d354
 chunk_piece = Piece(
     "delta.delta_rule_chunked", lesson="15_delta", minutes=40, level=3,
     task="The same as `delta_rule`, but `size` tokens at a time, by the formulas (1) to (4).",
@@ -227,7 +224,7 @@ def _(f):
     read = f(*inputs)[0]
     return torch.autograd.grad(read.sum(), g)[0].isfinite()
 
-# %% ../nbs/15e_mistakes.ipynb #3545b647
+# %% ../nbs/15e_mistakes.ipynb #f1c9dbfd
 chunk_piece.mistake(
     "reads within a chunk that are not faded",
     {"(D * (Q @ K.mT))": "(Q @ K.mT).tril()"},
@@ -265,6 +262,8 @@ chunk_piece.mistake(
     why="At token i of the chunk, exp(G) of the old state is left.",
     does="From the second chunk on, old text is read as if it were new.",
 )
+
+# %% ../nbs/15e_mistakes.ipynb #cc695f8d
 chunk_piece.mistake(
     "writes that are not faded to the chunk's end",
     {"(left * K).mT": "K.mT"},

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['conv_piece', 'decay_piece', 'gated_norm_piece']
 
-# %% ../nbs/15f_mistakes.ipynb #da5d2fc8
+# %% ../nbs/15f_mistakes.ipynb #58181604
 import torch
 
 from .deltanet import GatedRMSNorm
 from .pieces import Piece
 
-# %% ../nbs/15f_mistakes.ipynb #fce16fb0
+# %% ../nbs/15f_mistakes.ipynb #8dc21584
 conv_piece = Piece(
     "deltanet.causal_conv", lesson="15a_deltanet", minutes=15, level=2,
     task="Each channel by itself: a weighted sum of this input and those before it. Give that, and "
@@ -46,7 +46,7 @@ def _(f):
 def _(f):
     return f(torch.randn(1, 3, 2), torch.randn(3, 1, 5))
 
-# %% ../nbs/15f_mistakes.ipynb #502f659d
+# %% ../nbs/15f_mistakes.ipynb #85602eec
 conv_piece.mistake(
     "a convolution that reads its weights backwards",
     {"F.conv1d(wide, weight,": "F.conv1d(wide, weight.flip(-1),"},
@@ -86,7 +86,7 @@ conv_piece.mistake(
     does="The prompt is read rightly, every token after it is not.",
 )
 
-# %% ../nbs/15f_mistakes.ipynb #f9710c95
+# %% ../nbs/15f_mistakes.ipynb #0e94d6d8
 decay_piece = Piece(
     "deltanet.log_decay", lesson="15a_deltanet", minutes=8, level=1,
     task="The logarithm of the decay from the token's number a and the head's two, in float32.",
@@ -116,7 +116,7 @@ def _(f):
     a, A_log, bias = torch.randn(2, 9, 6), torch.randn(6), torch.randn(6)
     return f(a.bfloat16(), A_log.bfloat16(), bias.bfloat16())
 
-# %% ../nbs/15f_mistakes.ipynb #a7dd62b2
+# %% ../nbs/15f_mistakes.ipynb #5aa68216
 decay_piece.mistake(
     "A_log without its exponential",
     {"-A_log.float().exp()": "A_log.float()"},
@@ -149,6 +149,8 @@ decay_piece.mistake(
     why="It is added to a, before softplus bends the sum.",
     does="With a negative dt_bias the step is below 0, and the state grows.",
 )
+
+# %% ../nbs/15f_mistakes.ipynb #3410ea54
 decay_piece.mistake(
     "exp in place of softplus",
     {"F.softplus(": "torch.exp("},
@@ -174,7 +176,7 @@ decay_piece.mistake(
     does="Every state grows by a factor between 1 and e at each token.",
 )
 
-# %% ../nbs/15f_mistakes.ipynb #0459995b
+# %% ../nbs/15f_mistakes.ipynb #457eeb04
 gated_norm_piece = Piece(
     "deltanet.GatedRMSNorm.forward", lesson="15a_deltanet", minutes=8, level=1,
     task="The RMSNorm of x, times the SiLU of z in float32; the result in the dtype of x.",
@@ -209,14 +211,13 @@ def _(f):
 def _(f):
     return f(_gated_norm(32, torch.bfloat16), *torch.randn(2, 2, 5, 3, 32).bfloat16())
 
-# %% ../nbs/15f_mistakes.ipynb #ae58481e
+# %% ../nbs/15f_mistakes.ipynb #ba8cca7e
 gated_norm_piece.mistake(
     "the gate before the norm",
     {"RMSNorm.forward(self, x)": "RMSNorm.forward(self, (x * F.silu(z.float())).to(x.dtype))",
      "(normed * gate)": "normed"},
     why="Here the norm comes first. (Mamba 2 has it the other way round.)",
     does="Every head comes out equally large: no gate can shut one.",
-    public="mlx#2602",
 )
 gated_norm_piece.mistake(
     "a norm without its gate",
@@ -236,6 +237,8 @@ gated_norm_piece.mistake(
     why="The reference takes z to float32, so that there is one rounding at the end.",
     does="In bfloat16 some of the numbers come out one rounding away, at every layer.",
 )
+
+# %% ../nbs/15f_mistakes.ipynb #bf31f8a6
 gated_norm_piece.mistake(
     "x and z exchanged",
     {"RMSNorm.forward(self, x)": "RMSNorm.forward(self, z)", "z.float()": "x.float()"},

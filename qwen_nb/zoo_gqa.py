@@ -13,7 +13,7 @@ from .gqa import Attention
 from .pieces import Piece
 from .rope import cos_sin, inverse_frequencies
 
-# %% ../nbs/06e_mistakes.ipynb #efd32e83
+# %% ../nbs/06e_mistakes.ipynb #90a03904
 cut_piece = Piece(
     "gqa.Attention.split_heads", lesson="06a_gqa", minutes=5, level=1,
     task="Cut the last axis, all heads side by side, into two: heads and channels. "
@@ -30,7 +30,6 @@ cut_piece = Piece(
 )
 
 def _gqa_layer(**settings):
-    "A layer of 6 query heads and 2 key heads, its norms' weights and its biases not the usual."
     sizes = dict(hidden_size=20, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
     layer = Attention(**sizes | settings)
     for name, p in layer.named_parameters():
@@ -53,6 +52,7 @@ def _(f):
 def _(f):
     return f(_gqa_layer(), torch.randn(2, 1, 16))
 
+# %% ../nbs/06e_mistakes.ipynb #266a06d3
 cut_piece.mistake(
     "a cut into (head_dim, heads)",
     {"x.unflatten(-1, (-1, self.head_dim))":
@@ -70,8 +70,7 @@ cut_piece.mistake(
     "tokens cut, not channels",
     {"x.unflatten(-1, (-1, self.head_dim))":
      "x.reshape(x.shape[0], -1, x.shape[1], self.head_dim).transpose(1, 2)"},
-    why="`view` and `reshape` never move a number, so heads cannot come before tokens without a "
-        "`transpose`.",
+    why="`view` and `reshape` move no number: heads come before tokens only by a `transpose`.",
     does="A head's vectors are made of several tokens, later ones too: the mask is void.",
     public="FuxiCTR#30",
 )
@@ -82,7 +81,7 @@ cut_piece.mistake(
     does="Heads and tokens are exchanged back again, and each head takes the others for its text.",
 )
 
-# %% ../nbs/06e_mistakes.ipynb #4cfdb421
+# %% ../nbs/06e_mistakes.ipynb #78b88ab8
 qkv_piece = Piece(
     "gqa.Attention.qkv", lesson="06a_gqa", minutes=15, level=2,
     task="Queries, keys and values from the hidden states: projected, cut into heads; queries and "
@@ -119,6 +118,8 @@ _PLAIN = {
     f"self.{x}_norm(self.split_heads(self.{x}_proj(x)))": f"self.split_heads(self.{x}_proj(x))"
     for x in "qk"
 }
+
+# %% ../nbs/06e_mistakes.ipynb #6ec9ded9
 qkv_piece.mistake(
     "no norm on queries and keys",
     _PLAIN,
@@ -159,6 +160,8 @@ qkv_piece.mistake(
     why="Queries and keys have weights of their own.",
     does="Every score is off, by as much as training has made the two unlike.",
 )
+
+# %% ../nbs/06e_mistakes.ipynb #6d16f9cc
 qkv_piece.mistake(
     "RoPE on the values",
     {"sin), v": "sin), apply_rope(v, cos, sin)"},
@@ -187,7 +190,7 @@ qkv_piece.mistake(
     public="FuxiCTR#30",
 )
 
-# %% ../nbs/06e_mistakes.ipynb #f528f949
+# %% ../nbs/06e_mistakes.ipynb #e3a40473
 module_piece = Piece(
     "gqa.Attention.forward", lesson="06a_gqa", minutes=15, level=2,
     task="The whole layer: `self.qkv`, the cache if there is one, the mix, and `self.o_proj`. "
@@ -207,8 +210,7 @@ module_piece = Piece(
     keeps=("x", "cos", "sin", "mask"),
 )
 
-class _SlotsOfKeys:
-    "A cache in the smallest size: every layer's keys and values, side by side."
+class _SlotsOfKeys:      # a cache in the smallest size
     def __init__(self):
         self.kv = {}
 
@@ -228,6 +230,7 @@ def _(f):
     mask = visible_keys(4, 4, torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
     return f(_gqa_layer(), torch.randn(2, 4, 20), *_gqa_tables([[0, 1, 2, 3], [0, 0, 0, 1]]), mask)
 
+# %% ../nbs/06e_mistakes.ipynb #d3dc470a
 @module_piece.probe("two layers, one cache")
 def _(f):
     cache, layers = _SlotsOfKeys(), [_gqa_layer(layer_idx=1), _gqa_layer(layer_idx=2)]
@@ -239,6 +242,7 @@ def _(f):
             outs.append(x)
     return [*outs, {slot: k.shape[2] for slot, (k, v) in cache.kv.items()}]
 
+# %% ../nbs/06e_mistakes.ipynb #79f7aefa
 module_piece.mistake(
     "heads joined without a transpose",
     {"mix.transpose(1, 2).flatten(-2)": "mix.reshape(x.shape[0], x.shape[1], -1)"},
@@ -272,6 +276,8 @@ module_piece.mistake(
     does="Every new token sees only itself, or the program reads all the text again each time.",
     public="LLMs-from-scratch#981",
 )
+
+# %% ../nbs/06e_mistakes.ipynb #a691888e
 module_piece.mistake(
     "cached keys turned again",
     {"cache.update(self.layer_idx, k, v)":
@@ -291,10 +297,4 @@ module_piece.mistake(
     {"self.o_proj(mix.transpose(1, 2).flatten(-2))": "mix.transpose(1, 2).flatten(-2)"},
     why="`o_proj` mixes the heads, and brings them to the width of the stream.",
     does="An error, or where the widths agree heads that never meet.",
-)
-module_piece.mistake(
-    "a residual that is added twice",
-    {"return self.o_proj(": "return x + self.o_proj("},
-    why="The block around this module adds its output to the stream.",
-    does="Every layer adds its normed input as well, and the stream grows.",
 )

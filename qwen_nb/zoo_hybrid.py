@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['centred_piece', 'partial_piece', 'gated_piece']
 
-# %% ../nbs/15g_mistakes.ipynb #d0474b18
+# %% ../nbs/15g_mistakes.ipynb #f6bdda76
 import torch
 
 from .attention import causal_mask
@@ -13,7 +13,7 @@ from .hybrid import GatedAttention, ZeroCentredRMSNorm
 from .pieces import Piece
 from .yarn import Rotary
 
-# %% ../nbs/15g_mistakes.ipynb #cb36e70b
+# %% ../nbs/15g_mistakes.ipynb #7d8aee14
 centred_piece = Piece(
     "hybrid.ZeroCentredRMSNorm.forward", lesson="15b_hybrid", minutes=8, level=1,
     task="RMSNorm that multiplies each channel by 1 + weight, all of it in float32.",
@@ -56,7 +56,7 @@ def _(f):
 def _(f):
     return f(_centred_norm(64, torch.bfloat16, 0.02), torch.randn(2, 5, 64).bfloat16())
 
-# %% ../nbs/15g_mistakes.ipynb #d0bda3bd
+# %% ../nbs/15g_mistakes.ipynb #031334d2
 centred_piece.mistake(
     "a weight around 0 that multiplies as it is",
     {"1.0 + self.weight.float()": "self.weight.float()"},
@@ -90,7 +90,7 @@ centred_piece.mistake(
     does="The first padded batch is NaN.",
 )
 
-# %% ../nbs/15g_mistakes.ipynb #8f0f4607
+# %% ../nbs/15g_mistakes.ipynb #92540975
 partial_piece = Piece(
     "hybrid.apply_partial_rope", lesson="15b_hybrid", minutes=8, level=1,
     task="Turn the first channels of each head, as many as the tables have, and leave the others.",
@@ -120,7 +120,7 @@ def _(f):
 def _(f):
     return f(torch.randn(1, 2, 6, 8), *Rotary(8, 100.0)(torch.arange(6)[None]))
 
-# %% ../nbs/15g_mistakes.ipynb #f3293a1b
+# %% ../nbs/15g_mistakes.ipynb #ee807fee
 partial_piece.mistake(
     "the last channels turned, in place of the first",
     {"[apply_rope(x[..., :r], cos, sin), x[..., r:]]":
@@ -153,6 +153,8 @@ partial_piece.mistake(
     why="Qwen's pairs are halves: channel j and channel j + r/2.",
     does="Every head compares positions that are not there.",
 )
+
+# %% ../nbs/15g_mistakes.ipynb #d3dfa7dc
 partial_piece.mistake(
     "a turn in the other direction",
     {"cos, sin), x": "cos, -sin), x"},
@@ -174,7 +176,7 @@ partial_piece.mistake(
     does="Without a cache from elsewhere nothing is seen: queries and keys are wrong alike.",
 )
 
-# %% ../nbs/15g_mistakes.ipynb #3a3a5027
+# %% ../nbs/15g_mistakes.ipynb #09c010a8
 gated_piece = Piece(
     "hybrid.GatedAttention.forward", lesson="15b_hybrid", minutes=30, level=3,
     task="Attention in which each head's mix is multiplied by the sigmoid of its own gate. "
@@ -197,6 +199,7 @@ gated_piece = Piece(
     keeps=("x", "cos", "sin", "mask"),
 )
 
+# %% ../nbs/15g_mistakes.ipynb #b613220f
 class _PastKeys:
     "A cache that holds some random tokens of layer 3, and zeros for all others."
     def __init__(self, *shape):
@@ -233,7 +236,7 @@ def _(f):
     out = f(_gated_attention(), torch.randn(2, 2, 20), cos, sin, None, cache)
     return out, *cache.seen
 
-# %% ../nbs/15g_mistakes.ipynb #ead9c7b1
+# %% ../nbs/15g_mistakes.ipynb #983ddbe5
 gated_piece.mistake(
     "all queries first, then all gates",
     {"unflatten(-1, (-1, 2 * self.head_dim))": "unflatten(-1, (2, -1, self.head_dim))",
@@ -267,6 +270,8 @@ gated_piece.mistake(
     why="Each head's query and key is normed before RoPE.",
     does="Scores are of any size: some heads look at one token, some at all.",
 )
+
+# %% ../nbs/15g_mistakes.ipynb #48aeb3ca
 gated_piece.mistake(
     "the norms of queries and keys exchanged",
     {"self.q_norm(q), self.k_norm(k)": "self.k_norm(q), self.q_norm(k)"},
@@ -278,12 +283,6 @@ gated_piece.mistake(
     {"if cache is": "v = apply_partial_rope(v, cos, sin)\n    if cache is"},
     why="Positions belong into the scores, so only queries and keys turn.",
     does="What a token says depends on where it stands.",
-)
-gated_piece.mistake(
-    "keys that are not turned",
-    {"apply_partial_rope(k, cos, sin)": "k"},
-    why="Queries and keys both turn, so that their scores depend on the distance.",
-    does="Heads look at fixed positions of the text, not at distances.",
 )
 gated_piece.mistake(
     "every layer in slot 0 of the cache",

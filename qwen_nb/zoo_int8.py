@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['quantize_piece', 'dequantize_piece']
 
-# %% ../nbs/11e_mistakes.ipynb #a5660e28
+# %% ../nbs/11e_mistakes.ipynb #6f4a8a37
 import torch
 
 from .int8_cache import dequantize
 from .pieces import Piece
 
-# %% ../nbs/11e_mistakes.ipynb #a321456a
+# %% ../nbs/11e_mistakes.ipynb #8bf63877
 quantize_piece = Piece(
     "int8_cache.quantize", lesson="11b_int8", minutes=20, level=2,
     task="For each head of each row: a step and a zero, in float32, so that its numbers fill the "
@@ -57,7 +57,7 @@ def _(f):
     x = torch.tensor([3.7, -1.5, 0.]).view(1, 3, 1, 1).repeat(1, 1, 2, 4)
     return dequantize(*f(x))
 
-# %% ../nbs/11e_mistakes.ipynb #2a10f625
+# %% ../nbs/11e_mistakes.ipynb #0acbea58
 quantize_piece.mistake(
     "the fraction always cut off",
     {"if nearest: codes = codes.round()": "pass"},
@@ -90,6 +90,8 @@ quantize_piece.mistake(
     why="Each head has a size of its own.",
     does="The quiet heads share two or three codes. What they know is lost.",
 )
+
+# %% ../nbs/11e_mistakes.ipynb #8a5166a0
 quantize_piece.mistake(
     "a range for each token",
     {"amin((-2, -1)": "amin(-1", "amax((-2, -1)": "amax(-1"},
@@ -121,7 +123,7 @@ quantize_piece.mistake(
     does="The upper half of all numbers comes back as something else. The text is noise.",
 )
 
-# %% ../nbs/11e_mistakes.ipynb #e7f4c3e8
+# %% ../nbs/11e_mistakes.ipynb #d4191be5
 dequantize_piece = Piece(
     "int8_cache.dequantize", lesson="11b_int8", minutes=3, level=1,
     task="From codes, step and zero to the numbers that they stand for, in float32.",
@@ -147,7 +149,7 @@ def _(f):
     codes = torch.randint(0, 256, (1, 2, 3, 4), dtype=torch.uint8)
     return f(codes, torch.rand(1, 2, 1, 1) + 0.1, torch.zeros(1, 2, 1, 1))
 
-# %% ../nbs/11e_mistakes.ipynb #86af7c92
+# %% ../nbs/11e_mistakes.ipynb #751ff20b
 dequantize_piece.mistake(
     "subtracted in bytes",
     {"codes.float() - zero": "(codes - zero.round().to(torch.uint8)).float()"},
@@ -170,7 +172,7 @@ dequantize_piece.mistake(
     "the zero forgotten",
     {"(codes.float() - zero)": "codes.float()"},
     why="Codes begin at 0, numbers do not.",
-    does="All keys and values are positive. For keys a softmax forgives it, for values nothing does.",
+    does="No number is negative. For keys a softmax forgives it, for values nothing does.",
 )
 dequantize_piece.mistake(
     "divided by the step",

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['alpha_piece', 'frequency_piece', 'logn_piece']
 
-# %% ../nbs/11d_mistakes.ipynb #e4b6f7af
+# %% ../nbs/11d_mistakes.ipynb #06c3d3c9
 import torch
 
 from .pieces import Piece
 
-# %% ../nbs/11d_mistakes.ipynb #dc1ad323
+# %% ../nbs/11d_mistakes.ipynb #b6f9f02d
 alpha_piece = Piece(
     "qwen1.ntk_alpha", lesson="11a_long", minutes=10, level=2,
     task="How many times slower the slowest pair of channels is to turn for a prompt of n tokens: "
@@ -32,7 +32,7 @@ alpha_piece = Piece(
 def _(f):
     return [float(f(n, 32)) for n in (17, 31, 32, 33, 50)]
 
-@alpha_piece.probe("at and past 2 L, 4 L")
+@alpha_piece.probe("at 2 L, 4 L")
 def _(f):
     return [float(f(n, 8192)) for n in (16_384, 16_385, 30_000, 32_768, 32_769, 100_000)]
 
@@ -44,7 +44,7 @@ def _(f):
 def _(f):
     return [float(f(n, 100)) for n in (99, 100, 101, 200, 201, 399)]
 
-# %% ../nbs/11d_mistakes.ipynb #3f8e8cb7
+# %% ../nbs/11d_mistakes.ipynb #22e16f31
 alpha_piece.mistake(
     "the ratio of the lengths, without steps",
     {"2 ** doublings - 1": "n / seq_length"},
@@ -52,7 +52,7 @@ alpha_piece.mistake(
     does="The slow pairs leave the angles that they know soon after the prompt ends.",
 )
 alpha_piece.mistake(
-    "the formula of transformers' dynamic scaling, with factor 2",
+    "transformers' dynamic scaling, factor 2",
     {"2 ** doublings - 1": "2 * n / seq_length - 1"},
     why="It agrees with Qwen's at 1, 2 and 4 times the length and nowhere between.",
     does="Every length has a base of its own, a little too small. Long prompts read worse.",
@@ -70,6 +70,8 @@ alpha_piece.mistake(
     why="Already the first token past L asks for a doubled range, and α is 3.",
     does="Dynamic NTK begins at 2 L. Between L and 2 L the text falls apart.",
 )
+
+# %% ../nbs/11d_mistakes.ipynb #7be9e294
 alpha_piece.mistake(
     "the natural logarithm",
     {"math.log(n / seq_length, 2)": "math.log(n / seq_length)"},
@@ -95,7 +97,7 @@ alpha_piece.mistake(
     does="Only prompts of exactly L, 2 L or 4 L tokens are wrong.",
 )
 
-# %% ../nbs/11d_mistakes.ipynb #39dec3c9
+# %% ../nbs/11d_mistakes.ipynb #6d7d96ac
 frequency_piece = Piece(
     "qwen1.ntk_frequencies", lesson="11a_long", minutes=5, level=2,
     task="Radians per position for each pair of channels, with the base stretched so that the "
@@ -125,7 +127,7 @@ def _(f):
 def _(f):
     return f(16, 1_000_000., 1)
 
-# %% ../nbs/11d_mistakes.ipynb #4a23520b
+# %% ../nbs/11d_mistakes.ipynb #26bff5bd
 frequency_piece.mistake(
     "the exponent forgotten",
     {"alpha ** (head_dim / (head_dim - 2))": "alpha"},
@@ -150,6 +152,8 @@ frequency_piece.mistake(
     why="That is position interpolation. NTK leaves the fast pairs as they were.",
     does="Neighbours can hardly be told apart: the model confuses the order of words.",
 )
+
+# %% ../nbs/11d_mistakes.ipynb #2af2eff2
 frequency_piece.mistake(
     "the base shrunk, not stretched",
     {"theta * alpha": "theta / alpha"},
@@ -169,7 +173,7 @@ frequency_piece.mistake(
     does="Right for Qwen1, and wrong for whatever is trained with another base.",
 )
 
-# %% ../nbs/11d_mistakes.ipynb #ec381421
+# %% ../nbs/11d_mistakes.ipynb #e87e647c
 logn_piece = Piece(
     "qwen1.logn_scale", lesson="11a_long", minutes=5, level=1,
     task="For each position the factor of its query: the logarithm of the position over the "
@@ -207,7 +211,7 @@ def _(f):
 def _(f):
     return f(torch.arange(1, 9), 8192)
 
-# %% ../nbs/11d_mistakes.ipynb #200e81a8
+# %% ../nbs/11d_mistakes.ipynb #ac41d12f
 logn_piece.mistake(
     "log-n left out",
     {"clamp_min(1.)": "clamp(1., 1.)"},
@@ -233,6 +237,8 @@ logn_piece.mistake(
     why="It is a quotient of two logarithms, not the logarithm of a quotient.",
     does="1 up to 2.7 times the training length, far too much later.",
 )
+
+# %% ../nbs/11d_mistakes.ipynb #f194062a
 logn_piece.mistake(
     "not divided by the training length's logarithm",
     {" / math.log(seq_length)": ""},

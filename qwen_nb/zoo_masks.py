@@ -10,7 +10,7 @@ import torch
 
 from .pieces import Piece
 
-# %% ../nbs/06c_mistakes.ipynb #2398b2cf
+# %% ../nbs/06c_mistakes.ipynb #9762eb2d
 mask_piece = Piece(
     "attention.visible_keys", lesson="06_attention", minutes=15, level=2,
     task="A mask, True where a query may look: at itself and at every real token before it. "
@@ -50,6 +50,7 @@ def _(f):
 def _(f):
     return f(2, 5, torch.tensor([[False, True, True, True, True], [True] * 5]), None)
 
+# %% ../nbs/06c_mistakes.ipynb #015778d0
 mask_piece.mistake(
     "a mask that forgets the cache",
     {"torch.arange(k_len - q_len, k_len, device=device)": "torch.arange(q_len, device=device)"},
@@ -90,6 +91,8 @@ mask_piece.mistake(
     does="One layer later NaN has reached the real tokens of every padded row.",
     public="unsloth#9848",
 )
+
+# %% ../nbs/06c_mistakes.ipynb #2ed5f565
 mask_piece.mistake(
     "padding and text exchanged",
     {"is_real.bool()": "~is_real.bool()"},

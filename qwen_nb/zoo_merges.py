@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['next_piece', 'join_piece', 'learn_piece']
 
-# %% ../nbs/03h_mistakes.ipynb #81ac9ab6
+# %% ../nbs/03h_mistakes.ipynb #7e811a47
 from collections import Counter
 from heapq import heapify
 
 from .bpe import pair_places
 from .pieces import Piece
 
-# %% ../nbs/03h_mistakes.ipynb #27157219
+# %% ../nbs/03h_mistakes.ipynb #98113c70
 next_piece = Piece(
     "bpe.next_pair", lesson="03_tokenizer", minutes=15, level=3,
     task="The most frequent pair that is left, among equals the one with the smaller ids; None "
@@ -30,6 +30,7 @@ next_piece = Piece(
     """,
 )
 
+# %% ../nbs/03h_mistakes.ipynb #31483c5b
 def _pairs_in_turn(f, entries, counts):
     "The pairs that come one after the other, each joined before the next is asked for."
     heap, counts, turn = entries[:], Counter(counts), []
@@ -52,7 +53,7 @@ def _(f):
     return _pairs_in_turn(f, [(-4, (9, 1)), (-4, (2, 8)), (-4, (2, 7)), (-5, (6, 6))],
                           {(9, 1): 4, (2, 8): 4, (2, 7): 4, (6, 6): 5})
 
-@next_piece.probe("one has become rarer")
+@next_piece.probe("one is rarer")
 def _(f):
     return _pairs_in_turn(f, [(-9, (1, 2)), (-5, (3, 4)), (-3, (0, 9))],
                           {(1, 2): 4, (3, 4): 5, (0, 9): 3})
@@ -61,7 +62,7 @@ def _(f):
 def _(f):
     return _pairs_in_turn(f, [(-6, (1, 2)), (-5, (3, 4))], {(3, 4): 5})
 
-# %% ../nbs/03h_mistakes.ipynb #46d6f2a3
+# %% ../nbs/03h_mistakes.ipynb #2d6a236b
 next_piece.mistake(
     "an entry believed that is out of date",
     {"if -count == counts[pair]:": "if counts[pair] > 0:"},
@@ -88,14 +89,8 @@ next_piece.mistake(
     why="The next entries may be good.",
     does="Training ends after a few merges.",
 )
-next_piece.mistake(
-    "the last entry of the heap taken for the first",
-    {"heapq.heappop(heap)": "heap.pop()"},
-    why="A heap has its smallest entry in front, and the end is nothing in particular.",
-    does="Pairs are joined in no order at all.",
-)
 
-# %% ../nbs/03h_mistakes.ipynb #ee811af2
+# %% ../nbs/03h_mistakes.ipynb #20f4155f
 join_piece = Piece(
     "bpe.join_pair", lesson="03_tokenizer", minutes=15, level=3,
     task="Put `new` for `pair` in every word that has it, and change `words`, `counts` and `where` "
@@ -126,19 +121,19 @@ def _joined_everywhere(f, words, times, pair, new):
 def _(f):
     return _joined_everywhere(f, [[4, 1, 2, 5]], [1], (1, 2), 300)
 
-@join_piece.probe("three words, not equally often")
+@join_piece.probe("three words")
 def _(f):
     return _joined_everywhere(f, [[1, 2, 6], [7, 8], [3, 1, 2]], [5, 2, 3], (1, 2), 301)
 
-@join_piece.probe("two places that touch")
+@join_piece.probe("touching")
 def _(f):
     return _joined_everywhere(f, [[9, 1, 2, 1, 2]], [2], (1, 2), 302)
 
-@join_piece.probe("a pair elsewhere too")
+@join_piece.probe("old pair elsewhere")
 def _(f):
     return _joined_everywhere(f, [[4, 1, 2, 4, 1]], [2], (1, 2), 303)
 
-# %% ../nbs/03h_mistakes.ipynb #0d398878
+# %% ../nbs/03h_mistakes.ipynb #a22f034e
 join_piece.mistake(
     "words counted once, however often they occur",
     {"-= times[w]": "-= 1", "+= times[w]": "+= 1"},
@@ -169,6 +164,8 @@ join_piece.mistake(
     why="`new` is the right half of a pair as often as the left one.",
     does="Tokens grow at their right end only: `the` can be learned from `th`, not from `he`.",
 )
+
+# %% ../nbs/03h_mistakes.ipynb #303f905a
 join_piece.mistake(
     "neighbours corrected as if no two places touched",
     {"""for p in zip(before, before[1:]):
@@ -199,7 +196,7 @@ join_piece.mistake(
     public="mocibb/cs336#1",
 )
 
-# %% ../nbs/03h_mistakes.ipynb #9c62b632
+# %% ../nbs/03h_mistakes.ipynb #6f163cd4
 learn_piece = Piece(
     "bpe.learn_merges", lesson="03_tokenizer", minutes=15, level=2,
     task="At most n merges `(left id, right id, new id)`, the most frequent pair first, of equals "
@@ -218,11 +215,11 @@ learn_piece = Piece(
     """,
 )
 
-@learn_piece.probe("a word that repeats itself")
+@learn_piece.probe("banana")
 def _(f):
     return f(Counter([b"banana"]), 3)
 
-@learn_piece.probe("rare and frequent pieces")
+@learn_piece.probe("rare and frequent")
 def _(f):
     return f(Counter({b"abab": 1, b"cd": 5, b"ab": 1, b"xcd": 2}), 3)
 
@@ -234,11 +231,11 @@ def _(f):
 def _(f):
     return f(Counter(["да да".encode(), "да".encode()]), 2)
 
-@learn_piece.probe("more merges than pairs")
+@learn_piece.probe("few pairs")
 def _(f):
     return f(Counter({b"abc": 1, b"de": 2}), 258)
 
-# %% ../nbs/03h_mistakes.ipynb #5199ece9
+# %% ../nbs/03h_mistakes.ipynb #109d954b
 learn_piece.mistake(
     "training that ignores how often a piece occurs",
     {"list(pieces.values())": "[1] * len(words)"},
@@ -272,6 +269,8 @@ learn_piece.mistake(
     why="n counts merges; the 256 bytes are there already.",
     does="256 merges too few, for a small n none at all.",
 )
+
+# %% ../nbs/03h_mistakes.ipynb #1835f29d
 learn_piece.mistake(
     "training that leaves out pairs which occur once",
     {"if pair is None:": "if pair is None or counts[pair] < 2:"},
@@ -292,4 +291,5 @@ learn_piece.mistake(
      "list(pieces.values())": "[1]"},
     why="No token may cross a cut.",
     does="Tokens such as `e t` are learned, that no text can use later.",
+    public="LLMs-from-scratch#975",
 )

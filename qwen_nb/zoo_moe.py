@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['route_piece', 'mix_piece']
 
-# %% ../nbs/14c_mistakes.ipynb #0f3190ab
+# %% ../nbs/14c_mistakes.ipynb #c52621d3
 import torch
 
 from .mlp import SwiGLU
 from .pieces import Piece
 
-# %% ../nbs/14c_mistakes.ipynb #50de771d
+# %% ../nbs/14c_mistakes.ipynb #7db60926
 route_piece = Piece(
     "moe.route", lesson="14_moe", minutes=10, level=1,
     task="From the router's scores: each token's k most probable experts and their weights, the "
@@ -40,7 +40,7 @@ def _(f):
 def _(f):
     return f(torch.randn(5, 7), 3, True)
 
-@route_piece.probe("close scores, bfloat16")
+@route_piece.probe("close scores")
 def _(f):
     scores = torch.stack([torch.randperm(40), torch.randperm(40)]) * 0.002
     return f(scores.bfloat16(), 6, True)
@@ -53,7 +53,7 @@ def _(f):
 def _(f):
     return f(torch.zeros(0, 7), 3, True)
 
-# %% ../nbs/14c_mistakes.ipynb #79f00d74
+# %% ../nbs/14c_mistakes.ipynb #4cdc6a7d
 route_piece.mistake(
     "weights that always add up to 1",
     {"if norm_topk_prob:": "if True:"},
@@ -84,6 +84,8 @@ route_piece.mistake(
     why="The weights go back to the dtype of the scores before the experts' answers meet them.",
     does="A model in bfloat16 goes on in float32 from here, or stops at the next matrix.",
 )
+
+# %% ../nbs/14c_mistakes.ipynb #5770b7c5
 route_piece.mistake(
     "the softmax over the tokens",
     {"logits.softmax(-1,": "logits.softmax(0,"},
@@ -116,7 +118,7 @@ route_piece.mistake(
     does="Every token goes to those who know least about it. The text falls apart.",
 )
 
-# %% ../nbs/14c_mistakes.ipynb #36e3f628
+# %% ../nbs/14c_mistakes.ipynb #152875ea
 mix_piece = Piece(
     "moe.mix_experts", lesson="14_moe", minutes=25, level=3,
     task="Send each token to its chosen experts only, and add up their answers, each times its "
@@ -151,6 +153,7 @@ def _(f):
     with torch.no_grad():
         return f(experts, torch.randn(5, 8), weights, chosen)
 
+# %% ../nbs/14c_mistakes.ipynb #d5ec52a7
 @mix_piece.probe("bfloat16")
 def _(f):
     experts = [SwiGLU(8, 4).bfloat16() for _ in range(6)]
@@ -158,7 +161,7 @@ def _(f):
     with torch.no_grad():
         return f(experts, torch.randn(7, 8).bfloat16(), torch.rand(7, 3).bfloat16(), chosen)
 
-@mix_piece.probe("rows an expert sees")
+@mix_piece.probe("rows")
 def _(f):
     experts, weights, chosen = _four_experts()
     rows = {}
@@ -183,7 +186,7 @@ def _(f):
     with torch.no_grad():
         return f(experts, torch.zeros(0, 8), weights[:0], chosen[:0])
 
-# %% ../nbs/14c_mistakes.ipynb #fcb5fe3e
+# %% ../nbs/14c_mistakes.ipynb #03118dd3
 mix_piece.mistake(
     "the weights forgotten",
     {"(said * weights[..., None])": "said"},
@@ -222,6 +225,8 @@ mix_piece.mistake(
     why="The first weight belongs to the first choice.",
     does="The experts that matter least are the loudest. It reads like a worse model.",
 )
+
+# %% ../nbs/14c_mistakes.ipynb #fc3ec90a
 mix_piece.mistake(
     "an idle expert without gradients",
     {"if len(own_rows) or torch.is_grad_enabled():": "if len(own_rows):"},

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['adamw_piece', 'groups_piece', 'first_weights_piece']
 
-# %% ../nbs/21j_mistakes.ipynb #a766813d
+# %% ../nbs/21j_mistakes.ipynb #2ac49194
 from types import SimpleNamespace
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from .pieces import Piece
 
-# %% ../nbs/21j_mistakes.ipynb #d565904c
+# %% ../nbs/21j_mistakes.ipynb #a1481155
 adamw_piece = Piece(
     "train.adamw_step", lesson="21_train", minutes=12, level=2,
     task="One step of AdamW: the new weights and the new two means.",
@@ -55,7 +55,7 @@ def _(f):
     theta, gradient, m, v = torch.randn(4, 6)
     return f(theta, gradient, m, v.square(), 1000, lr=0.03, decay=0.2)
 
-# %% ../nbs/21j_mistakes.ipynb #fba19b50
+# %% ../nbs/21j_mistakes.ipynb #f4dd850b
 adamw_piece.mistake(
     "means that are not corrected for their beginning at zero",
     {"m / (1 - b1**t), v / (1 - b2**t)": "m, v"},
@@ -91,6 +91,8 @@ adamw_piece.mistake(
     does="The difference is lr² · decay: nobody sees it but a comparison.",
     public="transformers#14539",
 )
+
+# %% ../nbs/21j_mistakes.ipynb #b9407144
 adamw_piece.mistake(
     "eps under the root",
     {"square.sqrt() + eps": "(square + eps).sqrt()"},
@@ -117,7 +119,7 @@ adamw_piece.mistake(
     does="The means grow in the first steps, and the weights jump.",
 )
 
-# %% ../nbs/21j_mistakes.ipynb #12b64aa5
+# %% ../nbs/21j_mistakes.ipynb #c77c4b33
 groups_piece = Piece(
     "train.parameter_groups", lesson="21_train", minutes=10, level=1,
     task="Two groups for an optimizer: the matrices that are trained, with `weight_decay`, and the "
@@ -162,7 +164,7 @@ def _(f):
 def _(f):
     return len(f(_FewWeights().bfloat16()))
 
-# %% ../nbs/21j_mistakes.ipynb #4e4feca7
+# %% ../nbs/21j_mistakes.ipynb #357fe0ce
 groups_piece.mistake(
     "one group for all, so that scales and biases decay",
     {"matrices = [p for p in trained if p.dim() > 1]": "matrices = trained",
@@ -189,17 +191,13 @@ groups_piece.mistake(
     does="A frozen base drifts in some optimizers, and memory is taken for its means.",
     public="iamwangyabin/S-Prompts#2",
 )
+
+# %% ../nbs/21j_mistakes.ipynb #6174739f
 groups_piece.mistake(
     "a shared weight that is listed twice",
     {"for p in model.parameters()": "for m in model.modules() for p in m.parameters(False)"},
     why="`model.parameters()` gives a tied matrix once.",
     does="It moves twice at each step, with twice the decay.",
-)
-groups_piece.mistake(
-    "decay for the vectors in place of the matrices",
-    {"p.dim() > 1": "p.dim() < 2", "p.dim() <= 1": "p.dim() >= 2"},
-    why="A matrix has two axes.",
-    does="Norms fade, matrices grow.",
 )
 groups_piece.mistake(
     "a weight decay that is always 0.1",
@@ -214,7 +212,7 @@ groups_piece.mistake(
     does="The loss falls at first and then stands still.",
 )
 
-# %% ../nbs/21j_mistakes.ipynb #3e3bcfde
+# %% ../nbs/21j_mistakes.ipynb #7af97bf8
 first_weights_piece = Piece(
     "train.init_weights", lesson="21_train", minutes=12, level=2,
     task="Draw every matrix with std 1/√hidden_size, set biases to 0 and norms' scales to 1, and "
@@ -261,7 +259,7 @@ def _(f):
     a, b, c = (f(_WideModel(64), seed).up.weight.detach() for seed in (1, 2, 1))
     return torch.equal(a, b), torch.equal(a, c)
 
-# %% ../nbs/21j_mistakes.ipynb #2d5c67c3
+# %% ../nbs/21j_mistakes.ipynb #6799b01a
 first_weights_piece.mistake(
     "a std of 0.02 for every width",
     {"model.config.hidden_size ** -0.5": "0.02"},

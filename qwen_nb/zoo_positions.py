@@ -57,7 +57,7 @@ def _(f):
 def _(f):
     return f(_norm_of(4, torch.float32), torch.zeros(1, 4))
 
-# %% ../nbs/05b_mistakes.ipynb #695ebd26
+# %% ../nbs/05b_mistakes.ipynb #19d65c12
 norm_piece.mistake(
     "RMSNorm with the weight before the cast",
     {"self.weight * h.to(x.dtype)": "(self.weight * h.float()).to(x.dtype)"},
@@ -98,6 +98,8 @@ norm_piece.mistake(
     does="In float16 one channel of 300 wipes out its whole vector; in bfloat16 all is a bit off.",
     public="llama#1048",
 )
+
+# %% ../nbs/05b_mistakes.ipynb #69daeb3e
 norm_piece.mistake(
     "one mean for all tokens",
     {".mean(-1, keepdim=True)": ".mean()"},
@@ -138,7 +140,7 @@ norm_piece.mistake(
     public="llm-foundry#372",
 )
 
-# %% ../nbs/05b_mistakes.ipynb #f4273331
+# %% ../nbs/05b_mistakes.ipynb #a2794ce4
 half_piece = Piece(
     "rope.rotate_half", lesson="05_rope", minutes=5, level=1,
     task="Channel j and channel j + d/2 are a pair. Give every pair (a, b) a quarter turn.",
@@ -162,6 +164,7 @@ def _(f):
 def _(f):
     return f(torch.randn(2, 6, 5, 8))
 
+# %% ../nbs/05b_mistakes.ipynb #cda11584
 half_piece.mistake(
     "neighbours paired, not halves",
     {"x.chunk(2, dim=-1)": "(x[..., 0::2], x[..., 1::2])",
@@ -203,7 +206,7 @@ half_piece.mistake(
     does="Tokens are mixed with tokens from the other half of the text, later ones too.",
 )
 
-# %% ../nbs/05b_mistakes.ipynb #bd199056
+# %% ../nbs/05b_mistakes.ipynb #367bb100
 turn_piece = Piece(
     "rope.apply_rope", lesson="05_rope", minutes=10, level=1,
     task="Turn every pair of channels of every head by the angle whose cos and sin are given; "
@@ -242,6 +245,7 @@ def _(f):
 def _(f):
     return f(torch.randn(1, 2, 1, 8), *_tables_at([[0]]))
 
+# %% ../nbs/05b_mistakes.ipynb #f01ce72d
 turn_piece.mistake(
     "cos and sin exchanged",
     {"x * cos + rotate_half(x) * sin": "x * sin + rotate_half(x) * cos"},
@@ -281,6 +285,8 @@ turn_piece.mistake(
     does="The two channels of a pair get two different angles: not even a turn.",
     public="vjepa2#15",
 )
+
+# %% ../nbs/05b_mistakes.ipynb #8f7602de
 turn_piece.mistake(
     "only the quarter turned part",
     {"x * cos + ": ""},

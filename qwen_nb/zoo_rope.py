@@ -10,7 +10,7 @@ import torch
 
 from .pieces import Piece
 
-# %% ../nbs/05c_mistakes.ipynb #bac748b3
+# %% ../nbs/05c_mistakes.ipynb #1d30cc55
 speeds_piece = Piece(
     "rope.pair_speeds", lesson="05_rope", minutes=5, level=1,
     task="How many radians does each pair of channels turn per position? float32, on the CPU.",
@@ -39,6 +39,7 @@ def _(f):
     with torch.device("meta"):
         return f(8, 1e4, 1.0).device.type
 
+# %% ../nbs/05c_mistakes.ipynb #58e8c488
 speeds_piece.mistake(
     "RoPE with a base fixed at 10,000",
     {"theta **": "10_000.0 **"},
@@ -73,6 +74,8 @@ speeds_piece.mistake(
     why="Linear scaling and YaRN ask for pairs that are `factor` times slower.",
     does="Nothing, until the text is longer than in training; then the model fails.",
 )
+
+# %% ../nbs/05c_mistakes.ipynb #9297c7ee
 speeds_piece.mistake(
     "the factor the wrong way round",
     {"1.0 / (factor * slower)": "factor / slower"},
@@ -93,7 +96,7 @@ speeds_piece.mistake(
     does="A small model works; a large one that is planned first has rubbish for speeds.",
 )
 
-# %% ../nbs/05c_mistakes.ipynb #26bc2251
+# %% ../nbs/05c_mistakes.ipynb #f1abb5e8
 tables_piece = Piece(
     "rope.angle_tables", lesson="05_rope", minutes=10, level=2,
     task="The cosine and the sine of position times speed, for both channels of every pair, each "
@@ -126,6 +129,7 @@ def _(f):
 def _(f):
     return f(torch.tensor([[0, 1, 2]]), _SPEEDS, torch.float32, 1.3)
 
+# %% ../nbs/05c_mistakes.ipynb #7af4b1f7
 tables_piece.mistake(
     "angles in the model's dtype",
     {"position_ids[..., None].float() * inv_freq": "position_ids[..., None].to(dtype) * "
@@ -163,6 +167,8 @@ tables_piece.mistake(
     does="With YaRN attention is too flat, and long texts blur.",
     public="xinfer#329",
 )
+
+# %% ../nbs/05c_mistakes.ipynb #450241dc
 tables_piece.mistake(
     "the attention factor on cos only",
     {"angles.sin() * attention_factor": "angles.sin()"},

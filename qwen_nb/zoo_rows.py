@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['graded_piece', 'span_piece', 'documents_piece']
 
-# %% ../nbs/20f_mistakes.ipynb #4a003e93
+# %% ../nbs/20f_mistakes.ipynb #6aaa5d09
 import numpy as np
 import torch
 
 from .pieces import Piece
 
-# %% ../nbs/20f_mistakes.ipynb #64a2fa89
+# %% ../nbs/20f_mistakes.ipynb #2e5fdd46
 graded_piece = Piece(
     "rows.said_by_model", lesson="20b_rows", minutes=20, level=2,
     task="True for each id that the model writes: from behind the ids that open its turn, and "
@@ -53,7 +53,7 @@ def _(f):
 def _(f):
     return _as_bools(f([7, 1, 4, 2, 4, 9, 4], _MARKS))
 
-# %% ../nbs/20f_mistakes.ipynb #32f4d2b8
+# %% ../nbs/20f_mistakes.ipynb #0105ad35
 graded_piece.mistake(
     "an end that is not graded",
     {"ids.index(end, begin) + 1]": "ids.index(end, begin)]"},
@@ -80,6 +80,8 @@ graded_piece.mistake(
     why="Whoever asks for no thoughts hands the empty one over: it belongs to the prompt.",
     does="Asked to think, the model begins with an empty thought.",
 )
+
+# %% ../nbs/20f_mistakes.ipynb #e6fcd8c3
 graded_piece.mistake(
     "the first word of each answer not graded",
     {"begin = turn + len(head)": "begin = turn + len(head) + 1"},
@@ -102,7 +104,7 @@ graded_piece.mistake(
     public="zai-org/GLM-4#803",
 )
 
-# %% ../nbs/20f_mistakes.ipynb #9cdac5e4
+# %% ../nbs/20f_mistakes.ipynb #b20e2f05
 span_piece = Piece(
     "rows.read_span", lesson="20b_rows", minutes=25, level=3,
     task="Read the places from `first` to before `last`: their ids, what comes after each, in "
@@ -144,7 +146,7 @@ def _(f):
 def _(f):
     return _as_ids(f(_ThreeTexts(), 12, 18, _MARKS))
 
-# %% ../nbs/20f_mistakes.ipynb #4b65eda8
+# %% ../nbs/20f_mistakes.ipynb #0c172090
 span_piece.mistake(
     "targets that are not shifted",
     {"ids[1:], IGNORED)": "ids[:-1], IGNORED)"},
@@ -172,6 +174,8 @@ span_piece.mistake(
     does="With the mask nothing changes, for distances stay. Without, no text begins at 0.",
     public="nanoVLM#201",
 )
+
+# %% ../nbs/20f_mistakes.ipynb #914dcbc4
 span_piece.mistake(
     "positions that do not begin anew where a row begins in mid-text",
     {"np.maximum(shards.starts[document], first)": "shards.starts[document]"},
@@ -197,7 +201,7 @@ span_piece.mistake(
     does="The first word of each answer is not learnt, and one id behind the end is.",
 )
 
-# %% ../nbs/20f_mistakes.ipynb #2755ac6e
+# %% ../nbs/20f_mistakes.ipynb #2376d6b1
 documents_piece = Piece(
     "rows.document_mask", lesson="20b_rows", minutes=8, level=1,
     task="True where a query may look: at its own place and before, within its document.",
@@ -225,7 +229,7 @@ def _(f):
 def _(f):
     return f(torch.tensor([[5, 5, 2, 2], [3, 1, 1, 8]]))
 
-# %% ../nbs/20f_mistakes.ipynb #82c73383
+# %% ../nbs/20f_mistakes.ipynb #8f7ca1b1
 documents_piece.mistake(
     "a mask that lets a document see those before it",
     {" == ": " >= "},

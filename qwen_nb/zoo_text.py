@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['names_piece', 'CHAT_NAMES', 'encode_text_piece', 'decode_piece']
 
-# %% ../nbs/03j_mistakes.ipynb #07d62a72
+# %% ../nbs/03j_mistakes.ipynb #5315eebb
 import torch
 
 from .pieces import Piece
 from .zoo_encode import small_tokenizer
 
-# %% ../nbs/03j_mistakes.ipynb #2660eda6
+# %% ../nbs/03j_mistakes.ipynb #da20db72
 names_piece = Piece(
     "tokenizer.names_pattern", lesson="03c_special", minutes=10, level=2,
     task="A compiled pattern whose `split` cuts a text at these names and keeps the names. If one "
@@ -30,15 +30,15 @@ names_piece = Piece(
 
 CHAT_NAMES = ["<|end|>>", "<|end|>", "<tag>", "<tag>s", "a.b"]
 
-@names_piece.probe("two names in a text")
+@names_piece.probe("two names")
 def _(f):
     return f(["<one>", "<two>"]).split("x <one>y<two>")
 
-@names_piece.probe("signs that mean something")
+@names_piece.probe("signs")
 def _(f):
     return f(CHAT_NAMES).split("end a-b a.b <|end|> |")
 
-@names_piece.probe("one name begins another")
+@names_piece.probe("prefixes")
 def _(f):
     return f(CHAT_NAMES).split("<|end|>> <|end|> > <tag>s <tag>")
 
@@ -46,7 +46,7 @@ def _(f):
 def _(f):
     return f(CHAT_NAMES).split("<TAG> <tag>")
 
-@names_piece.probe("blanks around")
+@names_piece.probe("blanks")
 def _(f):
     return f(CHAT_NAMES).split("x \n<tag>  y")
 
@@ -54,19 +54,13 @@ def _(f):
 def _(f):
     return f([]).split("abc")
 
-# %% ../nbs/03j_mistakes.ipynb #d73bdfe9
+# %% ../nbs/03j_mistakes.ipynb #86c94408
 names_piece.mistake(
     "names in the order of the list",
     {"sorted(names, key=len, reverse=True)": "list(names)"},
     why="Of several alternatives the first that fits wins, and a short name may begin a long one.",
     does="The longer token is never found: its beginning is taken, and the rest is text.",
     public="georg-jung/FastBertTokenizer#101",
-)
-names_piece.mistake(
-    "names in the order of the alphabet",
-    {"sorted(names, key=len, reverse=True)": "sorted(names)"},
-    why="In the alphabet the short name comes before the long one that it begins.",
-    does="The longer token is never found: its beginning is taken, and the rest is text.",
 )
 names_piece.mistake(
     "names whose signs are read as a pattern",
@@ -100,7 +94,7 @@ names_piece.mistake(
     does="The line break behind `<|im_start|>user` disappears.",
 )
 
-# %% ../nbs/03j_mistakes.ipynb #646e0a3a
+# %% ../nbs/03j_mistakes.ipynb #31acffce
 encode_text_piece = Piece(
     "tokenizer.PlainTokenizer.encode", lesson="03c_special", minutes=10, level=1,
     task="The ids of a text. Only with `allow_special` are names of added tokens those tokens. "
@@ -122,19 +116,19 @@ encode_text_piece = Piece(
 def _(f):
     return [f(small_tokenizer(), "the cat", allow) for allow in (False, True)]
 
-@encode_text_piece.probe("names, not allowed")
+@encode_text_piece.probe("not allowed")
 def _(f):
     return f(small_tokenizer(), "the cat<|end|><tag>")
 
-@encode_text_piece.probe("names, allowed")
+@encode_text_piece.probe("allowed")
 def _(f):
     return f(small_tokenizer(), "the<|end|>cat<|end|>> sat<|end|>", allow_special=True)
 
-@encode_text_piece.probe("tags, allowed")
+@encode_text_piece.probe("tags")
 def _(f):
     return f(small_tokenizer(), "<tag>the cat<tag>", allow_special=True)
 
-@encode_text_piece.probe("blanks beside names")
+@encode_text_piece.probe("blanks")
 def _(f):
     return f(small_tokenizer(), "<|end|>\n  the cat \n<|end|>", allow_special=True)
 
@@ -142,7 +136,7 @@ def _(f):
 def _(f):
     return f(small_tokenizer(), "the \ud83e cat")
 
-# %% ../nbs/03j_mistakes.ipynb #94604a8e
+# %% ../nbs/03j_mistakes.ipynb #c0cb2b67
 encode_text_piece.mistake(
     "names that count without permission",
     {"if not allow_special:": "if False:"},
@@ -176,6 +170,8 @@ encode_text_piece.mistake(
     does="Every turn begins with a space that was never there in training.",
     public="tokenizers#1174",
 )
+
+# %% ../nbs/03j_mistakes.ipynb #0131f00c
 encode_text_piece.mistake(
     "a text that nobody checks",
     {"check_text(text)": "pass"},
@@ -183,7 +179,7 @@ encode_text_piece.mistake(
     does="A text from a JavaScript program ends in an error deep inside.",
 )
 
-# %% ../nbs/03j_mistakes.ipynb #afd3a5e2
+# %% ../nbs/03j_mistakes.ipynb #d9fd5751
 decode_piece = Piece(
     "tokenizer.TokenDecoder.decode", lesson="03c_special", minutes=10, level=1,
     task="The text of these ids, a list or a tensor. With `skip_special` the control tokens are "
@@ -209,15 +205,15 @@ def _ids_of(text):
 def _(f):
     return f(small_tokenizer(), _ids_of("the cat sat"))
 
-@decode_piece.probe("a character over two tokens")
+@decode_piece.probe("two tokens, one sign")
 def _(f):
     return f(small_tokenizer(), _ids_of("the 🦙 中"))
 
-@decode_piece.probe("bytes that make no sense")
+@decode_piece.probe("nonsense")
 def _(f):
     return f(small_tokenizer(), _ids_of("中 cat 🦙")[1:-1])
 
-@decode_piece.probe("control tokens and tags")
+@decode_piece.probe("control, tags")
 def _(f):
     ids = _ids_of("<tag>the<|end|> cat<tag><|end|>")
     return [f(small_tokenizer(), ids, skip_special=skip) for skip in (False, True)]
@@ -226,11 +222,11 @@ def _(f):
 def _(f):
     return f(small_tokenizer(), torch.tensor(_ids_of("the<|end|> cat")), skip_special=True)
 
-@decode_piece.probe("a space first, and before signs")
+@decode_piece.probe("spaces")
 def _(f):
     return f(small_tokenizer(), _ids_of(" the cat != the mat , ."))
 
-# %% ../nbs/03j_mistakes.ipynb #658c5904
+# %% ../nbs/03j_mistakes.ipynb #5b32c084
 decode_piece.mistake(
     "each token read as text by itself",
     {'raw = b"".join(self.token_bytes(i)':
@@ -268,6 +264,8 @@ decode_piece.mistake(
     why="With `skip_special` they are not to be shown.",
     does="Every answer ends in `<|im_end|>`.",
 )
+
+# %% ../nbs/03j_mistakes.ipynb #ccffede7
 decode_piece.mistake(
     "control tokens always left out",
     {"self.control if skip_special else ()": "self.control"},

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['loss_piece', 'rate_piece']
 
-# %% ../nbs/21i_mistakes.ipynb #a686d4a1
+# %% ../nbs/21i_mistakes.ipynb #5e83016f
 import torch
 
 from .pieces import Piece
 from .rows import IGNORED
 
-# %% ../nbs/21i_mistakes.ipynb #757d0b96
+# %% ../nbs/21i_mistakes.ipynb #f4a4bf54
 loss_piece = Piece(
     "train.next_token_loss", lesson="21_train", minutes=8, level=1,
     task="The mean of -ln p(label) over all labels of the batch that are not IGNORED, in float32.",
@@ -45,7 +45,7 @@ def _(f):
 def _(f):
     return f(8 * torch.randn(2, 4, 50).bfloat16(), _labels([4, 49, IGNORED, 3], [0, 9, 9, 30]))
 
-# %% ../nbs/21i_mistakes.ipynb #ff12d9b0
+# %% ../nbs/21i_mistakes.ipynb #00d2a848
 loss_piece.mistake(
     "a mean over the ignored places too",
     {"ignore_index=IGNORED)": "ignore_index=IGNORED, reduction='sum') / labels.numel()"},
@@ -75,6 +75,8 @@ loss_piece.mistake(
     does="Short answers are learnt at the cost of long ones. (The same mean of means, over the "
          "parts of a batch in place of rows: unslothai/unsloth-zoo#6.)",
 )
+
+# %% ../nbs/21i_mistakes.ipynb #0e437a20
 loss_piece.mistake(
     "a loss in the model's dtype",
     {"logits.float()": "logits"},
@@ -96,7 +98,7 @@ loss_piece.mistake(
     does="Trains as well with a larger step, and no number can be compared with others'.",
 )
 
-# %% ../nbs/21i_mistakes.ipynb #04d95001
+# %% ../nbs/21i_mistakes.ipynb #f4d0fb04
 rate_piece = Piece(
     "train.learning_rate", lesson="21_train", minutes=12, level=2,
     task="The learning rate of a step, counted from 0: a straight line up to the peak over "
@@ -136,7 +138,7 @@ def _(f):
 def _(f):
     return _rates(f, [0, 3, 4], 4, 1e-2, 4)
 
-# %% ../nbs/21i_mistakes.ipynb #118d9d2a
+# %% ../nbs/21i_mistakes.ipynb #a219f697
 rate_piece.mistake(
     "a first step with the rate 0",
     {"(step + 1) / warmup": "step / warmup"},
@@ -171,6 +173,8 @@ rate_piece.mistake(
     why="At the end of the warm-up the rate is the peak, not more.",
     does="The rate jumps above the peak at the end of the warm-up.",
 )
+
+# %% ../nbs/21i_mistakes.ipynb #c89fa474
 rate_piece.mistake(
     "a final rate in place of a final share",
     {"peak * (final + (1 - final) * half_cosine)": "final + (peak - final) * half_cosine"},

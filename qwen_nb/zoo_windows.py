@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['band_piece', 'layers_piece']
 
-# %% ../nbs/12a_mistakes.ipynb #d11ccd4e
+# %% ../nbs/12a_mistakes.ipynb #67c55357
 from .pieces import Piece
 
-# %% ../nbs/12a_mistakes.ipynb #30347692
+# %% ../nbs/12a_mistakes.ipynb #f046c63a
 band_piece = Piece(
     "qwen2.window_mask", lesson="12_qwen2", minutes=10, level=2,
     task="True where a query may look: at itself and the `window - 1` positions before it. The "
@@ -41,7 +41,7 @@ def _(f):
 def _(f):
     return f(4, 4, 9)
 
-# %% ../nbs/12a_mistakes.ipynb #0660a493
+# %% ../nbs/12a_mistakes.ipynb #f5cc3973
 band_piece.mistake(
     "a window one too wide",
     {"< window": "<= window"},
@@ -65,6 +65,8 @@ band_piece.mistake(
     does="Prompts are right. While writing, the window never closes.",
     public="trymirai/lalamo#200",
 )
+
+# %% ../nbs/12a_mistakes.ipynb #bda5012e
 band_piece.mistake(
     "the window on the wrong side",
     {"query - key < window": "key - query < window"},
@@ -86,7 +88,7 @@ band_piece.mistake(
     does="Everything is seen, also what is to come.",
 )
 
-# %% ../nbs/12a_mistakes.ipynb #6b487e22
+# %% ../nbs/12a_mistakes.ipynb #613e98df
 layers_piece = Piece(
     "qwen2.layer_windows", lesson="12_qwen2", minutes=10, level=2,
     task="For each layer its window, or None where it sees everything, from what config.json says "
@@ -126,7 +128,7 @@ def _(f):
 def _(f):
     return f(dict(use_sliding_window=True, sliding_window=-1, max_window_layers=3), 5)
 
-# %% ../nbs/12a_mistakes.ipynb #4366a71b
+# %% ../nbs/12a_mistakes.ipynb #c96014bd
 layers_piece.mistake(
     "the switch not read",
     {'raw.get("use_sliding_window", False) and width': "width"},
@@ -153,6 +155,8 @@ layers_piece.mistake(
     why="The first `max_window_layers` see everything.",
     does="What lies further back than layers times window can never be known.",
 )
+
+# %% ../nbs/12a_mistakes.ipynb #4dd54ea0
 layers_piece.mistake(
     "the list of types not read",
     {'raw.get("layer_types")': "None"},

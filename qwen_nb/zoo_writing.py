@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['greedy_piece', 'update_piece', 'END']
 
-# %% ../nbs/09g_mistakes.ipynb #c2dd999c
+# %% ../nbs/09g_mistakes.ipynb #388aa2a9
 import torch
 from torch.nn import functional as F
 
@@ -13,7 +13,7 @@ from .cache import KVCache
 from .model import QwenConfig
 from .pieces import Piece
 
-# %% ../nbs/09g_mistakes.ipynb #b3868ece
+# %% ../nbs/09g_mistakes.ipynb #9d4f29c6
 greedy_piece = Piece(
     "sampling.greedy", lesson="09_generate", minutes=15, level=2,
     task="Write `max_new_tokens` tokens, each time the likeliest after the whole text. A row that "
@@ -40,7 +40,7 @@ def _zoo_model(input_ids, attention_mask=None, last_only=False):
     logits = F.one_hot(best, 11).float()
     return logits[:, -1:] if last_only else logits
 
-_PROMPTS = torch.tensor([[5, 1, 9, 2], [1, 2, 3, 4]])
+_PROMPTS = torch.tensor([[5, 1, 9, 2], [9, 9, 1, 4]])
 
 @greedy_piece.probe("one prompt")
 def _(f):
@@ -52,7 +52,7 @@ def _(f):
 
 @greedy_piece.probe("two that end at different steps")
 def _(f):
-    return f(_zoo_model, _PROMPTS.clone(), 8, 10)
+    return f(_zoo_model, _PROMPTS.clone(), 8, 7)
 
 @greedy_piece.probe("a stop id in the prompt")
 def _(f):
@@ -66,7 +66,7 @@ def _(f):
 def _(f):
     return f(_zoo_model, _PROMPTS.clone(), 0)
 
-# %% ../nbs/09g_mistakes.ipynb #406c2b25
+# %% ../nbs/09g_mistakes.ipynb #2d190f18
 greedy_piece.mistake(
     "only the last token read", {"model(input_ids)": "model(input_ids[:, -1:])"},
     why="Without a cache the model remembers nothing.",
@@ -127,7 +127,7 @@ greedy_piece.mistake(
     does="The caller cuts off the prompt once more, and loses the beginning of the answer.",
 )
 
-# %% ../nbs/09g_mistakes.ipynb #feda66ee
+# %% ../nbs/09g_mistakes.ipynb #b69e76d6
 update_piece = Piece(
     "cache.KVCache.update", lesson="09a_cache", minutes=15, level=2,
     task="Write one layer's new keys and values into their place, behind what is filled, and give "
@@ -154,35 +154,35 @@ def _zoo_cache(room=9):
     return cache
 
 def _one_pass(f, cache, new):
-    "New keys and values for every layer: what comes back, and the length after each."
-    found = []
+    "New keys and values for every layer: what comes back, the length after each, and the cache."
+    found = {}
     for layer in range(3):
         keys, values = torch.randn(2, 2, 2, new, 8)
         k, v = f(cache, layer, keys, values)
-        found.append((k.clone(), v.clone(), cache.length))
-    return found
+        found[f"keys of layer {layer}"], found[f"values of layer {layer}"] = k.clone(), v.clone()
+        found[f"length after layer {layer}"] = cache.length
+    return found | {"what the cache holds": cache.kv}
 
-@update_piece.probe("a first piece")
+@update_piece.probe("one layer, a first piece")
 def _(f):
-    return _one_pass(f, _zoo_cache(), 4)[-1]
+    return f(_zoo_cache(), 1, *torch.randn(2, 2, 2, 4, 8))
 
 @update_piece.probe("all its layers")
 def _(f):
-    cache = _zoo_cache()
-    return _one_pass(f, cache, 4), cache.kv
+    return _one_pass(f, _zoo_cache(), 4)
 
 @update_piece.probe("one token more")
 def _(f):
     cache = _zoo_cache()
     _one_pass(f, cache, 4)
-    return _one_pass(f, cache, 1), cache.kv
+    return _one_pass(f, cache, 1)
 
 @update_piece.probe("up to the last place")
 def _(f):
     cache = _zoo_cache(room=7)
     _one_pass(f, cache, 4)
     _one_pass(f, cache, 2)
-    return _one_pass(f, cache, 1), cache.kv
+    return _one_pass(f, cache, 1)
 
 @update_piece.probe("one too many")
 def _(f):
@@ -195,14 +195,14 @@ def _(f):
     k = torch.randn(2, 2, 4, 8, requires_grad=True)
     return [t.requires_grad for t in f(_zoo_cache(), 0, k, k * 2)]
 
-# %% ../nbs/09g_mistakes.ipynb #930538be
+# %% ../nbs/09g_mistakes.ipynb #c1227ef7
 END = "return keys[:, :, :end], values[:, :, :end]"
 
 update_piece.mistake(
     "the length counted at the first layer", {"== len(self.kv) - 1": "== 0"},
     why="The layers after it then find the new tokens counted already.",
     does="All layers but one write behind a gap, and the gap holds chance.",
-    public="flash-linear-attention#477",
+    public="flash-linear-attention#766",
 )
 update_piece.mistake(
     "the length counted at every layer", {"if layer_idx == len(self.kv) - 1:": "if True:"},

@@ -8,7 +8,7 @@ __all__ = ['ramp_piece', 'yarn_piece']
 # %% ../nbs/05d_mistakes.ipynb #b945017f
 from .pieces import Piece
 
-# %% ../nbs/05d_mistakes.ipynb #6423b6bb
+# %% ../nbs/05d_mistakes.ipynb #3d1dabc9
 ramp_piece = Piece(
     "yarn.yarn_ramp", lesson="05a_yarn", minutes=20, level=3,
     task="For each pair, from 0 to 1, how far YaRN slows it: 0 where it makes more than "
@@ -46,6 +46,7 @@ def _(f):
 def _(f):
     return f(16, 1e4, 6)
 
+# %% ../nbs/05d_mistakes.ipynb #7c4b25f4
 ramp_piece.mistake(
     "a ramp whose ends are never rounded",
     {"if truncate:": "if False:"},
@@ -85,6 +86,8 @@ ramp_piece.mistake(
     why="Many turns mean a small pair number: the ramp begins at beta_fast.",
     does="The fast pairs are slowed and the slow ones kept: worse than no YaRN.",
 )
+
+# %% ../nbs/05d_mistakes.ipynb #e4aeb63a
 ramp_piece.mistake(
     "a ramp upside down",
     {"return (": "return 1 - ("},
@@ -116,7 +119,7 @@ ramp_piece.mistake(
     does="NaN in one pair, and after the first layer everywhere; only in odd configs.",
 )
 
-# %% ../nbs/05d_mistakes.ipynb #c6bf82cb
+# %% ../nbs/05d_mistakes.ipynb #e1674eda
 yarn_piece = Piece(
     "yarn.yarn_frequencies", lesson="05a_yarn", minutes=15, level=2,
     task="YaRN's speeds, and the factor for cos and sin. `inverse_frequencies` and `yarn_ramp` "
@@ -151,6 +154,7 @@ def _(f):
 def _(f):
     return f(16, 1e4, 40.0, 4096, mscale=0.707, mscale_all_dim=1.2)
 
+# %% ../nbs/05d_mistakes.ipynb #612be0f2
 yarn_piece.mistake(
     "YaRN without the attention factor",
     {"kept, attention_factor": "kept, 1.0"},
@@ -191,6 +195,8 @@ yarn_piece.mistake(
     why="What is kept is the old speed.",
     does="The fast pairs are slowed and the slow ones kept: neighbours blur at once.",
 )
+
+# %% ../nbs/05d_mistakes.ipynb #581c3796
 yarn_piece.mistake(
     "all pairs slowed alike",
     {"slowed * (1 - kept) + inv_freq * kept": "slowed"},
