@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['begin_piece', 'layer_piece']
 
-# %% ../nbs/22f_mistakes.ipynb #9a544e32
+# %% ../nbs/22f_mistakes.ipynb #64f695d2
 import torch
 from torch import nn
 
 from .lora import LoRALinear
 from .pieces import Piece
 
-# %% ../nbs/22f_mistakes.ipynb #c9e77131
+# %% ../nbs/22f_mistakes.ipynb #63187780
 begin_piece = Piece(
     "lora.LoRALinear.begin", lesson="22a_lora", minutes=10, level=1,
     task="Give A random values between -1/√in and 1/√in, drawn with the generator, and B zeros. "
@@ -62,7 +62,7 @@ def _(f):
     return dict(one_seed_equal=equal, two_seeds_equal=torch.equal(
         first.lora_A.weight, other.lora_A.weight))
 
-# %% ../nbs/22f_mistakes.ipynb #6ca3ae9c
+# %% ../nbs/22f_mistakes.ipynb #1693847a
 begin_piece.mistake(
     "B at random",
     {"nn.init.zeros_(self.lora_B.weight)": "nn.init.normal_(self.lora_B.weight, std=0.02)"},
@@ -103,7 +103,7 @@ begin_piece.mistake(
     does="Two runs with one seed differ, and nothing can be repeated.",
 )
 
-# %% ../nbs/22f_mistakes.ipynb #175dd775
+# %% ../nbs/22f_mistakes.ipynb #99660c41
 layer_piece = Piece(
     "lora.LoRALinear.forward", lesson="22a_lora", minutes=10, level=2,
     task="The frozen layer's output, plus what the adapter adds: B A x times `self.scale`. A "
@@ -153,7 +153,7 @@ def _(f):
 def _(f):
     return f(_adapted(dtype=torch.bfloat16), torch.randn(400, 6).bfloat16())
 
-# %% ../nbs/22f_mistakes.ipynb #dcd71d7d
+# %% ../nbs/22f_mistakes.ipynb #a0d0d610
 layer_piece.mistake(
     "an adapter without its scale",
     {"(self.lora_A(x)) * self.scale": "(self.lora_A(x))"},

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['delta_piece', 'merge_piece']
 
-# %% ../nbs/22g_mistakes.ipynb #2f17ca1c
+# %% ../nbs/22g_mistakes.ipynb #554c10e4
 import torch
 from torch import nn
 
 from .lora import LoRALinear
 from .pieces import Piece
 
-# %% ../nbs/22g_mistakes.ipynb #9735b293
+# %% ../nbs/22g_mistakes.ipynb #727d3aba
 delta_piece = Piece(
     "lora.LoRALinear.delta", lesson="22a_lora", minutes=5, level=1,
     task="What the adapter adds to the weight, as one matrix of the weight's shape, in the "
@@ -44,7 +44,7 @@ def _(f):
 def _(f):
     return f(_trained_layer(6, 5, torch.bfloat16))
 
-# %% ../nbs/22g_mistakes.ipynb #8e6c8614
+# %% ../nbs/22g_mistakes.ipynb #74ebe5bc
 delta_piece.mistake(
     "a change without the scale",
     {"self.scale * (": "("},
@@ -81,7 +81,7 @@ delta_piece.mistake(
     public="openagents#9456",
 )
 
-# %% ../nbs/22g_mistakes.ipynb #99a2ea24
+# %% ../nbs/22g_mistakes.ipynb #f6147edc
 merge_piece = Piece(
     "lora.merge_layer", lesson="22a_lora", minutes=10, level=2,
     task="Put `layer.delta()` into the weight: `layer.weight` becomes a new frozen parameter of "
@@ -98,37 +98,34 @@ merge_piece = Piece(
 )
 
 def _merged(f, dtype):
-    "A layer after f, and its weight as it was before."
+    "A layer after f."
     layer = _trained_layer(6, 40, dtype)
-    before = layer.weight.clone()
     f(layer)
-    return layer, before
+    return layer
 
 @merge_piece.probe("the new weight")
 def _(f):
-    return _merged(f, torch.float32)[0].weight
+    return _merged(f, torch.float32).weight
 
 @merge_piece.probe("stored in bfloat16")
 def _(f):
-    return _merged(f, torch.bfloat16)[0].weight
+    return _merged(f, torch.bfloat16).weight
 
 @merge_piece.probe("the old weight")
 def _(f):
-    layer, before = _merged(f, torch.float32)
-    kept = layer.kept[0] if isinstance(layer.kept, tuple) else layer.kept
-    return None if kept is None else torch.equal(kept, before)
+    return _merged(f, torch.float32).kept
 
 @merge_piece.probe("the layer's parameters")
 def _(f):
-    layer, _ = _merged(f, torch.float32)
+    layer = _merged(f, torch.float32)
     return {name: p.requires_grad for name, p in layer.named_parameters()}
 
 @merge_piece.probe("run afterwards")
 def _(f):
-    layer, _ = _merged(f, torch.float32)
+    layer = _merged(f, torch.float32)
     return layer(torch.randn(3, 6))
 
-# %% ../nbs/22g_mistakes.ipynb #8b099223
+# %% ../nbs/22g_mistakes.ipynb #b70afa00
 merge_piece.mistake(
     "a change that is rounded before it is added",
     {"(layer.weight + layer.delta()).to(layer.weight.dtype)":

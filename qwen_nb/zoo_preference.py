@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['log_probs_piece', 'sums_piece', 'pair_piece']
 
-# %% ../nbs/22h_mistakes.ipynb #a5465af0
+# %% ../nbs/22h_mistakes.ipynb #8eae8e83
 import torch
 
 from .pieces import Piece
 from .rows import IGNORED
 
-# %% ../nbs/22h_mistakes.ipynb #6b9c05bb
+# %% ../nbs/22h_mistakes.ipynb #a57181a4
 log_probs_piece = Piece(
     "preference.answer_log_probs", lesson="22b_preference", minutes=10, level=2,
     task="The log-probability that the model gives to each label, in float32, and 0 where the "
@@ -63,7 +63,7 @@ def _(f):
 def _(f):
     return f(_TableModel(torch.bfloat16), _pairs_batch([6, 4]))
 
-# %% ../nbs/22h_mistakes.ipynb #43f48fa8
+# %% ../nbs/22h_mistakes.ipynb #0251fd5c
 log_probs_piece.mistake(
     "log-probabilities in the model's dtype",
     {".float().log_softmax": ".log_softmax"},
@@ -123,7 +123,7 @@ log_probs_piece.mistake(
     does="Batches with a prompt or padding, that is all of them, stop with an error.",
 )
 
-# %% ../nbs/22h_mistakes.ipynb #244fb2ab
+# %% ../nbs/22h_mistakes.ipynb #de27a4b8
 sums_piece = Piece(
     "preference.answer_sums", lesson="22b_preference", minutes=5, level=1,
     task="The log-probabilities of whole answers, in two tensors: of the chosen and of the "
@@ -150,7 +150,7 @@ def _(f):
 def _(f):
     return f(_TableModel(), _pairs_batch([2, 4]))
 
-# %% ../nbs/22h_mistakes.ipynb #f2211927
+# %% ../nbs/22h_mistakes.ipynb #273ef3b2
 sums_piece.mistake(
     "a mean over the row",
     {".sum(-1)": ".mean(-1)"},
@@ -183,7 +183,7 @@ sums_piece.mistake(
     does="The result has one number for each place, and the loss mixes all pairs.",
 )
 
-# %% ../nbs/22h_mistakes.ipynb #c5239495
+# %% ../nbs/22h_mistakes.ipynb #341abb73
 pair_piece = Piece(
     "preference.pair_loss", lesson="22b_preference", minutes=10, level=2,
     task="DPO's loss of each pair, and its margin: beta times the log ratio of the chosen answer "
@@ -220,7 +220,7 @@ def _(f):
 def _(f):
     return f(*(-3 * torch.rand(4, 5)), 2.)
 
-# %% ../nbs/22h_mistakes.ipynb #4dea199a
+# %% ../nbs/22h_mistakes.ipynb #b87a8ecd
 pair_piece.mistake(
     "DPO without the reference",
     {"(chosen - ref_chosen)": "chosen", "(rejected - ref_rejected)": "rejected"},
@@ -246,7 +246,8 @@ pair_piece.mistake(
     {"beta * (chosen - ref_chosen) - beta * (rejected - ref_rejected)":
      "beta * (chosen - rejected) - (ref_chosen - ref_rejected)"},
     why="Beta multiplies the ratio to the reference, so both halves of it.",
-    does="The reference outweighs the model: pairs that it had right are pulled apart for ever.",
+    does="At beta 0.1 the reference counts ten times as much as the model: the margin begins far "
+         "from 0.",
     public="VistaDPO#4",
 )
 pair_piece.mistake(

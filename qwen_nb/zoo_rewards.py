@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['group_piece', 'kl_piece', 'objective_piece']
 
-# %% ../nbs/22i_mistakes.ipynb #2976108a
+# %% ../nbs/22i_mistakes.ipynb #4929e7a1
 import torch
 
 from .pieces import Piece
 
-# %% ../nbs/22i_mistakes.ipynb #eb5ad234
+# %% ../nbs/22i_mistakes.ipynb #aa00638d
 group_piece = Piece(
     "rewards.against_group", lesson="22c_rewards", minutes=5, level=1,
     task="How far each reward is from the mean of its own group, in standard deviations of the "
@@ -42,7 +42,7 @@ def _(f):
 def _(f):
     return f(1e-4 * torch.randn(2, 3))
 
-# %% ../nbs/22i_mistakes.ipynb #bc5e4db1
+# %% ../nbs/22i_mistakes.ipynb #b3d85f08
 group_piece.mistake(
     "one mean and one spread for all questions",
     {"mean(1, keepdim=True)": "mean()", "std(1, keepdim=True, unbiased=False)":
@@ -90,7 +90,7 @@ group_piece.mistake(
     public="ray#846",
 )
 
-# %% ../nbs/22i_mistakes.ipynb #693cb4da
+# %% ../nbs/22i_mistakes.ipynb #47a02840
 kl_piece = Piece(
     "rewards.kl_estimate", lesson="22c_rewards", minutes=5, level=1,
     task="The estimate k3 of KL(model ‖ reference) at each sampled token: with the ratio of the "
@@ -124,7 +124,7 @@ def _(f):
     kl = f(log_p, log_ref)
     return torch.autograd.grad(kl.sum(), log_p)[0] if kl.requires_grad else "no gradient"
 
-# %% ../nbs/22i_mistakes.ipynb #037d0ec6
+# %% ../nbs/22i_mistakes.ipynb #1373c969
 kl_piece.mistake(
     "a ratio the wrong way round",
     {"log_ref - log_p": "log_p - log_ref"},
@@ -165,7 +165,7 @@ kl_piece.mistake(
     does="The number is right and is logged, and nothing holds the model at its reference.",
 )
 
-# %% ../nbs/22i_mistakes.ipynb #5f1654d8
+# %% ../nbs/22i_mistakes.ipynb #644d8756
 objective_piece = Piece(
     "rewards.grpo_objective", lesson="22c_rewards", minutes=20, level=3,
     task="GRPO's objective, one number: at each sampled token the clipped gain, minus beta times "
@@ -221,7 +221,7 @@ def _(f):
     gain = f(log_p, log_old, log_ref, torch.tensor([1.5, -0.4, -1.]), graded, 0.3, 0.7)
     return torch.autograd.grad(gain, log_p)[0] if gain.requires_grad else "no gradient"
 
-# %% ../nbs/22i_mistakes.ipynb #4410d895
+# %% ../nbs/22i_mistakes.ipynb #531c9a83
 objective_piece.mistake(
     "one mean over all tokens",
     {"(gain * graded).sum(1) / graded.sum(1)": "(gain * graded).sum() / graded.sum()"},

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['labels_piece', 'lay_piece']
 
-# %% ../nbs/22e_mistakes.ipynb #5e6aaa16
+# %% ../nbs/22e_mistakes.ipynb #54b9d6f6
 from .pieces import Piece
 from .rows import IGNORED
 
-# %% ../nbs/22e_mistakes.ipynb #46d88179
+# %% ../nbs/22e_mistakes.ipynb #85cabcfd
 labels_piece = Piece(
     "finetune.grade_answer", lesson="22_finetune", minutes=10, level=2,
     task="From the ids of a conversation make `input_ids` and `labels` of one length, up to the "
@@ -47,7 +47,7 @@ def _(f):
 def _(f):
     return f([5, 6, 3], [5, 6, 3, 3], 3)
 
-# %% ../nbs/22e_mistakes.ipynb #2d8c9aff
+# %% ../nbs/22e_mistakes.ipynb #3ffa0b06
 labels_piece.mistake(
     "a prompt that is graded too",
     {"[IGNORED] * len(prompt) + ids[len(prompt):]": "ids"},
@@ -104,7 +104,7 @@ labels_piece.mistake(
     does="It learns nothing from conversations of several turns.",
 )
 
-# %% ../nbs/22e_mistakes.ipynb #8c1f0230
+# %% ../nbs/22e_mistakes.ipynb #51d4632b
 lay_piece = Piece(
     "finetune.lay", lesson="22_finetune", minutes=15, level=2,
     task="Lay the examples of a row end to end and fill up with padding: a dict of four lists of "
@@ -140,7 +140,7 @@ def _(f):
 def _(f):
     return f([_talk_ids(20, 3, 0)], 5)
 
-# %% ../nbs/22e_mistakes.ipynb #405bafbf
+# %% ../nbs/22e_mistakes.ipynb #cd3fab97
 lay_piece.mistake(
     "positions that go on counting",
     {"+= range(n)": "+= range(len(laid['position_ids']), len(laid['position_ids']) + n)"},
