@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['begin_piece', 'layer_piece']
 
-# %% ../nbs/22f_mistakes.ipynb #64f695d2
+# %% ../nbs/22f_mistakes.ipynb #005c3030
 import torch
 from torch import nn
 
 from .lora import LoRALinear
 from .pieces import Piece
 
-# %% ../nbs/22f_mistakes.ipynb #63187780
+# %% ../nbs/22f_mistakes.ipynb #26438fd6
 begin_piece = Piece(
     "lora.LoRALinear.begin", lesson="22a_lora", minutes=10, level=1,
     task="Give A random values between -1/√in and 1/√in, drawn with the generator, and B zeros. "
@@ -37,6 +37,7 @@ def _begun(f, n_in, seed=0):
     f(layer, torch.Generator().manual_seed(seed))
     return layer
 
+# %% ../nbs/22f_mistakes.ipynb #a7705111
 @begin_piece.probe("the size of A")
 def _(f):
     sizes = {}
@@ -62,7 +63,7 @@ def _(f):
     return dict(one_seed_equal=equal, two_seeds_equal=torch.equal(
         first.lora_A.weight, other.lora_A.weight))
 
-# %% ../nbs/22f_mistakes.ipynb #1693847a
+# %% ../nbs/22f_mistakes.ipynb #ba7ee4bb
 begin_piece.mistake(
     "B at random",
     {"nn.init.zeros_(self.lora_B.weight)": "nn.init.normal_(self.lora_B.weight, std=0.02)"},
@@ -103,7 +104,7 @@ begin_piece.mistake(
     does="Two runs with one seed differ, and nothing can be repeated.",
 )
 
-# %% ../nbs/22f_mistakes.ipynb #99660c41
+# %% ../nbs/22f_mistakes.ipynb #c5d70b82
 layer_piece = Piece(
     "lora.LoRALinear.forward", lesson="22a_lora", minutes=10, level=2,
     task="The frozen layer's output, plus what the adapter adds: B A x times `self.scale`. A "
@@ -131,6 +132,7 @@ def _adapted(bias=True, dtype=torch.float32, std=0.5):
     nn.init.normal_(layer.lora_B.weight, std=std)
     return layer
 
+# %% ../nbs/22f_mistakes.ipynb #91103351
 @layer_piece.probe("a trained adapter")
 def _(f):
     return f(_adapted(), torch.randn(2, 4, 6))
@@ -153,7 +155,7 @@ def _(f):
 def _(f):
     return f(_adapted(dtype=torch.bfloat16), torch.randn(400, 6).bfloat16())
 
-# %% ../nbs/22f_mistakes.ipynb #a0d0d610
+# %% ../nbs/22f_mistakes.ipynb #2e5da560
 layer_piece.mistake(
     "an adapter without its scale",
     {"(self.lora_A(x)) * self.scale": "(self.lora_A(x))"},
@@ -188,6 +190,8 @@ layer_piece.mistake(
     why="The sum is made in the adapter's dtype and rounded once.",
     does="In bfloat16 some outputs are one rounding away; in float32 nothing.",
 )
+
+# %% ../nbs/22f_mistakes.ipynb #b0c7dcad
 layer_piece.mistake(
     "an output in the adapter's dtype",
     {" * self.scale).to(y.dtype)": " * self.scale)"},

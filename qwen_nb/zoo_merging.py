@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['delta_piece', 'merge_piece']
 
-# %% ../nbs/22g_mistakes.ipynb #554c10e4
+# %% ../nbs/22g_mistakes.ipynb #a314cf48
 import torch
 from torch import nn
 
 from .lora import LoRALinear
 from .pieces import Piece
 
-# %% ../nbs/22g_mistakes.ipynb #727d3aba
+# %% ../nbs/22g_mistakes.ipynb #6f516822
 delta_piece = Piece(
     "lora.LoRALinear.delta", lesson="22a_lora", minutes=5, level=1,
     task="What the adapter adds to the weight, as one matrix of the weight's shape, in the "
@@ -44,7 +44,7 @@ def _(f):
 def _(f):
     return f(_trained_layer(6, 5, torch.bfloat16))
 
-# %% ../nbs/22g_mistakes.ipynb #74ebe5bc
+# %% ../nbs/22g_mistakes.ipynb #4874ead9
 delta_piece.mistake(
     "a change without the scale",
     {"self.scale * (": "("},
@@ -81,7 +81,7 @@ delta_piece.mistake(
     public="openagents#9456",
 )
 
-# %% ../nbs/22g_mistakes.ipynb #f6147edc
+# %% ../nbs/22g_mistakes.ipynb #59bd715d
 merge_piece = Piece(
     "lora.merge_layer", lesson="22a_lora", minutes=10, level=2,
     task="Put `layer.delta()` into the weight: `layer.weight` becomes a new frozen parameter of "
@@ -125,7 +125,7 @@ def _(f):
     layer = _merged(f, torch.float32)
     return layer(torch.randn(3, 6))
 
-# %% ../nbs/22g_mistakes.ipynb #b70afa00
+# %% ../nbs/22g_mistakes.ipynb #b481f0dc
 merge_piece.mistake(
     "a change that is rounded before it is added",
     {"(layer.weight + layer.delta()).to(layer.weight.dtype)":
@@ -149,6 +149,8 @@ merge_piece.mistake(
     does="Merged it is right. Taken out again, the adapter is still in.",
     public="sglang#18883",
 )
+
+# %% ../nbs/22g_mistakes.ipynb #3da24fd4
 merge_piece.mistake(
     "a merge that is not noted",
     {"layer.kept = (layer.weight,)": "pass"},

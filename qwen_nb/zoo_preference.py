@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['log_probs_piece', 'sums_piece', 'pair_piece']
 
-# %% ../nbs/22h_mistakes.ipynb #8eae8e83
+# %% ../nbs/22h_mistakes.ipynb #0b1a9d26
 import torch
 
 from .pieces import Piece
 from .rows import IGNORED
 
-# %% ../nbs/22h_mistakes.ipynb #a57181a4
+# %% ../nbs/22h_mistakes.ipynb #0b058e59
 log_probs_piece = Piece(
     "preference.answer_log_probs", lesson="22b_preference", minutes=10, level=2,
     task="The log-probability that the model gives to each label, in float32, and 0 where the "
@@ -42,6 +42,7 @@ class _TableModel:
     def head(self, hidden):
         return hidden.to(self.dtype)
 
+# %% ../nbs/22h_mistakes.ipynb #d2c6f0da
 def _pairs_batch(lengths, prompt=2, seq=7):
     "A padded batch of random answers of these lengths after a prompt."
     labels = torch.randint(1, 11, (len(lengths), seq))
@@ -63,7 +64,7 @@ def _(f):
 def _(f):
     return f(_TableModel(torch.bfloat16), _pairs_batch([6, 4]))
 
-# %% ../nbs/22h_mistakes.ipynb #0251fd5c
+# %% ../nbs/22h_mistakes.ipynb #92625205
 log_probs_piece.mistake(
     "log-probabilities in the model's dtype",
     {".float().log_softmax": ".log_softmax"},
@@ -96,6 +97,8 @@ log_probs_piece.mistake(
     why="The probabilities of all tokens at one place add up to 1, not those of all places.",
     does="Each label competes with other places of its row, later ones too.",
 )
+
+# %% ../nbs/22h_mistakes.ipynb #b7c498ce
 log_probs_piece.mistake(
     "a look-up of the tokens themselves",
     {'labels.clamp_min(0)[..., None]': 'batch["input_ids"][..., None]'},
@@ -123,7 +126,7 @@ log_probs_piece.mistake(
     does="Batches with a prompt or padding, that is all of them, stop with an error.",
 )
 
-# %% ../nbs/22h_mistakes.ipynb #de27a4b8
+# %% ../nbs/22h_mistakes.ipynb #3abe8c3c
 sums_piece = Piece(
     "preference.answer_sums", lesson="22b_preference", minutes=5, level=1,
     task="The log-probabilities of whole answers, in two tensors: of the chosen and of the "
@@ -150,7 +153,7 @@ def _(f):
 def _(f):
     return f(_TableModel(), _pairs_batch([2, 4]))
 
-# %% ../nbs/22h_mistakes.ipynb #273ef3b2
+# %% ../nbs/22h_mistakes.ipynb #ec70594b
 sums_piece.mistake(
     "a mean over the row",
     {".sum(-1)": ".mean(-1)"},
@@ -183,7 +186,7 @@ sums_piece.mistake(
     does="The result has one number for each place, and the loss mixes all pairs.",
 )
 
-# %% ../nbs/22h_mistakes.ipynb #341abb73
+# %% ../nbs/22h_mistakes.ipynb #4bdcc616
 pair_piece = Piece(
     "preference.pair_loss", lesson="22b_preference", minutes=10, level=2,
     task="DPO's loss of each pair, and its margin: beta times the log ratio of the chosen answer "
@@ -220,7 +223,7 @@ def _(f):
 def _(f):
     return f(*(-3 * torch.rand(4, 5)), 2.)
 
-# %% ../nbs/22h_mistakes.ipynb #b87a8ecd
+# %% ../nbs/22h_mistakes.ipynb #6b9cbfdd
 pair_piece.mistake(
     "DPO without the reference",
     {"(chosen - ref_chosen)": "chosen", "(rejected - ref_rejected)": "rejected"},
@@ -257,6 +260,8 @@ pair_piece.mistake(
     does="It becomes fine-tuning on the chosen answers; what is rejected is never pushed down.",
     public="exact-optimization#2",
 )
+
+# %% ../nbs/22h_mistakes.ipynb #d79c40d3
 pair_piece.mistake(
     "a rejected answer that is added",
     {"- beta * (rejected": "+ beta * (rejected"},

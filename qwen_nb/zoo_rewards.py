@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['group_piece', 'kl_piece', 'objective_piece']
 
-# %% ../nbs/22i_mistakes.ipynb #4929e7a1
+# %% ../nbs/22i_mistakes.ipynb #bbbc2097
 import torch
 
 from .pieces import Piece
 
-# %% ../nbs/22i_mistakes.ipynb #aa00638d
+# %% ../nbs/22i_mistakes.ipynb #3c5a66c2
 group_piece = Piece(
     "rewards.against_group", lesson="22c_rewards", minutes=5, level=1,
     task="How far each reward is from the mean of its own group, in standard deviations of the "
          "group itself (divided by G, not by G - 1), with 1e-6 added to the standard deviation.",
     hints=("A row is a group. Each row has one mean and one standard deviation.",
-           "`keepdim=True` keeps them beside their row. PyTorch's `std` divides by G - 1 unless "
-           "it is told otherwise."),
+           "`keepdim=True` keeps them beside their row. Does PyTorch's `std` divide by G?"),
     shapes="""
     rewards       (prompts, group)
     mean, std     (prompts, 1)
@@ -42,7 +41,7 @@ def _(f):
 def _(f):
     return f(1e-4 * torch.randn(2, 3))
 
-# %% ../nbs/22i_mistakes.ipynb #b3d85f08
+# %% ../nbs/22i_mistakes.ipynb #d918a231
 group_piece.mistake(
     "one mean and one spread for all questions",
     {"mean(1, keepdim=True)": "mean()", "std(1, keepdim=True, unbiased=False)":
@@ -70,6 +69,8 @@ group_piece.mistake(
     why="In GRPO a difference is measured in standard deviations of its group.",
     does="Questions with large rewards count more; with marks of 0 and 1 it learns more slowly.",
 )
+
+# %% ../nbs/22i_mistakes.ipynb #c155bc8b
 group_piece.mistake(
     "a division by G - 1",
     {"unbiased=False": "unbiased=True"},
@@ -90,13 +91,13 @@ group_piece.mistake(
     public="ray#846",
 )
 
-# %% ../nbs/22i_mistakes.ipynb #47a02840
+# %% ../nbs/22i_mistakes.ipynb #81beb80d
 kl_piece = Piece(
     "rewards.kl_estimate", lesson="22c_rewards", minutes=5, level=1,
     task="The estimate k3 of KL(model ‖ reference) at each sampled token: with the ratio of the "
          "reference's probability to the model's, the ratio minus its logarithm minus 1.",
     hints=("You have the logarithms of both: what is the logarithm of the ratio?",
-           "It is never below 0, and 0 where both are equal. Gradients must pass to the model."),
+           "It is never below 0, and 0 where both are equal. Let gradients pass to the model."),
     shapes="""
     log_p, log_ref   (answers, seq)
     the result       (answers, seq), never below 0
@@ -124,7 +125,7 @@ def _(f):
     kl = f(log_p, log_ref)
     return torch.autograd.grad(kl.sum(), log_p)[0] if kl.requires_grad else "no gradient"
 
-# %% ../nbs/22i_mistakes.ipynb #1373c969
+# %% ../nbs/22i_mistakes.ipynb #586821ff
 kl_piece.mistake(
     "a ratio the wrong way round",
     {"log_ref - log_p": "log_p - log_ref"},
@@ -165,7 +166,7 @@ kl_piece.mistake(
     does="The number is right and is logged, and nothing holds the model at its reference.",
 )
 
-# %% ../nbs/22i_mistakes.ipynb #644d8756
+# %% ../nbs/22i_mistakes.ipynb #1d4621c4
 objective_piece = Piece(
     "rewards.grpo_objective", lesson="22c_rewards", minutes=20, level=3,
     task="GRPO's objective, one number: at each sampled token the clipped gain, minus beta times "
@@ -194,34 +195,35 @@ def _sampled_tokens(spread, lengths=(2, 5, 3)):
     graded = torch.arange(6) < torch.tensor(lengths)[:, None]
     return log_p, log_old, log_ref, graded
 
+# %% ../nbs/22i_mistakes.ipynb #252084bf
 @objective_piece.probe("answers of three lengths")
 def _(f):
-    log_p, log_old, log_ref, graded = _sampled_tokens(0.6)
-    return f(log_p, log_old, log_ref, torch.tensor([1.5, -0.4, -1.]), graded, 0.3, 0.7)
+    *models, graded = _sampled_tokens(0.6)
+    return f(*models, torch.tensor([1.5, -0.4, -1.]), graded, 0.3, 0.7)
 
 @objective_piece.probe("all advantages above 0")
 def _(f):
-    log_p, log_old, log_ref, graded = _sampled_tokens(0.6)
-    return f(log_p, log_old, log_ref, torch.tensor([0.5, 2., 1.]), graded, 0.3, 0.)
+    *models, graded = _sampled_tokens(0.6)
+    return f(*models, torch.tensor([0.5, 2., 1.]), graded, 0.3, 0.)
 
 @objective_piece.probe("all advantages below 0")
 def _(f):
-    log_p, log_old, log_ref, graded = _sampled_tokens(0.6)
-    return f(log_p, log_old, log_ref, -torch.tensor([0.5, 2., 1.]), graded, 0.3, 0.)
+    *models, graded = _sampled_tokens(0.6)
+    return f(*models, -torch.tensor([0.5, 2., 1.]), graded, 0.3, 0.)
 
 @objective_piece.probe("only the penalty")
 def _(f):
-    log_p, log_old, log_ref, graded = _sampled_tokens(0.6)
-    return f(log_p, log_old, log_ref, torch.zeros(3), graded, 0.3, 0.7)
+    *models, graded = _sampled_tokens(0.6)
+    return f(*models, torch.zeros(3), graded, 0.3, 0.7)
 
 @objective_piece.probe("the gradient of the first step")
 def _(f):
-    log_p, log_old, log_ref, graded = _sampled_tokens(0.)
+    log_p, *others, graded = _sampled_tokens(0.)
     log_p = log_p.clone().requires_grad_()
-    gain = f(log_p, log_old, log_ref, torch.tensor([1.5, -0.4, -1.]), graded, 0.3, 0.7)
+    gain = f(log_p, *others, torch.tensor([1.5, -0.4, -1.]), graded, 0.3, 0.7)
     return torch.autograd.grad(gain, log_p)[0] if gain.requires_grad else "no gradient"
 
-# %% ../nbs/22i_mistakes.ipynb #531c9a83
+# %% ../nbs/22i_mistakes.ipynb #70bb42ef
 objective_piece.mistake(
     "one mean over all tokens",
     {"(gain * graded).sum(1) / graded.sum(1)": "(gain * graded).sum() / graded.sum()"},
@@ -262,6 +264,8 @@ objective_piece.mistake(
     why="A step in the wrong direction must be felt, so the unclipped gain counts when smaller.",
     does="A token that went far in the wrong direction has no gradient back.",
 )
+
+# %% ../nbs/22i_mistakes.ipynb #1f252694
 objective_piece.mistake(
     "a ratio of old to new",
     {"log_p - log_old": "log_old - log_p"},

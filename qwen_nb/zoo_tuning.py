@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['labels_piece', 'lay_piece']
 
-# %% ../nbs/22e_mistakes.ipynb #54b9d6f6
+# %% ../nbs/22e_mistakes.ipynb #f11fe127
 from .pieces import Piece
 from .rows import IGNORED
 
-# %% ../nbs/22e_mistakes.ipynb #85cabcfd
+# %% ../nbs/22e_mistakes.ipynb #772d9012
 labels_piece = Piece(
     "finetune.grade_answer", lesson="22_finetune", minutes=10, level=2,
     task="From the ids of a conversation make `input_ids` and `labels` of one length, up to the "
@@ -47,7 +47,7 @@ def _(f):
 def _(f):
     return f([5, 6, 3], [5, 6, 3, 3], 3)
 
-# %% ../nbs/22e_mistakes.ipynb #3ffa0b06
+# %% ../nbs/22e_mistakes.ipynb #d03d4d26
 labels_piece.mistake(
     "a prompt that is graded too",
     {"[IGNORED] * len(prompt) + ids[len(prompt):]": "ids"},
@@ -76,6 +76,8 @@ labels_piece.mistake(
     does="It never learns to stop, though the end stands in the training data.",
     public="open-r1#492",
 )
+
+# %% ../nbs/22e_mistakes.ipynb #f4e9dc6d
 labels_piece.mistake(
     "an answer whose first token is not graded",
     {"* len(prompt) + ids[len(prompt):]": "* (len(prompt) + 1) + ids[len(prompt) + 1:]"},
@@ -104,7 +106,7 @@ labels_piece.mistake(
     does="It learns nothing from conversations of several turns.",
 )
 
-# %% ../nbs/22e_mistakes.ipynb #51d4632b
+# %% ../nbs/22e_mistakes.ipynb #575e04f0
 lay_piece = Piece(
     "finetune.lay", lesson="22_finetune", minutes=15, level=2,
     task="Lay the examples of a row end to end and fill up with padding: a dict of four lists of "
@@ -140,7 +142,7 @@ def _(f):
 def _(f):
     return f([_talk_ids(20, 3, 0)], 5)
 
-# %% ../nbs/22e_mistakes.ipynb #cd3fab97
+# %% ../nbs/22e_mistakes.ipynb #b343929a
 lay_piece.mistake(
     "positions that go on counting",
     {"+= range(n)": "+= range(len(laid['position_ids']), len(laid['position_ids']) + n)"},
@@ -168,6 +170,8 @@ lay_piece.mistake(
     does="It learns to write token 0 again and again, and the loss falls with the empty space.",
     public="arcee-ai/DAM#16",
 )
+
+# %% ../nbs/22e_mistakes.ipynb #f4e7f67a
 lay_piece.mistake(
     "labels that are moved a second time",
     {'+= example["labels"]': '+= example["labels"][1:] + [IGNORED]'},
