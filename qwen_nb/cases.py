@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'labels_piece', 'BUGS', 'row_labels', 'written_text', 'training_losses', 'Bug']
 
-# %% ../nbs/10h_cases.ipynb #ea3c8a56
+# %% ../nbs/10h_cases.ipynb #00302ceb
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ from .zoo_rope import speeds_piece, tables_piece
 from .zoo_text import decode_piece
 from .zoo_turns import turn_piece
 
-# %% ../nbs/10h_cases.ipynb #0a38234f
+# %% ../nbs/10h_cases.ipynb #ce8e35cd
 IGNORE = -100  # a label that `F.cross_entropy` leaves out
 
 def row_labels(
@@ -43,7 +43,7 @@ def row_labels(
     is_real = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
     return labels.masked_fill(~is_real, IGNORE)
 
-# %% ../nbs/10h_cases.ipynb #6bdd42c9
+# %% ../nbs/10h_cases.ipynb #a696251f
 #@title What may go wrong with labels {display-mode: "form"}
 labels_piece = Piece(
     "cases.row_labels", lesson="10h_cases", minutes=5, level=1,
@@ -70,7 +70,7 @@ labels_piece.mistake(
     does="The model does not learn to stop.",
 )
 
-# %% ../nbs/10h_cases.ipynb #b154d88d
+# %% ../nbs/10h_cases.ipynb #72a63dab
 #@title How each looks healthy {display-mode: "form"}
 _ASKED = "Max is in the garden.\nWhere is Max?"
 _THOUGHTFUL = [
@@ -86,7 +86,7 @@ def written_text(case:"Case", prompt:str=_ASKED, new:int=16, **settings) -> str:
     return prompt + case.tokenizer.decode(out[0, ids.shape[1]:])
 
 def _drawn_text(case):
-    return written_text(case, new=30, temperature=1.0, top_p=0.9, seed=1)
+    return written_text(case, new=30, temperature=0.7, top_p=0.9, seed=0)
 
 def _chat_answer(case):
     ids = encode_chat(case.tokenizer, _THOUGHTFUL[:1], "qwen3", enable_thinking=False)
@@ -116,7 +116,7 @@ def training_losses(case:"Case", steps:int=12) -> list:
 def _falling_loss(case):
     return "loss: " + " ".join(f"{loss:.2f}" for loss in training_losses(case)[::2])
 
-# %% ../nbs/10h_cases.ipynb #1b74f060
+# %% ../nbs/10h_cases.ipynb #48a125a3
 #@title What belongs to a case {display-mode: "form"}
 @dataclass
 class Bug:
@@ -131,7 +131,7 @@ class Bug:
     sample:object           # from the case to a text that looks healthy
     dtype:str = "float32"   # of the model
 
-# %% ../nbs/10h_cases.ipynb #5a26fe61
+# %% ../nbs/10h_cases.ipynb #8a5ff47e
 #@title The ten cases, the first five {display-mode: "form"}
 _GITHUB = "https://github.com/"
 BUGS = [
@@ -151,7 +151,7 @@ BUGS = [
         "One put the two formulas side by side and saw where eps stands.",
         _GITHUB + "allenai/OLMo/issues/281", written_text),
     Bug(head_piece, "llama.cpp#1925", (norm_piece, decoder_piece, swiglu_piece),
-        "Greedy answers are perfect, and on my texts the loss is even a little better than the "
+        "Greedy answers are right, and on my texts the loss is even a little better than the "
         "reference's. Only the probabilities that I show to users look too sure.",
         ("Do not look at the text or at the loss. Compare logits.",
          "All modules agree up to the last norm, and the logits do not. What is left?"),
@@ -176,7 +176,7 @@ BUGS = [
         _GITHUB + "zspacelabs/wordchipper/pull/387", written_text),
 ]
 
-# %% ../nbs/10h_cases.ipynb #e5841a75
+# %% ../nbs/10h_cases.ipynb #ca9360e3
 #@title The ten cases, the other five {display-mode: "form"}
 BUGS += [
     Bug(assistant_piece, "ollama#10448", (query_piece, turn_piece, ids_piece),

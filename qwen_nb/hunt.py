@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPEN_CASES', 'ROUTE', 'Case', 'all_places', 'how_near', 'judge', 'hunt']
 
-# %% ../nbs/10h_hunt.ipynb #7d6c1b5a
+# %% ../nbs/10h_hunt.ipynb #6dffa4a1
 import importlib
 import random
 
@@ -15,7 +15,7 @@ from .model import Qwen
 from .pieces import IN_USE, edited, put_in, take_out
 from .tokenizer import PlainTokenizer
 
-# %% ../nbs/10h_hunt.ipynb #f6ad9d97
+# %% ../nbs/10h_hunt.ipynb #2d039c76
 OPEN_CASES = []  # at most one: hunting a second bug closes the first case
 
 class Case:
@@ -87,7 +87,7 @@ class Case:
         sample = self.bug.sample(self)
         return f"Case {self.number}. {self.story}\n\nIt writes:\n{sample}\n\nSuspects:\n{names}"
 
-# %% ../nbs/10h_hunt.ipynb #60fb95cc
+# %% ../nbs/10h_hunt.ipynb #79860138
 ROUTE = (  # modules in the order in which a text meets them
     "tokenizer encode chatml prompt writing model norm gqa rope attention mlp sampling cases"
 ).split()
@@ -118,9 +118,9 @@ def judge(case:Case, where:str, what:str) -> Verdict:
     "What `Case.verdict` says."
     known = {path.partition(".")[2] for path in all_places()} | set(all_places()) | set(ROUTE)
     if where not in known:
-        return Verdict(False, f"{where!r} is no place. Try one of {all_places()}.", "no try")
+        return Verdict(False, f"{where!r} is no place; `all_places()` has them all.", "no try")
     if what not in case.suspects:
-        return Verdict(False, f"{what!r} is none of the suspects {case.suspects}.", "no try")
+        return Verdict(False, f"{what!r} is none of the suspects.", "no try")
     case.tries += 1
     place = how_near(case.bug.piece.path, where)
     there = place in ("The place is right.", "The module is right.")
@@ -134,7 +134,7 @@ def judge(case:Case, where:str, what:str) -> Verdict:
         said = "This suspect did not do it."
     return Verdict(False, f"Try {case.tries}. {place} {said}", "near")
 
-# %% ../nbs/10h_hunt.ipynb #cb9b0306
+# %% ../nbs/10h_hunt.ipynb #25682f15
 def hunt(
     number:int=None,  # 1 to 10, rising in difficulty; None: any
     seed:int=None,    # of the choice, if there is no number
