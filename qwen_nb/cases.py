@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'labels_piece', 'BUGS', 'row_labels', 'written_text', 'training_losses', 'Bug']
 
-# %% ../nbs/10h_cases.ipynb #00302ceb
+# %% ../nbs/10h_cases.ipynb #51cac8a9
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from .pieces import Piece
 from .prompt import encode_chat
 from .writing import pad_left
 from .zoo_attention import share_piece
-from .zoo_batches import pad_piece
+from .zoo_batches import longer_piece, pad_piece
 from .zoo_block import block_piece, swiglu_piece
 from .zoo_chat import assistant_piece, query_piece
 from .zoo_choosing import min_p_piece, top_p_piece
@@ -30,8 +30,9 @@ from .zoo_prompt import ids_piece
 from .zoo_rope import speeds_piece, tables_piece
 from .zoo_text import decode_piece
 from .zoo_turns import turn_piece
+from .zoo_writing import update_piece
 
-# %% ../nbs/10h_cases.ipynb #ce8e35cd
+# %% ../nbs/10h_cases.ipynb #c20ade5a
 IGNORE = -100  # a label that `F.cross_entropy` leaves out
 
 def row_labels(
@@ -43,7 +44,7 @@ def row_labels(
     is_real = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
     return labels.masked_fill(~is_real, IGNORE)
 
-# %% ../nbs/10h_cases.ipynb #a696251f
+# %% ../nbs/10h_cases.ipynb #8b0b9cdf
 #@title What may go wrong with labels {display-mode: "form"}
 labels_piece = Piece(
     "cases.row_labels", lesson="10h_cases", minutes=5, level=1,
@@ -70,7 +71,7 @@ labels_piece.mistake(
     does="The model does not learn to stop.",
 )
 
-# %% ../nbs/10h_cases.ipynb #72a63dab
+# %% ../nbs/10h_cases.ipynb #342382db
 #@title How each looks healthy {display-mode: "form"}
 _ASKED = "Max is in the garden.\nWhere is Max?"
 _THOUGHTFUL = [
@@ -116,7 +117,7 @@ def training_losses(case:"Case", steps:int=12) -> list:
 def _falling_loss(case):
     return "loss: " + " ".join(f"{loss:.2f}" for loss in training_losses(case)[::2])
 
-# %% ../nbs/10h_cases.ipynb #48a125a3
+# %% ../nbs/10h_cases.ipynb #dd4685e6
 #@title What belongs to a case {display-mode: "form"}
 @dataclass
 class Bug:
@@ -131,7 +132,7 @@ class Bug:
     sample:object           # from the case to a text that looks healthy
     dtype:str = "float32"   # of the model
 
-# %% ../nbs/10h_cases.ipynb #8a5ff47e
+# %% ../nbs/10h_cases.ipynb #fd5f6665
 #@title The ten cases, the first five {display-mode: "form"}
 _GITHUB = "https://github.com/"
 BUGS = [
@@ -176,7 +177,7 @@ BUGS = [
         _GITHUB + "zspacelabs/wordchipper/pull/387", written_text),
 ]
 
-# %% ../nbs/10h_cases.ipynb #ca9360e3
+# %% ../nbs/10h_cases.ipynb #782d8dcb
 #@title The ten cases, the other five {display-mode: "form"}
 BUGS += [
     Bug(assistant_piece, "ollama#10448", (query_piece, turn_piece, ids_piece),
@@ -194,14 +195,14 @@ BUGS += [
          "Try probabilities 0.5, 0.41, 0.09 with p = 0.9, on paper first."),
         "By these three probabilities: two tokens should stay, and one did.",
         _GITHUB + "rasbt/reasoning-from-scratch/issues/164", _drawn_text),
-    Bug(positions_piece, "mlx-vlm#1983", (mask_piece, pad_piece, decoder_piece),
-        "One prompt is fine, with a cache and without. In a padded batch every answer begins "
-        "with the right word and falls apart from the second on.",
-        ("The first new token comes from the prompt's pass, the second from a pass of one token. "
-         "What does that pass have to know that it cannot see?",
-         "Ask `model.positions` for the last column alone, with a mask of four."),
-        "One required that a prompt read at once and read token by token give the same states.",
-        _GITHUB + "Blaizzy/mlx-vlm/issues/1983", written_text),
+    Bug(mask_piece, "hyprstream#1521", (positions_piece, update_piece, longer_piece),
+        "To save memory I let the model read a long prompt in pieces. It then answers as if it "
+        "had read the last piece only. In one go the answer is right.",
+        ("Compare the logits of a prompt in one go with those of the same prompt in two pieces.",
+         "Four keys are cached and three tokens are new. Which keys may the first of the three "
+         "see? Ask `attention.visible_keys`."),
+        "One compared a pass of two tokens behind a cache with two passes of one token.",
+        _GITHUB + "hyprstream/hyprstream/pull/1521", written_text),
     Bug(labels_piece, "trl#1625", (pad_piece, mask_piece),
         "Training runs well, the loss falls nicely, and with longer padding even faster. With "
         "one text in a batch the loss is a different one.",

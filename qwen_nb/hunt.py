@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPEN_CASES', 'ROUTE', 'Case', 'all_places', 'how_near', 'judge', 'hunt']
 
-# %% ../nbs/10h_hunt.ipynb #6dffa4a1
+# %% ../nbs/10h_hunt.ipynb #a268632b
 import importlib
 import random
 
@@ -15,7 +15,7 @@ from .model import Qwen
 from .pieces import IN_USE, edited, put_in, take_out
 from .tokenizer import PlainTokenizer
 
-# %% ../nbs/10h_hunt.ipynb #2d039c76
+# %% ../nbs/10h_hunt.ipynb #6ae091c9
 OPEN_CASES = []  # at most one: hunting a second bug closes the first case
 
 class Case:
@@ -87,9 +87,9 @@ class Case:
         sample = self.bug.sample(self)
         return f"Case {self.number}. {self.story}\n\nIt writes:\n{sample}\n\nSuspects:\n{names}"
 
-# %% ../nbs/10h_hunt.ipynb #79860138
+# %% ../nbs/10h_hunt.ipynb #6bfdb60d
 ROUTE = (  # modules in the order in which a text meets them
-    "tokenizer encode chatml prompt writing model norm gqa rope attention mlp sampling cases"
+    "tokenizer encode chatml prompt writing model norm gqa rope cache attention mlp sampling cases"
 ).split()
 
 def all_places() -> list:
@@ -134,7 +134,7 @@ def judge(case:Case, where:str, what:str) -> Verdict:
         said = "This suspect did not do it."
     return Verdict(False, f"Try {case.tries}. {place} {said}", "near")
 
-# %% ../nbs/10h_hunt.ipynb #25682f15
+# %% ../nbs/10h_hunt.ipynb #f5c0dfd3
 def hunt(
     number:int=None,  # 1 to 10, rising in difficulty; None: any
     seed:int=None,    # of the choice, if there is no number
