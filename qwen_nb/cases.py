@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'labels_piece', 'BUGS', 'row_labels', 'written_text', 'training_losses', 'Bug']
 
-# %% ../nbs/10h_cases.ipynb #51cac8a9
+# %% ../nbs/10h_cases.ipynb #e8da2a81
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from .zoo_text import decode_piece
 from .zoo_turns import turn_piece
 from .zoo_writing import update_piece
 
-# %% ../nbs/10h_cases.ipynb #c20ade5a
+# %% ../nbs/10h_cases.ipynb #20fc7b56
 IGNORE = -100  # a label that `F.cross_entropy` leaves out
 
 def row_labels(
@@ -44,7 +44,7 @@ def row_labels(
     is_real = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
     return labels.masked_fill(~is_real, IGNORE)
 
-# %% ../nbs/10h_cases.ipynb #8b0b9cdf
+# %% ../nbs/10h_cases.ipynb #901a27b9
 #@title What may go wrong with labels {display-mode: "form"}
 labels_piece = Piece(
     "cases.row_labels", lesson="10h_cases", minutes=5, level=1,
@@ -71,7 +71,7 @@ labels_piece.mistake(
     does="The model does not learn to stop.",
 )
 
-# %% ../nbs/10h_cases.ipynb #342382db
+# %% ../nbs/10h_cases.ipynb #c9b79c08
 #@title How each looks healthy {display-mode: "form"}
 _ASKED = "Max is in the garden.\nWhere is Max?"
 _THOUGHTFUL = [
@@ -87,7 +87,7 @@ def written_text(case:"Case", prompt:str=_ASKED, new:int=16, **settings) -> str:
     return prompt + case.tokenizer.decode(out[0, ids.shape[1]:])
 
 def _drawn_text(case):
-    return written_text(case, new=30, temperature=0.7, top_p=0.9, seed=0)
+    return written_text(case, new=30, temperature=0.7, top_p=0.9, seed=2)
 
 def _chat_answer(case):
     ids = encode_chat(case.tokenizer, _THOUGHTFUL[:1], "qwen3", enable_thinking=False)
@@ -117,7 +117,7 @@ def training_losses(case:"Case", steps:int=12) -> list:
 def _falling_loss(case):
     return "loss: " + " ".join(f"{loss:.2f}" for loss in training_losses(case)[::2])
 
-# %% ../nbs/10h_cases.ipynb #dd4685e6
+# %% ../nbs/10h_cases.ipynb #e711fc99
 #@title What belongs to a case {display-mode: "form"}
 @dataclass
 class Bug:
@@ -132,7 +132,7 @@ class Bug:
     sample:object           # from the case to a text that looks healthy
     dtype:str = "float32"   # of the model
 
-# %% ../nbs/10h_cases.ipynb #fd5f6665
+# %% ../nbs/10h_cases.ipynb #7b22d78c
 #@title The ten cases, the first five {display-mode: "form"}
 _GITHUB = "https://github.com/"
 BUGS = [
@@ -156,7 +156,7 @@ BUGS = [
         "reference's. Only the probabilities that I show to users look too sure.",
         ("Do not look at the text or at the loss. Compare logits.",
          "All modules agree up to the last norm, and the logits do not. What is left?"),
-        "A reader of an older change saw the norm a second time. It was called harmless, since a "
+        "A colleague who read the code saw the second norm. It was called harmless, since a "
         "norm of a norm changes nothing. With a weight it does.",
         _GITHUB + "ggml-org/llama.cpp/pull/1925", written_text),
     Bug(share_piece, "onnx#7274", (mask_piece, positions_piece, pad_piece),
@@ -177,7 +177,7 @@ BUGS = [
         _GITHUB + "zspacelabs/wordchipper/pull/387", written_text),
 ]
 
-# %% ../nbs/10h_cases.ipynb #782d8dcb
+# %% ../nbs/10h_cases.ipynb #cf8cd270
 #@title The ten cases, the other five {display-mode: "form"}
 BUGS += [
     Bug(assistant_piece, "ollama#10448", (query_piece, turn_piece, ids_piece),
@@ -185,8 +185,8 @@ BUGS += [
         "gets and the earlier it forgets how we began.",
         ("Print the prompt of the second turn, as text.",
          "What does the official template do with a thought once the next question is asked?"),
-        "One read the model card, where it is said; the maintainer then compared the prompts of "
-        "two versions in the server's log.",
+        "One read the model card, where it is said; another compared the prompts of two versions "
+        "in the server's log.",
         _GITHUB + "ollama/ollama/issues/10448", _chat_answer),
     Bug(top_p_piece, "reasoning-from-scratch#164", (min_p_piece, keep_piece),
         "Greedy is right to the token. With top-p my texts are duller than with `transformers` "
@@ -208,7 +208,7 @@ BUGS += [
         "one text in a batch the loss is a different one.",
         ("Does the loss of a batch follow from the losses of its texts?",
          "Count the labels of a padded row, and of the same row alone."),
-        "With a batch of one the first loss was right, with more it was not.",
+        "By the loss of the very first step: it was right again when padding had no labels.",
         _GITHUB + "huggingface/trl/pull/1625", _falling_loss),
     Bug(tables_piece, "transformers#25681", (speeds_piece, norm_piece, positions_piece),
         "In float32 everything agrees with the reference, bit for bit. In bfloat16 short "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPEN_CASES', 'ROUTE', 'Case', 'all_places', 'how_near', 'judge', 'hunt']
 
-# %% ../nbs/10h_hunt.ipynb #a268632b
+# %% ../nbs/10h_hunt.ipynb #27b3868a
 import importlib
 import random
 
@@ -15,7 +15,7 @@ from .model import Qwen
 from .pieces import IN_USE, edited, put_in, take_out
 from .tokenizer import PlainTokenizer
 
-# %% ../nbs/10h_hunt.ipynb #6ae091c9
+# %% ../nbs/10h_hunt.ipynb #27c0b7c6
 OPEN_CASES = []  # at most one: hunting a second bug closes the first case
 
 class Case:
@@ -44,7 +44,11 @@ class Case:
         self.before = IN_USE.get(piece.name)       # perhaps a learner's own
         put_in(piece, edited(piece.right, self.mistake.edits))
         OPEN_CASES.append(self)
-        self.model = Qwen.from_pretrained(dtype=self.bug.dtype)
+        try:
+            self.model = Qwen.from_pretrained(dtype=self.bug.dtype)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self):
         "Give the package its own function back."
@@ -87,7 +91,7 @@ class Case:
         sample = self.bug.sample(self)
         return f"Case {self.number}. {self.story}\n\nIt writes:\n{sample}\n\nSuspects:\n{names}"
 
-# %% ../nbs/10h_hunt.ipynb #6bfdb60d
+# %% ../nbs/10h_hunt.ipynb #b5f36650
 ROUTE = (  # modules in the order in which a text meets them
     "tokenizer encode chatml prompt writing model norm gqa rope cache attention mlp sampling cases"
 ).split()
@@ -134,7 +138,7 @@ def judge(case:Case, where:str, what:str) -> Verdict:
         said = "This suspect did not do it."
     return Verdict(False, f"Try {case.tries}. {place} {said}", "near")
 
-# %% ../nbs/10h_hunt.ipynb #f5c0dfd3
+# %% ../nbs/10h_hunt.ipynb #724d6eac
 def hunt(
     number:int=None,  # 1 to 10, rising in difficulty; None: any
     seed:int=None,    # of the choice, if there is no number
@@ -142,6 +146,6 @@ def hunt(
     "Plant a bug, and give its case. ValueError for a number that there is not."
     if number is None:
         number = random.Random(seed).randint(1, len(BUGS))
-    if number not in range(1, len(BUGS) + 1):
+    if type(number) is not int or not 1 <= number <= len(BUGS):
         raise ValueError(f"case {number!r}: there are cases 1 to {len(BUGS)}")
     return Case(number)
