@@ -6,7 +6,7 @@
 __all__ = ['LOW', 'TRIED', 'alike_tensors', 'as_tensor', 'alike', 'at_text', 'kind_text', 'short', 'moved_axes', 'lost_axis',
            'shape_story', 'function_story', 'ruled_out_story', 'sign_story', 'mask_story']
 
-# %% ../nbs/01b_alike.ipynb #e5f51552
+# %% ../nbs/01b_alike.ipynb #281b53d1
 import math
 from itertools import permutations
 
@@ -20,7 +20,7 @@ from .verify import rounding_steps
 
 set_style()
 
-# %% ../nbs/01b_alike.ipynb #3a79be83
+# %% ../nbs/01b_alike.ipynb #c2d02eeb
 LOW = torch.bfloat16, torch.float16
 
 
@@ -39,7 +39,7 @@ def alike_tensors(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float
         return bool(share <= few) and bool(error.max() <= 2)
     return bool((error <= steps).all())
 
-# %% ../nbs/01b_alike.ipynb #8b7300f6
+# %% ../nbs/01b_alike.ipynb #60ba9209
 def as_tensor(value:object):
     "An array of NumPy as a tensor; anything else as it is."
     if hasattr(value, "__array__") and not torch.is_tensor(value):
@@ -72,7 +72,7 @@ def alike(
     of_one_kind = isinstance(ours, type(theirs)) or isinstance(theirs, type(ours))
     return of_one_kind and ours == theirs
 
-# %% ../nbs/01b_alike.ipynb #64138c1a
+# %% ../nbs/01b_alike.ipynb #2a5fc9a5
 def at_text(index:tuple):
     "An index as people write it: [0, 2, 1]."
     return "[" + ", ".join(str(i) for i in index) + "]"
@@ -91,12 +91,14 @@ def kind_text(value:object):
 
 def short(value:object):
     "A value on one line, at most 60 characters."
+    if torch.is_tensor(value) and value.numel() > 8:
+        return kind_text(value)
     if torch.is_tensor(value):
-        value = value.tolist() if value.numel() <= 8 else kind_text(value)
+        value = value.tolist()
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
-# %% ../nbs/01b_alike.ipynb #4c642197
+# %% ../nbs/01b_alike.ipynb #175d5340
 def moved_axes(ours:torch.Tensor, theirs:torch.Tensor):
     "Which two axes were exchanged, if that explains the shape; else None."
     for order in permutations(range(theirs.ndim)):
@@ -141,7 +143,7 @@ def shape_story(ours:torch.Tensor, theirs:torch.Tensor):
             return f"Axis {axis} has length {length}, expected {expected}."
     return ""
 
-# %% ../nbs/01b_alike.ipynb #8f2f1247
+# %% ../nbs/01b_alike.ipynb #8ef7b501
 TRIED = {
     "the softmax of the right one": lambda t: t.softmax(-1),
     "the log-softmax of the right one": lambda t: t.log_softmax(-1),
@@ -178,19 +180,21 @@ def ruled_out_story(ours:torch.Tensor, theirs:torch.Tensor):
     where = f"In row {at_text(row)} y" if row else "Y"
     return f"{where}ours leaves {left[row]} entries, expected {right[row]}; the others are -inf."
 
-
+# %% ../nbs/01b_alike.ipynb #3c2e68ad
 def sign_story(ours:torch.Tensor, theirs:torch.Tensor, wrong:torch.Tensor):
     "Whether only the values of one sign are wrong."
     if not theirs.is_floating_point():
         return ""
     negative, positive = theirs < 0, theirs > 0
+    if not (negative.any() and positive.any()):
+        return ""
     signs = ("negative", "positive", negative), ("positive", "negative", positive)
     for sign, other, where in signs:
-        if where.any() and (where == wrong).all():
+        if (where == wrong).all():
             return f"Exactly the {sign} values are wrong, all {other} ones are right."
     return ""
 
-# %% ../nbs/01b_alike.ipynb #13f20568
+# %% ../nbs/01b_alike.ipynb #7bc1c5f0
 def mask_story(ours:torch.Tensor, theirs:torch.Tensor):
     "What is different between two masks."
     if ours.all() or not ours.any():

@@ -7,7 +7,7 @@ __all__ = ['outcome_of', 'with_mistakes', 'seen_again', 'explains', 'known_mista
            'new_methods', 'candidate', 'names_read', 'unread', 'of_error', 'what_was_seen', 'what_is_known', 'Verdict',
            'verdict_on_wrong', 'diagnose', 'try_pairs', 'try_zoo']
 
-# %% ../nbs/01e_diagnose.ipynb #68a83435
+# %% ../nbs/01e_diagnose.ipynb #662f9d33
 import dis
 import importlib
 import inspect
@@ -22,7 +22,7 @@ from .locate import value_story
 from .pieces import Mistake, Outcome, Piece, Probe, edited, run_probe, same_outcome
 from .verify import told
 
-# %% ../nbs/01e_diagnose.ipynb #4bb558db
+# %% ../nbs/01e_diagnose.ipynb #20180d0e
 def outcome_of(piece:Piece, names:tuple, number:int):
     "What the right function with these mistakes in it does on a probe; None if it cannot be made."
     if (names, number) not in piece.memory:
@@ -68,7 +68,7 @@ def known_mistakes(piece:Piece, mine:list):
             return chosen
     return ()
 
-# %% ../nbs/01e_diagnose.ipynb #583bc0e6
+# %% ../nbs/01e_diagnose.ipynb #9eab1cd7
 def package_class(piece:Piece):
     "The package's class whose method a piece is; None if it is a function."
     module, *owner = piece.path.split(".")[:-1]
@@ -106,16 +106,19 @@ def candidate(piece:Piece, answer:object):
     helpers = new_methods(piece, answer)
     if not helpers:
         return method
-    wider = type(kind.__name__, (kind,), helpers)
 
     def with_new_methods(self, *args, **kw):
-        self.__class__ = wider
-        return method(self, *args, **kw)
+        before = type(self)
+        self.__class__ = type(before.__name__, (before,), helpers)
+        try:
+            return method(self, *args, **kw)
+        finally:
+            self.__class__ = before
 
     with_new_methods.__wrapped__ = method
     return with_new_methods
 
-# %% ../nbs/01e_diagnose.ipynb #6b7597ae
+# %% ../nbs/01e_diagnose.ipynb #de09b4d4
 def names_read(code:object):
     "Every name that a piece of code reads, its inner functions' included."
     found = set(code.co_cellvars)
@@ -136,7 +139,7 @@ def unread(function:object, right:object):
     forgotten = [f"self.{part}" for part in parts if part in missing]
     return [name for name in mine if name in missing] + forgotten
 
-# %% ../nbs/01e_diagnose.ipynb #fe6f413e
+# %% ../nbs/01e_diagnose.ipynb #7eb8b298
 def of_error(error:Exception):
     return f"{type(error).__name__}, {error}"
 
@@ -161,7 +164,7 @@ def what_was_seen(piece:Piece, answer:object, probe:Probe, mine:Outcome, right:O
     if mine.changed != right.changed:
         names = " and ".join(f"`{name}`" for name in mine.changed)
         return [on, f"Your code changes its argument {names} in place, and its caller uses that "
-                "again afterwards. Make a new tensor."]
+                "again afterwards. Work on a copy of it."]
     return [on, *value_story(mine.value, right.value, piece.steps, piece.few)]
 
 
@@ -170,7 +173,7 @@ def what_is_known(mistake:Mistake):
     said = [f"Why it is wrong: {mistake.why}", f"What a model would do: {mistake.does}"]
     return [*said, f"Others met it: {mistake.public}."] if mistake.public else said
 
-# %% ../nbs/01e_diagnose.ipynb #c8ea3bc1
+# %% ../nbs/01e_diagnose.ipynb #34d1e719
 @dataclass
 class Verdict:
     "What the grader says of an answer."
@@ -204,7 +207,7 @@ def verdict_on_wrong(piece:Piece, answer:object, function:object, mine:list, fai
         lines.append("Your code never reads " + ", ".join(f"`{n}`" for n in forgotten) + ".")
     return Verdict(False, "\n".join(lines), "error" if mine[at].error else "located")
 
-# %% ../nbs/01e_diagnose.ipynb #342539c1
+# %% ../nbs/01e_diagnose.ipynb #5f095ca6
 def diagnose(
     piece:Piece,  # a Piece
     answer:object,  # what the learner wrote: a function, or a class that has the piece as a method
@@ -235,7 +238,7 @@ def diagnose(
     text = f"{piece.name} is right: like the package's on {len(mine)} inputs."
     return Verdict(True, text, "right")
 
-# %% ../nbs/01e_diagnose.ipynb #312edf80
+# %% ../nbs/01e_diagnose.ipynb #730da4e5
 def try_pairs(piece:Piece):
     "All pairs of mistakes: how many there are, how many are named, and where one hides the other."
     pairs = named = hidden = 0
@@ -265,6 +268,8 @@ def try_zoo(
     pairs, named, hidden = try_pairs(piece)
     said = f"✓ {piece.name}: {len(piece.mistakes)} mistakes named"
     print(f"{said}; {pairs} pairs, {named} named, {hidden} where one hides the other")
+    enough = named + hidden >= 0.8 * pairs
+    assert enough, f"{piece.name}: only {named} of {pairs} pairs are named, {hidden} are hidden"
     public = sum(bool(mistake.public) for mistake in piece.mistakes)
     counts = dict(mistakes=len(piece.mistakes), public=public)
     return counts | dict(pairs=pairs, named=named, hidden=hidden)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STUB', 'LEVELS', 'BEGIN', 'NOTE', 'find_function', 'body_lines', 'how_long', 'make_stub', 'is_comment', 'text_of',
-           'is_left_out', 'without_directives', 'links_to', 'short_hash', 'new_cell', 'task_of', 'piece_cells',
-           'pieces_in', 'first_cell', 'lessons_with_pieces', 'build_lesson', 'is_changed', 'key_of', 'keep_work',
-           'is_ours']
+           'is_install', 'is_left_out', 'names_made', 'names_read_by', 'left_out', 'without_directives', 'links_to',
+           'short_hash', 'new_cell', 'task_of', 'split_after', 'piece_cells', 'pieces_in', 'first_cell',
+           'lessons_with_pieces', 'build_lesson', 'is_changed', 'key_of', 'keep_work', 'is_tools']
 
-# %% ../nbs/80b_edition.ipynb #334b5998
+# %% ../nbs/80b_edition.ipynb #cf2be5b7
 import ast
 import copy
 import hashlib
@@ -17,7 +17,7 @@ import re
 from .mine import all_pieces
 from .pieces import Piece
 
-# %% ../nbs/80b_edition.ipynb #b2c5aa7d
+# %% ../nbs/80b_edition.ipynb #0523cb7e
 STUB = """{indent}# {count}, {time}. Stuck? Run hint("{name}") in a cell of its own.
 {indent}raise NotImplementedError("{name} is still to be written")"""
 
@@ -67,13 +67,18 @@ def make_stub(
     stub = STUB.format(indent=indent, count=count.capitalize(), time=time, name=piece.name)
     return "\n".join([*head, stub, *lines[last:]]), len(code)
 
-# %% ../nbs/80b_edition.ipynb #b555f905
+# %% ../nbs/80b_edition.ipynb #57531d67
 def is_comment(line:str):
     return line.strip().startswith("#")
 
-# %% ../nbs/80b_edition.ipynb #842f0fbd
+# %% ../nbs/80b_edition.ipynb #38050210
 def text_of(cell:dict):
     return "".join(cell["source"])
+
+
+def is_install(cell:dict):
+    "Whether it is the cell that installs the package in Colab."
+    return text_of(cell).startswith("#@title Install")
 
 
 def is_left_out(cell:dict):
@@ -83,6 +88,44 @@ def is_left_out(cell:dict):
         return text.startswith("<!-- reading -->")
     marked = re.search(r"^#\| *(reading|default_exp)|^#@title Solution", text, re.M)
     return bool(marked or re.search(r"\w_solution\b", text) or not text.strip())
+
+
+def names_made(text:str):
+    "Names that a code cell makes at its top level."
+    tree = ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", text, flags=re.M))
+    made = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            made.add(node.name)
+        elif not isinstance(node, (ast.Import, ast.ImportFrom)):
+            stored = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+            made |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
+    return made
+
+
+def names_read_by(text:str):
+    "Names that a code cell uses."
+    tree = ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", text, flags=re.M))
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+# %% ../nbs/80b_edition.ipynb #cf3129eb
+def left_out(cells:list) -> set:
+    "The ids of all cells to be left out: those that say so, and code that needs what they made."
+    out, missing, here = set(), set(), set()
+    for cell in cells:
+        if cell["cell_type"] != "code":
+            if is_left_out(cell):
+                out.add(cell["id"])
+            continue
+        text = text_of(cell)
+        made = names_made(text)
+        if is_left_out(cell) or names_read_by(text) & missing:
+            out.add(cell["id"])
+            missing |= made - here
+        else:
+            here |= made
+            missing -= made
+    return out
 
 
 def without_directives(text:str):
@@ -110,7 +153,7 @@ def new_cell(kind:str, id:str, text:str, **meta):
     cell = {"cell_type": kind, "id": id, "metadata": made, "source": text.splitlines(True)}
     return cell | {"execution_count": None, "outputs": []} if kind == "code" else cell
 
-# %% ../nbs/80b_edition.ipynb #4d4c8931
+# %% ../nbs/80b_edition.ipynb #44c48b3e
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 BEGIN = """#@title Your own pieces {{display-mode: "form"}}
 from qwen_nb.build import begin, grade, hint
@@ -130,31 +173,40 @@ def task_of(piece:Piece, count:int):
     return f"**Yours: `{piece.name}`** ({level}, {lines}, {time}). {piece.task}"
 
 
+def split_after(source:str):
+    "A cell's definitions, and what it does after the last of them."
+    lines, nodes = source.split("\n"), ast.parse(source).body
+    last = max(n.end_lineno for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+    return "\n".join(lines[:last]), "\n".join(lines[last:]).strip("\n")
+
+
 def piece_cells(cell:dict, pieces:list):
     "The cells that take the place of one that holds pieces: the task, the stub, the grader."
-    source, tasks = without_directives(text_of(cell)), []
+    source, after = split_after(without_directives(text_of(cell)))
+    tasks = []
     for piece in pieces:
         source, count = make_stub(source, piece)
         tasks.append(task_of(piece, count))
     names = list(dict.fromkeys(piece.name.split(".")[0] for piece in pieces))
     graded = "\n".join(f"{name} = grade({name})" for name in names)
     id = cell["id"]
-    return [
+    cells = [
         new_cell("markdown", f"{id}-task", "\n\n".join(tasks)),
         new_cell("code", id, source, pieces=[piece.name for piece in pieces]),
         new_cell("code", f"{id}-grade", graded),
     ]
+    return [*cells, new_cell("code", f"{id}-after", after)] if after else cells
 
-
+# %% ../nbs/80b_edition.ipynb #f13a10b7
 def pieces_in(cell:dict, pieces:list):
     "Those of a lesson's pieces that a code cell holds."
-    if cell["cell_type"] != "code" or "google.colab" in text_of(cell):
+    if cell["cell_type"] != "code" or is_install(cell):
         return []
     text = re.sub(r"^(\s*)[%!].*", r"\1pass", text_of(cell), flags=re.M)
     tree = ast.parse(text)
     return [piece for piece in pieces if find_function(tree, piece.name)]
 
-# %% ../nbs/80b_edition.ipynb #ca6cc925
+# %% ../nbs/80b_edition.ipynb #ee271135
 def first_cell(cell:dict, name:str):
     "The title, with a note on what this edition is. Its picture is the reading edition's."
     text = text_of(cell).replace("/blob/main/nbs/", "/blob/main/building/")
@@ -163,7 +215,7 @@ def first_cell(cell:dict, name:str):
     text = f"{title}\n{NOTE.format(name=name)}{re.sub(picture, '', rest, flags=re.S)}"
     return new_cell("markdown", cell["id"], text)
 
-# %% ../nbs/80b_edition.ipynb #15bb5bbf
+# %% ../nbs/80b_edition.ipynb #7e48a2ac
 def lessons_with_pieces() -> dict:
     "Name of the lesson → its pieces, in the order of the course."
     found = {}
@@ -179,6 +231,7 @@ def build_lesson(
     "The lesson's building edition. ValueError if a piece is not found in it."
     editions = lessons_with_pieces()
     cells, missing = [], {piece.name for piece in editions[name]}
+    gone = left_out(nb["cells"])
     for number, cell in enumerate(nb["cells"]):
         pieces = pieces_in(cell, editions[name])
         if number == 0:
@@ -186,12 +239,12 @@ def build_lesson(
         elif pieces:
             cells += piece_cells(cell, pieces)
             missing -= {piece.name for piece in pieces}
-        elif not is_left_out(cell):
+        elif cell["id"] not in gone:
             text = text_of(cell)
             is_code = cell["cell_type"] == "code"
             text = without_directives(text) if is_code else text
             cells.append(new_cell(cell["cell_type"], cell["id"], text))
-        if cell["id"] == "colab":
+        if is_install(cell):
             cells.append(new_cell("code", "mine", BEGIN.format(name=name)))
     if missing:
         raise ValueError(f"{name} has no cell that defines {', '.join(sorted(missing))}")
@@ -204,7 +257,7 @@ def build_lesson(
     about = {k: copy.deepcopy(nb[k]) for k in ("metadata", "nbformat", "nbformat_minor")}
     return {"cells": cells, **about}
 
-# %% ../nbs/80b_edition.ipynb #300b07b5
+# %% ../nbs/80b_edition.ipynb #3f90ddae
 def is_changed(cell:dict):
     "Whether a code cell is not as the tool made it."
     made = cell["metadata"].get("qwen_nb", {}).get("made")
@@ -229,7 +282,7 @@ def keep_work(
             last = key
             if is_changed(cell):
                 changed[key] = cell
-        elif is_changed(cell) or cell["cell_type"] == "markdown" and not is_ours(cell):
+        elif is_changed(cell) or cell["cell_type"] == "markdown" and not is_tools(cell):
             added.setdefault(last, []).append(cell)
     cells = list(added.get(None, []))
     for cell in made["cells"]:
@@ -241,6 +294,6 @@ def keep_work(
     return made | {"cells": cells}
 
 
-def is_ours(cell:dict):
+def is_tools(cell:dict):
     "Whether a markdown cell came from the tool, of this or an older version: those ids are known."
     return bool(re.fullmatch(r"[0-9a-f]{8}(-task)?|[\w-]+-task", cell.get("id", "")))

@@ -7,7 +7,7 @@ __all__ = ['power_text', 'ratio_spread', 'factor_story', 'slices_from', 'order_s
            'broken_story', 'number_story', 'tensor_story', 'text_story', 'list_order_story', 'list_story', 'dict_story',
            'value_story']
 
-# %% ../nbs/01c_locate.ipynb #bbb43c33
+# %% ../nbs/01c_locate.ipynb #be107450
 import math
 
 import torch
@@ -27,7 +27,7 @@ from qwen_nb.alike import (
 )
 from .verify import rounding_steps
 
-# %% ../nbs/01c_locate.ipynb #e1659add
+# %% ../nbs/01c_locate.ipynb #a040f717
 def power_text(number:float):
     "Which simple number a factor is, if it is one."
     for n in (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256):
@@ -74,7 +74,7 @@ def factor_story(ours:torch.Tensor, theirs:torch.Tensor):
         return "Each head (axis 1) is right but for a factor of its own."
     return ""
 
-# %% ../nbs/01c_locate.ipynb #8b85b5c9
+# %% ../nbs/01c_locate.ipynb #614e8793
 def slices_from(ours:torch.Tensor, theirs:torch.Tensor, axis:int, steps:float):
     "For each slice of ours along an axis: which slice of theirs it is, or None."
     found = []
@@ -106,7 +106,7 @@ def order_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float):
         return f"Along axis {axis} the entries come from {order}, expected 0 to {n - 1} in order."
     return ""
 
-# %% ../nbs/01c_locate.ipynb #1e3984f9
+# %% ../nbs/01c_locate.ipynb #dc5954a1
 def place_story(wrong:torch.Tensor):
     "Along which axis it goes wrong, and from where on."
     for axis in range(wrong.ndim):
@@ -134,7 +134,7 @@ def place_story(wrong:torch.Tensor):
         return f"{along} only entries {short(good)} are right."
     return f"{wrong.double().mean():.0%} of the values differ, everywhere."
 
-# %% ../nbs/01c_locate.ipynb #863a6879
+# %% ../nbs/01c_locate.ipynb #af236481
 def growth_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Whether the error grows along an axis that is not the last."
     apart = (ours.double() - theirs.double()).abs().nan_to_num(0, 0, 0)
@@ -152,7 +152,7 @@ def growth_story(ours:torch.Tensor, theirs:torch.Tensor):
                     "or depends on the position.")
     return ""
 
-# %% ../nbs/01c_locate.ipynb #591859f2
+# %% ../nbs/01c_locate.ipynb #4506359c
 def broken_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Where NaN or infinity begins, where a finite number is expected."
     if not theirs.is_floating_point():
@@ -190,7 +190,7 @@ def number_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, wrong:torc
                 "the idea is right, and a cast or a small constant is not.")
     return f"{where} {growth_story(ours, theirs)}".strip()
 
-# %% ../nbs/01c_locate.ipynb #1085f128
+# %% ../nbs/01c_locate.ipynb #4a3d144b
 def tensor_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float):
     "Sentences on how two tensors differ: first the plain things, then what kind of error it is."
     if ours.shape != theirs.shape:
@@ -214,7 +214,7 @@ def tensor_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float)
         return [first, mask_story(ours, theirs), place_story(wrong)]
     return [first, number_story(ours, theirs, steps, wrong)]
 
-# %% ../nbs/01c_locate.ipynb #48fd96d8
+# %% ../nbs/01c_locate.ipynb #48788273
 def text_story(ours:str, theirs:str):
     "Where two pieces of text, or of bytes, part."
     at = 0
@@ -253,12 +253,16 @@ def list_story(ours:list, theirs:list, steps:float, few:float):
     else:
         sentences.append(f"Entry {at} is {mine}, expected {right}.")
     if len(ours) == len(theirs):
+        fine = [i for i in range(len(pairs)) if i not in different]
+        tensors = all(torch.is_tensor(x) for x in theirs)
+        if tensors and fine:
+            sentences.append(f"The entries {short(fine)} are right.")
         sentences.append(list_order_story(ours, theirs))
     if torch.is_tensor(theirs[at]) or isinstance(theirs[at], (list, tuple, dict)):
         sentences += value_story(ours[at], theirs[at], steps, few)
     return sentences
 
-# %% ../nbs/01c_locate.ipynb #4bea8ebc
+# %% ../nbs/01c_locate.ipynb #2cf19fbe
 def dict_story(ours:dict, theirs:dict, steps:float, few:float):
     "How two dicts differ: their keys, or the first value that does."
     if ours.keys() != theirs.keys():

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['ZOO', 'ABOUT', 'all_pieces', 'pieces_of', 'my_folder', 'sections', 'package_imports', 'names_used', 'brought_along',
-           'write_module', 'keep_cell', 'load_mine', 'place_answer', 'use_mine', 'use_package']
+           'write_module', 'keep_cell', 'cell_of', 'without_calls', 'load_mine', 'place_answer', 'use_mine',
+           'use_package']
 
-# %% ../nbs/80_mine.ipynb #20c9a853
+# %% ../nbs/80_mine.ipynb #b7865cf2
 import ast
 import builtins
 import importlib
 import importlib.util
 import inspect
+import linecache
 import os
 import re
 from pathlib import Path
@@ -19,14 +21,14 @@ from pathlib import Path
 from .diagnose import as_method_of, diagnose, new_methods, package_class
 from .pieces import IN_USE, Piece, original, place_holders, put_in, take_out
 
-# %% ../nbs/80_mine.ipynb #4b4bb6d3
+# %% ../nbs/80_mine.ipynb #6f42de45
 # Modules that hold pieces, in the order of the course
 ZOO = """
 zoo_weights zoo_bfloat16 zoo_bpe zoo_merges zoo_encode zoo_text zoo_positions zoo_rope
 zoo_yarn zoo_masks zoo_attention zoo_gqa zoo_block zoo_decoder zoo_loading zoo_choosing
 zoo_penalties zoo_order zoo_writing zoo_batches zoo_chat zoo_turns zoo_prompt zoo_long
 zoo_int8 zoo_windows zoo_moe zoo_balance zoo_delta zoo_deltanet zoo_hybrid zoo_rows
-zoo_train zoo_optimizer zoo_tuning zoo_rewards
+zoo_train zoo_optimizer zoo_tuning zoo_adapters zoo_merging zoo_preference zoo_rewards
 """.split()
 _found = {}
 
@@ -56,7 +58,7 @@ def pieces_of(
         raise LookupError(f"there is no piece called {name}; the pieces are {', '.join(every)}")
     return found
 
-# %% ../nbs/80_mine.ipynb #f0f799d8
+# %% ../nbs/80_mine.ipynb #b3089127
 def my_folder() -> Path:
     """Where the learner's pieces are: `$MY_QWEN`, or the nearest folder above that is or has a
     `my_qwen`, or else a new `my_qwen` beside the notebooks (in a clone of the project: at its
@@ -93,7 +95,7 @@ def package_imports(module:str) -> list:
             lines.append(ast.unparse(node))
     return lines
 
-# %% ../nbs/80_mine.ipynb #58c0e77a
+# %% ../nbs/80_mine.ipynb #a275ab95
 def names_used(source:str) -> set:
     "Names that a cell takes from outside."
     tree = ast.parse(source)
@@ -132,7 +134,7 @@ def brought_along(source:str, module:str, notebook:dict) -> str:
             lines.append(f"{name} = {value!r}")
     return "\n".join(line for line in lines if line)
 
-# %% ../nbs/80_mine.ipynb #ab57c529
+# %% ../nbs/80_mine.ipynb #5680dcf4
 def write_module(
     folder:Path,  # the learner's
     module:str,  # of the package: "norm"
@@ -178,7 +180,30 @@ def keep_cell(
     cells[name] = f"{needs}\n\n{source}" if needs else source
     write_module(folder, module, cells)
 
-# %% ../nbs/80_mine.ipynb #dc792971
+# %% ../nbs/80_mine.ipynb #c9014c22
+def cell_of(answer:object) -> str:
+    "The cell in which a function or class was written."
+    functions = [answer]
+    if isinstance(answer, type):
+        functions = [v for v in vars(answer).values() if inspect.isfunction(v)]
+    for function in functions:
+        lines = linecache.getlines(inspect.unwrap(function).__code__.co_filename)
+        if lines:
+            return "".join(lines)
+    return inspect.getsource(answer)
+
+
+def without_calls(source:str) -> str:
+    "A cell without the lines that call the grader or ask for a hint: what is to be kept of it."
+    lines = source.split("\n")
+    for node in reversed(ast.parse(source).body):
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        is_definition = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        if not is_definition and names & {"grade", "hint"}:
+            del lines[node.lineno - 1:node.end_lineno]
+    return "\n".join(lines).strip("\n")
+
+# %% ../nbs/80_mine.ipynb #c994a312
 def load_mine(folder:Path) -> tuple:
     "The learner's pieces from a folder: name of the piece → function or class; and complaints."
     found, complaints = {}, []
@@ -207,7 +232,7 @@ def place_answer(piece:Piece, answer:object):
     method = as_method_of(package_class(piece), method)
     put_in(piece, method, new_methods(piece, answer))
 
-# %% ../nbs/80_mine.ipynb #69264438
+# %% ../nbs/80_mine.ipynb #6926cc8a
 def use_mine(
     folder:Path=None,  # the learner's; None: `my_folder()`
 ) -> list:

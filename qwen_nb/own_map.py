@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MAP', 'GREY', 'boxes', 'draw_box', 'draw_map']
 
-# %% ../nbs/80a_map.ipynb #f63919f1
+# %% ../nbs/80a_map.ipynb #fe5d7193
 from .inspect import OURS
 from .mine import IN_USE, all_pieces
 
-# %% ../nbs/80a_map.ipynb #a8c4c975
+# %% ../nbs/80a_map.ipynb #61576a42
 # Rows of the map from top to bottom: title → {module of the package: label of its box}
 MAP = {
     "the file": {"weights": "file", "bfloat16": "bfloat16", "loading": "by name"},
@@ -45,7 +45,7 @@ MAP = {
     },
 }
 
-# %% ../nbs/80a_map.ipynb #750f8d2c
+# %% ../nbs/80a_map.ipynb #fd51925d
 def boxes() -> dict:
     "The rows of the map: title → {label: names of its pieces}; boxes without pieces left out."
     by_module = {}
@@ -58,7 +58,7 @@ def boxes() -> dict:
             rows[title] = row
     return rows
 
-# %% ../nbs/80a_map.ipynb #bc7c810f
+# %% ../nbs/80a_map.ipynb #9d5680ec
 GREY = "#e4e4e4"
 
 

@@ -6,7 +6,7 @@
 __all__ = ['ORIGINALS', 'IN_USE', 'edited', 'Probe', 'Mistake', 'original', 'Piece', 'Outcome', 'a_copy', 'as_asked',
            'watch_calls', 'run_probe', 'same_outcome', 'place_holders', 'put_in', 'take_out', 'seen_by', 'plot_seen']
 
-# %% ../nbs/01d_pieces.ipynb #cb2ebf3f
+# %% ../nbs/01d_pieces.ipynb #feaa10ba
 import importlib
 import inspect
 import sys
@@ -18,7 +18,7 @@ import torch
 
 from .alike import alike, kind_text
 
-# %% ../nbs/01d_pieces.ipynb #bb154852
+# %% ../nbs/01d_pieces.ipynb #8f96104f
 def edited(
     function:object,  # any function that has source
     *edits:dict,  # parts of its source → what stands there in their place
@@ -36,7 +36,7 @@ def edited(
     exec(compile(source, f"<{function.__qualname__}, edited>", "exec"), names)
     return names[function.__name__]
 
-# %% ../nbs/01d_pieces.ipynb #bf827ae7
+# %% ../nbs/01d_pieces.ipynb #959b5475
 @dataclass
 class Probe:
     "An input to try an answer on."
@@ -67,7 +67,7 @@ def original(path:str):
         ORIGINALS[path] = thing
     return ORIGINALS[path]
 
-# %% ../nbs/01d_pieces.ipynb #1ce95e28
+# %% ../nbs/01d_pieces.ipynb #a4f54f51
 @dataclass
 class Piece:
     "Something that a learner writes, and all that a teacher knows about it."
@@ -107,11 +107,11 @@ class Piece:
             return run
         return keep
 
-    def mistake(self, name:str, edits:dict, *, why:str, does:str, public=""):
+    def mistake(self, name:str, edits:dict, *, why:str, does:str, public:str=""):
         "Add a known mistake."
         self.mistakes.append(Mistake(name, edits, why, does, public))
 
-# %% ../nbs/01d_pieces.ipynb #2e5cde0f
+# %% ../nbs/01d_pieces.ipynb #2457fc96
 @dataclass
 class Outcome:
     "What one function did on one probe."
@@ -157,7 +157,7 @@ def watch_calls(piece:Piece, function:object, outcome:Outcome):
 
     return watched
 
-# %% ../nbs/01d_pieces.ipynb #f24d2dbd
+# %% ../nbs/01d_pieces.ipynb #0e326235
 def run_probe(piece:Piece, function:object, probe:Probe):
     "One function on one probe: an Outcome. The random numbers begin at the same place each time."
     outcome = Outcome()
@@ -178,7 +178,7 @@ def same_outcome(piece:Piece, ours:Outcome, theirs:Outcome):
     same_value = alike(ours.value, theirs.value, piece.steps, piece.few)
     return same_value and ours.changed == theirs.changed
 
-# %% ../nbs/01d_pieces.ipynb #d6fb1022
+# %% ../nbs/01d_pieces.ipynb #bef7f6ce
 IN_USE = {}  # name of a piece → the function that stands in its place
 
 
@@ -188,7 +188,8 @@ def place_holders():
     classes = []
     for module in modules:
         classes += [c for c in vars(module).values() if isinstance(c, type)]
-    return [*modules, *[c for c in classes if c.__module__.startswith("qwen_nb.")]]
+    own = [c for c in classes if c.__module__.startswith("qwen_nb.")]
+    return list(dict.fromkeys([*modules, *own]))
 
 
 def _replace(old:object, new:object):
@@ -219,7 +220,7 @@ def put_in(
         _replace(old, function)
     IN_USE[piece.name] = function
 
-# %% ../nbs/01d_pieces.ipynb #43f11b6f
+# %% ../nbs/01d_pieces.ipynb #5bdb619e
 def take_out(piece:Piece):
     "Give the package's own function its place back."
     if piece.name not in IN_USE:
@@ -231,7 +232,7 @@ def take_out(piece:Piece):
     else:
         _replace(new, old)
 
-# %% ../nbs/01d_pieces.ipynb #2e48659f
+# %% ../nbs/01d_pieces.ipynb #e143e78a
 def seen_by(piece:Piece):
     "Which probe sees which mistake: a boolean tensor (mistakes, probes)."
     rows = []
@@ -242,9 +243,10 @@ def seen_by(piece:Piece):
         rows.append(row)
     return torch.tensor(rows, dtype=torch.bool)
 
-# %% ../nbs/01d_pieces.ipynb #59690c7c
+# %% ../nbs/01d_pieces.ipynb #2ebb2e9a
 def plot_seen(piece:Piece):
     "Which probe sees which mistake, drawn."
+    from matplotlib import pyplot as plt
 
     seen = seen_by(piece)
     fig, ax = plt.subplots(figsize=(7, 1.5 + 0.28 * len(seen)))
