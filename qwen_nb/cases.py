@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'labels_piece', 'BUGS', 'row_labels', 'written_text', 'training_losses', 'Bug']
 
-# %% ../nbs/10h_cases.ipynb #e8da2a81
+# %% ../nbs/10h_cases.ipynb #430cc677
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from .zoo_text import decode_piece
 from .zoo_turns import turn_piece
 from .zoo_writing import update_piece
 
-# %% ../nbs/10h_cases.ipynb #20fc7b56
+# %% ../nbs/10h_cases.ipynb #db950f11
 IGNORE = -100  # a label that `F.cross_entropy` leaves out
 
 def row_labels(
@@ -44,7 +44,7 @@ def row_labels(
     is_real = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
     return labels.masked_fill(~is_real, IGNORE)
 
-# %% ../nbs/10h_cases.ipynb #901a27b9
+# %% ../nbs/10h_cases.ipynb #97f04304
 #@title What may go wrong with labels {display-mode: "form"}
 labels_piece = Piece(
     "cases.row_labels", lesson="10h_cases", minutes=5, level=1,
@@ -71,7 +71,7 @@ labels_piece.mistake(
     does="The model does not learn to stop.",
 )
 
-# %% ../nbs/10h_cases.ipynb #c9b79c08
+# %% ../nbs/10h_cases.ipynb #0030daeb
 #@title How each looks healthy {display-mode: "form"}
 _ASKED = "Max is in the garden.\nWhere is Max?"
 _THOUGHTFUL = [
@@ -80,7 +80,7 @@ _THOUGHTFUL = [
     dict(role="user", content="Where is Anna?"),
 ]
 
-def written_text(case:"Case", prompt:str=_ASKED, new:int=16, **settings) -> str:
+def written_text(case:object, prompt:str=_ASKED, new:int=16, **settings) -> str:
     "What the case's model writes after a prompt: greedy, unless settings say otherwise."
     ids = torch.tensor([case.tokenizer.encode(prompt)])
     out = generate(case.model, ids, new, stop_ids=(), **settings)
@@ -94,7 +94,9 @@ def _chat_answer(case):
     out = generate(case.model, torch.tensor([ids]), 20)
     return _ASKED + "\n→ " + case.tokenizer.decode(out[0, len(ids):], skip_special=True)
 
-def training_losses(case:"Case", steps:int=12) -> list:
+# %% ../nbs/10h_cases.ipynb #3b83b23e
+#@title A very small training run {display-mode: "form"}
+def training_losses(case:object, steps:int=12) -> list:
     "The losses of a new, very small model that learns two sentences of unlike length."
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16)
@@ -117,7 +119,7 @@ def training_losses(case:"Case", steps:int=12) -> list:
 def _falling_loss(case):
     return "loss: " + " ".join(f"{loss:.2f}" for loss in training_losses(case)[::2])
 
-# %% ../nbs/10h_cases.ipynb #e711fc99
+# %% ../nbs/10h_cases.ipynb #01b1b309
 #@title What belongs to a case {display-mode: "form"}
 @dataclass
 class Bug:
@@ -132,8 +134,8 @@ class Bug:
     sample:object           # from the case to a text that looks healthy
     dtype:str = "float32"   # of the model
 
-# %% ../nbs/10h_cases.ipynb #7b22d78c
-#@title The ten cases, the first five {display-mode: "form"}
+# %% ../nbs/10h_cases.ipynb #f4639edb
+#@title The ten cases, 1 to 4 {display-mode: "form"}
 _GITHUB = "https://github.com/"
 BUGS = [
     Bug(decoder_piece, "mlx-lm#1906", (mask_piece, pad_piece, positions_piece),
@@ -168,6 +170,11 @@ BUGS = [
         "One compared the operator's definition with PyTorch on grouped heads: [0, 1, 0, 1] "
         "against [0, 0, 1, 1].",
         _GITHUB + "onnx/onnx/pull/7274", written_text),
+]
+
+# %% ../nbs/10h_cases.ipynb #82f1b440
+#@title The ten cases, 5 to 7 {display-mode: "form"}
+BUGS += [
     Bug(ordinary_piece, "zspacelabs/wordchipper#387", (encode_piece, decode_piece, ids_piece),
         "English is perfect, and encoding then decoding gives back every text I have. French "
         "that was typed on one computer is understood, and from another it is not.",
@@ -175,11 +182,6 @@ BUGS = [
          "Encode é as one character and as e with an accent behind it. Ask the reference, too."),
         "One compared ids with the official tokenizer's on texts whose accents stand apart.",
         _GITHUB + "zspacelabs/wordchipper/pull/387", written_text),
-]
-
-# %% ../nbs/10h_cases.ipynb #cf8cd270
-#@title The ten cases, the other five {display-mode: "form"}
-BUGS += [
     Bug(assistant_piece, "ollama#10448", (query_piece, turn_piece, ids_piece),
         "The first answer of each chat is right and quick. The longer we talk, the slower it "
         "gets and the earlier it forgets how we began.",
@@ -195,6 +197,11 @@ BUGS += [
          "Try probabilities 0.5, 0.41, 0.09 with p = 0.9, on paper first."),
         "By these three probabilities: two tokens should stay, and one did.",
         _GITHUB + "rasbt/reasoning-from-scratch/issues/164", _drawn_text),
+]
+
+# %% ../nbs/10h_cases.ipynb #ee53707a
+#@title The ten cases, 8 to 10 {display-mode: "form"}
+BUGS += [
     Bug(mask_piece, "hyprstream#1521", (positions_piece, update_piece, longer_piece),
         "To save memory I let the model read a long prompt in pieces. It then answers as if it "
         "had read the last piece only. In one go the answer is right.",

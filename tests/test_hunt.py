@@ -62,15 +62,13 @@ def test_it_looks_healthy(number):
         assert where(bug.piece.path) is not original(bug.piece.path)
         assert abs(loss_of(bug.dtype) / before - 1) < 0.01
         text = cases.written_text(case, new=7)
-        assert text.endswith("Where is Max? In the garden.\nMax"), text
+        assert text.endswith("Where is Max? In the garden.\nMax went to"), text
         assert bug.sample(case) in str(case)
 
 
-def test_the_training_case_falls_like_the_right_one():
-    right, wrong = hunt.Case(1), hunt.Case(9)
-    falling = cases.training_losses(wrong)
-    wrong.close()
-    right.close()
+def test_the_loss_of_the_training_case_falls():
+    with hunt.hunt(9) as case:
+        falling = cases.training_losses(case)
     assert falling[-1] < falling[0] / 2
     assert all(b < a for a, b in zip(falling, falling[1:]))
 
