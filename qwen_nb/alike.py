@@ -91,8 +91,10 @@ def kind_text(value:object):
 
 def short(value:object):
     "A value on one line, at most 60 characters."
+    if torch.is_tensor(value) and value.numel() > 8:
+        return kind_text(value)
     if torch.is_tensor(value):
-        value = value.tolist() if value.numel() <= 8 else kind_text(value)
+        value = value.tolist()
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
@@ -184,9 +186,11 @@ def sign_story(ours:torch.Tensor, theirs:torch.Tensor, wrong:torch.Tensor):
     if not theirs.is_floating_point():
         return ""
     negative, positive = theirs < 0, theirs > 0
+    if not (negative.any() and positive.any()):
+        return ""
     signs = ("negative", "positive", negative), ("positive", "negative", positive)
     for sign, other, where in signs:
-        if where.any() and (where == wrong).all():
+        if (where == wrong).all():
             return f"Exactly the {sign} values are wrong, all {other} ones are right."
     return ""
 

@@ -117,6 +117,9 @@ def borrowed(piece:Piece):
     "The package's own function, seeing the notebook's names as if it had been written there."
     function = original(piece.path)
     here = vars(sys.modules["__main__"])
+    needs = [n for n in function.__code__.co_names if n in function.__globals__]
+    if not all(name in here for name in needs):
+        return function
     made = FunctionType(function.__code__, here, function.__name__, function.__defaults__,
                         function.__closure__)
     made.__kwdefaults__, made.__doc__ = function.__kwdefaults__, function.__doc__

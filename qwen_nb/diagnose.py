@@ -164,7 +164,7 @@ def what_was_seen(piece:Piece, answer:object, probe:Probe, mine:Outcome, right:O
     if mine.changed != right.changed:
         names = " and ".join(f"`{name}`" for name in mine.changed)
         return [on, f"Your code changes its argument {names} in place, and its caller uses that "
-                "again afterwards. Make a new tensor."]
+                "again afterwards. Work on a copy of it."]
     return [on, *value_story(mine.value, right.value, piece.steps, piece.few)]
 
 

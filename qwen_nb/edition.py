@@ -18,7 +18,7 @@ from .mine import all_pieces
 from .pieces import Piece
 
 # %% ../nbs/80b_edition.ipynb #0523cb7e
-STUB = """{indent}# {count}, {time}. Stuck? Run hint("{name}") in a cell of its own.
+STUB = """{indent}# {count}, {time}. Stuck? hint("{name}")
 {indent}raise NotImplementedError("{name} is still to be written")"""
 
 

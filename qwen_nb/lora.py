@@ -27,8 +27,7 @@ class LoRALinear(nn.Module):
     Source: Hu et al., arXiv:2106.09685; `lora.Linear` in PEFT."""
     def __init__(self,
                  base:nn.Module,  # what it stands in for: has a weight (out, in) and a bias
-                 rank:int,
-                 alpha:float,
+                 rank:int, alpha:float,
                  generator:torch.Generator=None):  # of A's first values
         super().__init__()
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
@@ -38,6 +37,11 @@ class LoRALinear(nn.Module):
         like = dict(bias=False, dtype=dtype, device=base.weight.device)
         self.lora_A = nn.Linear(n_in, rank, **like)
         self.lora_B = nn.Linear(rank, n_out, **like)
+        self.begin(generator)
+
+    def begin(self, generator:torch.Generator):
+        "First values: A at random between ±1/√in, B zero, so that the adapter adds nothing yet."
+        rank, n_in = self.lora_A.weight.shape
         start = torch.rand(rank, n_in, generator=generator) * 2 - 1    # between -1 and 1
         with torch.no_grad():
             self.lora_A.weight.copy_(start / math.sqrt(n_in))
@@ -71,8 +75,7 @@ def put(model:nn.Module, name:str, layer:nn.Module):
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
 
-def is_positive(number:object) -> bool:
-    return type(number) in (int, float) and 0 < number < math.inf
+def is_positive(number:object): return type(number) in (int, float) and 0 < number < math.inf
 
 # %% ../nbs/22a_lora.ipynb #79470b73
 def add_lora(

@@ -28,7 +28,7 @@ zoo_weights zoo_bfloat16 zoo_bpe zoo_merges zoo_encode zoo_text zoo_positions zo
 zoo_yarn zoo_masks zoo_attention zoo_gqa zoo_block zoo_decoder zoo_loading zoo_choosing
 zoo_penalties zoo_order zoo_writing zoo_batches zoo_chat zoo_turns zoo_prompt zoo_long
 zoo_int8 zoo_windows zoo_moe zoo_balance zoo_delta zoo_deltanet zoo_hybrid zoo_rows
-zoo_train zoo_optimizer
+zoo_train zoo_optimizer zoo_tuning zoo_adapters zoo_merging zoo_preference zoo_rewards
 """.split()
 _found = {}
 

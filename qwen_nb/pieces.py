@@ -246,6 +246,7 @@ def seen_by(piece:Piece):
 # %% ../nbs/01d_pieces.ipynb #2ebb2e9a
 def plot_seen(piece:Piece):
     "Which probe sees which mistake, drawn."
+    from matplotlib import pyplot as plt
 
     seen = seen_by(piece)
     fig, ax = plt.subplots(figsize=(7, 1.5 + 0.28 * len(seen)))
