@@ -41,16 +41,16 @@ def record_attention(
     return seen
 
 # %% ../nbs/06_attention.ipynb #ad5af64d
-def attend_one_head(q, k, v, mask):                   # q (q_len, d), k and v (k_len, d)
-    "The mix, `(q_len, d)`, and the weights; `mask` is True where a query may look."
+def attend_one_head(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, mask:torch.Tensor) -> tuple:
+    "The mix (q_len, d) and the weights, of q (q_len, d), k and v (k_len, d); mask True: may look."
     scores = q @ k.T * q.shape[-1] ** -0.5            # (q_len, k_len)
     scores = scores.masked_fill(~mask, -math.inf)
     weights = scores.softmax(-1)                      # rows sum to 1
     return weights @ v, weights
 
 # %% ../nbs/06_attention.ipynb #e21aedbf
-def visible_keys(q_len, k_len, is_real=None, device=None):   # as in `causal_mask` below
-    "True where a query may look: `(1 or batch, 1, q_len, k_len)`."
+def visible_keys(q_len:int, k_len:int, is_real:torch.Tensor=None, device:str|torch.device=None):
+    "True where a query may look: `(1 or batch, 1, q_len, k_len)`. See `causal_mask` below."
     query = torch.arange(k_len - q_len, k_len, device=device)[:, None]
     key = torch.arange(k_len, device=device)[None, :]
     mask = (key <= query)[None, None]

@@ -81,7 +81,7 @@ class GatedAttention(Attention):
         mixed = self.mix_values(q, k, v, mask, cache).transpose(1, 2)     # shaped like the gate
         return self.o_proj((mixed * gate.sigmoid()).flatten(-2))
 
-    def mix_values(self, q, k, v, mask, cache):
+    def mix_values(self, q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, mask:torch.Tensor, cache):
         "`attend`, or in training its faster way. Rows of the mask without a key see everything."
         if mask is not None:  # no row may be empty; what padding sees, nobody reads
             mask = mask | ~mask.any(-1, keepdim=True)

@@ -87,8 +87,8 @@ class SparseMLP(nn.Module):
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 def check_fused(
-    name:str,  # of a tensor with all experts of a layer
-    t,         # the tensor
+    name:str,        # of a tensor with all experts of a layer
+    t:torch.Tensor,  # the tensor
 ):
     "ValueError for a shape that cannot be cut into experts and matrices."
     kind = name.rpartition(".")[2]

@@ -54,7 +54,8 @@ def apply_rope(
     return x * cos + rotate_half(x) * sin
 
 # %% ../nbs/05_rope.ipynb #0f3f6c71
-def angle_tables(position_ids, inv_freq, dtype, attention_factor):   # as in `cos_sin` below
+def angle_tables(position_ids:torch.Tensor, inv_freq:torch.Tensor,
+                 dtype:torch.dtype, attention_factor:float) -> tuple:   # as in `cos_sin` below
     "cos and sin of every angle, `(batch, seq, head_dim)` each, where `position_ids` are."
     inv_freq = inv_freq.to(position_ids.device)
     angles = position_ids[..., None].float() * inv_freq    # m * omega_j: (batch, seq, head_dim/2)

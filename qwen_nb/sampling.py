@@ -16,7 +16,7 @@ from .hub import read_json
 
 # %% ../nbs/09_generate.ipynb #74fd0833
 @torch.no_grad()
-def greedy(model, input_ids, max_new_tokens:int, stop_id=None) -> torch.Tensor:
+def greedy(model, input_ids:torch.Tensor, max_new_tokens:int, stop_id:int=None) -> torch.Tensor:
     """The likeliest token, again and again: ids `(batch, seq)` in, `(batch, seq + new)` out.
 
     Everything is read anew for each. `stop_id` ends a row, and fills it while others go on."""

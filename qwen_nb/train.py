@@ -109,13 +109,13 @@ def attention_map(
 
 # %% ../nbs/21_train.ipynb #9554f22b
 def adamw_step(
-    theta, gradient,      # tensors of one shape
-    m, v,                 # moving means of the gradient and of its square; zeros at first
-    t:int,                # which step this is, counted from 1
+    theta:torch.Tensor, gradient:torch.Tensor,  # of one shape
+    m:torch.Tensor, v:torch.Tensor,  # moving means of gradient and its square; zeros at first
+    t:int,                      # which step this is, counted from 1
     lr:float,
-    betas=(0.9, 0.95),    # how much of m and of v stays
-    eps:float=1e-8,       # added to the root
-    decay:float=0.1,      # weight decay
+    betas:tuple=(0.9, 0.95),    # how much of m and of v stays
+    eps:float=1e-8,             # added to the root
+    decay:float=0.1,            # weight decay
 ) -> tuple:
     """One step: the new theta, m and v.
 
@@ -130,7 +130,7 @@ def adamw_step(
 
 # %% ../nbs/21_train.ipynb #ddf97e2f
 def refuse_narrow(
-    parameters,
+    parameters:list,  # those that are to be trained
 ):
     "ValueError for weights that are narrower than float32: small steps would be rounded away."
     narrow = {str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype.itemsize < 4}

@@ -193,7 +193,7 @@ def tensor_bytes(f, info:TensorInfo, at:int) -> bytearray:
     return raw
 
 
-def bytes_to_tensor(raw:bytearray, dtype, shape:list) -> torch.Tensor:
+def bytes_to_tensor(raw:bytearray, dtype:torch.dtype, shape:list) -> torch.Tensor:
     "The tensor that these bytes are, row by row. It shares their memory."
     flat = torch.empty(0, dtype=torch.uint8)
     if raw:  # frombuffer takes no empty buffer

@@ -85,10 +85,10 @@ def generator_for(
 
 # %% ../nbs/09b_batch.ipynb #8e1c2934
 def end_rows(
-    ids,         # (batch,) the ids just chosen
-    done,        # (batch,) True for a row that had ended before
-    stop_ids,    # (number of them,) ids that end a row
-    pad_id:int,  # for rows that have ended
+    ids:torch.Tensor,       # (batch,) the ids just chosen
+    done:torch.Tensor,      # (batch,) True for a row that had ended before
+    stop_ids:torch.Tensor,  # (number of them,) ids that end a row
+    pad_id:int,             # for rows that have ended
 ) -> tuple:
     "The ids, with padding in rows that had ended; and which rows have ended now."
     ids = ids.masked_fill(done, pad_id)

@@ -72,6 +72,8 @@ pad_piece.mistake(
     does="The longest row is right, the others begin with words that nobody said.",
     public="alpaca-lora#107",
 )
+
+# %% ../nbs/09h_mistakes.ipynb #d56e8f5a
 pad_piece.mistake(
     "0 for real and 1 for padding", {">= missing": "< missing"},
     why="1 says that a token may be read.",

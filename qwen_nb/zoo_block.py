@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from .attention import causal_mask
-from .cache import KVCache
 from .mlp import SwiGLU
 from .model import Block, QwenConfig, positions
 from .pieces import Piece
@@ -82,6 +81,8 @@ swiglu_piece.mistake(
     why="Then no gate ever closes: it is a plain product of two linear maps.",
     does="Large activations grow from layer to layer, and the text is nonsense.",
 )
+
+# %% ../nbs/08c_mistakes.ipynb #68ca34f1
 swiglu_piece.mistake(
     "SiLU after the product",
     {"F.silu(self.gate_proj(x))": "self.gate_proj(x)", "gate * up": "F.silu(gate * up)"},
@@ -137,6 +138,7 @@ def _zoo_config():
         num_attention_heads=6, num_key_value_heads=2, rope_theta=500., rms_norm_eps=1e-5,
     )
 
+# %% ../nbs/08c_mistakes.ipynb #5a7b0185
 def _drawn(module):
     "The module with weights that are far from special: norms that are not all ones."
     for weight in module.parameters():
@@ -160,11 +162,23 @@ def _(f):
     out = f(_drawn(Block(_zoo_config(), 1)), torch.randn(2, 5, 20), cos, sin, mask)
     return out[PADDED.bool()]
 
+class _GrowingCache:
+    "Keys and values of two layers, `(2, batch, kv heads, length, head_dim)` each: they grow."
+    def __init__(self, length):
+        self.kv = list(torch.randn(2, 2, 2, 2, length, 8))
+
+    @property
+    def length(self):
+        return self.kv[-1].shape[3]
+
+    def update(self, layer_idx, k, v):
+        new = torch.stack([k, v])
+        self.kv[layer_idx] = torch.cat([self.kv[layer_idx], new], dim=3)
+        return self.kv[layer_idx]
+
 @block_piece.probe("one token more, with a cache")
 def _(f):
-    cache = KVCache(_zoo_config(), 2, 9)
-    cache.kv.normal_()
-    cache.length = 4
+    cache = _GrowingCache(length=4)
     cos, sin = _zoo_config().rotary()(torch.tensor([[4]]))
     block = _drawn(Block(_zoo_config(), 1))
     return f(block, torch.randn(2, 1, 20), cos, sin, None, cache), cache.length, cache.kv
@@ -204,6 +218,8 @@ block_piece.mistake(
     why="There the sum is normed; in Qwen each branch norms what it reads, and never the stream.",
     does="It trains, less steadily when deep; pretrained weights give nonsense.",
 )
+
+# %% ../nbs/08c_mistakes.ipynb #86bfa5df
 block_piece.mistake(
     "the first norm used twice", {"self.post_attention_layernorm": "self.input_layernorm"},
     why="Each norm has its own weight, and these were trained for different readers.",

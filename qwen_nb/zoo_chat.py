@@ -11,7 +11,7 @@ from .pieces import Piece
 
 # %% ../nbs/10e_mistakes.ipynb #d7fb2750
 def who_wrote(
-    pieces,  # of a prompt
+    pieces:list,  # of a prompt
 ) -> dict:
     "The text of a prompt, and its parts with their writers; neighbours by one writer are joined."
     pieces, parts = list(pieces), []

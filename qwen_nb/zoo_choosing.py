@@ -80,6 +80,8 @@ top_k_piece.mistake(
     does="Pure nonsense, from the first token on.",
     public="mistral.rs#1316",
 )
+
+# %% ../nbs/09d_mistakes.ipynb #0f8b5cf0
 top_k_piece.mistake(
     "0 in place of minus infinity", {"-math.inf": "0."},
     why="A logit of 0 is a fine logit: the softmax gives it a share.",
@@ -178,6 +180,8 @@ top_p_piece.mistake(
     why="`order[i]` says where place i came from, so i is written there, not read from there.",
     does="A permutation the wrong way round: arbitrary tokens go.",
 )
+
+# %% ../nbs/09d_mistakes.ipynb #32fd3cbb
 top_p_piece.mistake(
     "sorted downwards, dropped from the top",
     {"logits.sort(-1)": "logits.sort(-1, descending=True)"},
@@ -269,6 +273,8 @@ min_p_piece.mistake(
     does="Mostly nothing is filtered, as token 0 is seldom likely.",
     public="mamba#927",
 )
+
+# %% ../nbs/09d_mistakes.ipynb #977e1eac
 min_p_piece.mistake(
     "the whole batch's best", {"probs.amax(-1, keepdim=True)": "probs.max()"},
     why="Each row has its own likeliest token.",

@@ -7,13 +7,11 @@ __all__ = ['decoder_piece', 'positions_piece', 'LEFT_PADDED', 'head_piece']
 
 # %% ../nbs/08d_mistakes.ipynb #773f7bef
 import torch
-from torch import nn
 
 from .attention import causal_mask
-from .cache import KVCache
 from .model import Decoder, Qwen, positions
 from .pieces import Piece
-from .zoo_block import PADDED, _drawn, _zoo_config
+from .zoo_block import PADDED, _drawn, _GrowingCache, _zoo_config
 
 # %% ../nbs/08d_mistakes.ipynb #6411188a
 decoder_piece = Piece(
@@ -54,8 +52,7 @@ def _(f):
 
 @decoder_piece.probe("with a cache")
 def _(f):
-    cache, decoder = KVCache(_zoo_config(), 2, 6), _zoo_decoder()
-    cache.kv.zero_()
+    cache, decoder = _GrowingCache(length=0), _zoo_decoder()
     first = f(decoder, _zoo_ids(5), torch.arange(5)[None], None, cache)
     return first, f(decoder, _zoo_ids(1), torch.tensor([[5]]), None, cache), cache.length
 
@@ -94,6 +91,8 @@ decoder_piece.mistake(
     does="Quiet: with many layers the text is only a little worse.",
     public="continual-inference#70",
 )
+
+# %% ../nbs/08d_mistakes.ipynb #831ed2c4
 decoder_piece.mistake(
     "every layer reads the embedding",
     {"x = layer(": "out = layer(", "self.norm(x)": "self.norm(out)"},
@@ -242,7 +241,7 @@ def _(f):
 @head_piece.probe("tied, an unused lm_head beside it")
 def _(f):
     model = _zoo_qwen(True)
-    model.lm_head = nn.Linear(20, 11, bias=False)
+    model.lm_head = torch.nn.Linear(20, 11, bias=False)
     return f(model, torch.randn(2, 5, 20))
 
 @head_piece.probe("one position, bfloat16")
@@ -251,8 +250,7 @@ def _(f):
 
 # %% ../nbs/08d_mistakes.ipynb #f4a7bda5
 head_piece.mistake(
-    "the embedding used as the head always",
-    {"if self.config.tie_word_embeddings:": "if True:"},
+    "the embedding used as the head always", {"if self.config.tie_word_embeddings:": "if True:"},
     why="Larger Qwens are trained with a matrix of its own on the way out.",
     does="The small ones are right, the large ones write nonsense.",
     public="ComfyUI#15048",
@@ -272,6 +270,8 @@ head_piece.mistake(
     does="Its weight counts twice: the best token often stays the best, probabilities change.",
     public="llama.cpp#1925",
 )
+
+# %% ../nbs/08d_mistakes.ipynb #bd6e2297
 head_piece.mistake(
     "probabilities in place of logits",
     {"embed_tokens.weight)": "embed_tokens.weight).softmax(-1)",

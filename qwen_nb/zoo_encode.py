@@ -224,7 +224,7 @@ def _small_vocabulary(pattern):
     added = [Added(name, len(tokens) + i, i < 2) for i, name in enumerate(names)]
     return Vocabulary(tokens, merges, added, pattern)
 
-def small_tokenizer(pattern=SPLIT):
+def small_tokenizer(pattern:str=SPLIT):
     "A tokenizer small enough for a probe, made anew each time."
     return PlainTokenizer(_small_vocabulary(pattern))
 

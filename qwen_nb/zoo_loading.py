@@ -44,6 +44,7 @@ def _stored(tied, **changed):
     found |= {globals()[key]: value for key, value in changed.items()}
     return {name: t for name, t in reversed(found.items()) if t is not None}
 
+# %% ../nbs/08e_mistakes.ipynb #ae7ee31a
 @match_piece.probe("all fits")
 def _(f):
     return f(_stored(False), _planned(False), False)
@@ -109,6 +110,8 @@ match_piece.mistake(
     why="A transposed matrix has as many numbers as the right one.",
     does="Reshaped into place, its rows are scrambled: noise.",
 )
+
+# %% ../nbs/08e_mistakes.ipynb #5bde7a64
 match_piece.mistake(
     "shapes that can be broadcast accepted",
     {SHAPES: "any(a not in (1, b) for a, b in zip(stored[name].shape, want.shape))"},

@@ -163,6 +163,8 @@ keep_piece.mistake(
     why="All probabilities shrink alike, and the next softmax undoes it.",
     does="The temperature does nothing.",
 )
+
+# %% ../nbs/09f_mistakes.ipynb #02334c2a
 TOP_K = "if sampling.top_k:\n        logits = keep_top_k(logits, sampling.top_k)\n"
 TOP_P = "if sampling.top_p < 1:\n        logits = keep_top_p(logits, sampling.top_p)\n"
 

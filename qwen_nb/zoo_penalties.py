@@ -73,6 +73,8 @@ repetition_piece.mistake(
     why="What was not seen keeps its logit.",
     does="It works like a temperature: wilder text, and as many repetitions.",
 )
+
+# %% ../nbs/09e_mistakes.ipynb #848a0a1f
 repetition_piece.mistake(
     "the tokens that were not seen lowered", {"seen, lowered, logits": "seen, logits, lowered"},
     why="`torch.where` takes the first where the condition is true.",

@@ -34,6 +34,7 @@ greedy_piece = Piece(
     keeps=("input_ids",),
 )
 
+# %% ../nbs/09g_mistakes.ipynb #76cd5caf
 def _zoo_model(input_ids, attention_mask=None, last_only=False):
     "Logits (batch, seq, 11); the next token depends on all that stand before."
     best = (5 * input_ids.cumsum(1) + 3 * input_ids + 1) % 11
@@ -95,6 +96,8 @@ greedy_piece.mistake(
     does="Right but slow: it always takes the longest time.",
     public="lit-llama#130",
 )
+
+# %% ../nbs/09g_mistakes.ipynb #67d944a2
 greedy_piece.mistake(
     "the stop id looked for in the whole text",
     {"(best == stop_id)": "(input_ids == stop_id).any(1)"},
@@ -163,6 +166,7 @@ def _one_pass(f, cache, new):
         found[f"length after layer {layer}"] = cache.length
     return found | {"what the cache holds": cache.kv}
 
+# %% ../nbs/09g_mistakes.ipynb #16dea3f0
 @update_piece.probe("one layer, a first piece")
 def _(f):
     return f(_zoo_cache(), 1, *torch.randn(2, 2, 2, 4, 8))
@@ -231,6 +235,8 @@ update_piece.mistake(
     why="New tokens stand behind what is filled.",
     does="Right for the prompt; the first written token takes the prompt's first place.",
 )
+
+# %% ../nbs/09g_mistakes.ipynb #d9f828ac
 update_piece.mistake(
     "keys kept as values", {"= v.detach()": "= k.detach()"},
     why="Keys say who is found, values what is read there.",

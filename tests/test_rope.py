@@ -299,6 +299,14 @@ def test_frequencies_are_real_float32_numbers_wherever_they_are_made():
     assert rotary.inv_freq.dtype == torch.float32 and torch.equal(rotary.inv_freq, want)
 
 
+def test_without_scaling_too():
+    with torch.device("meta"):
+        made_there = inverse_frequencies(64, 1e6)
+    assert torch.equal(made_there, inverse_frequencies(64, 1e6))
+    cos, sin = cos_sin(torch.arange(4)[None].to("meta"), made_there)
+    assert cos.device.type == sin.device.type == "meta"
+
+
 def test_casting_a_model_leaves_its_rotary_alone():
     class Model(torch.nn.Module):
         def __init__(self):
