@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 from types import FunctionType
 
-from .diagnose import Verdict, diagnose, package_class
+from .diagnose import Verdict, diagnose
 from .edition import keep_work, lessons_with_pieces, text_of
 from qwen_nb.mine import (
     IN_USE,
@@ -30,7 +30,7 @@ from qwen_nb.mine import (
     without_calls,
 )
 from .own_map import draw_map
-from .pieces import Piece
+from .pieces import Piece, package_class
 
 # %% ../nbs/80c_build.ipynb #04581e57
 def read_progress() -> dict:

@@ -291,6 +291,8 @@ def value_story(
     if all(isinstance(x, dict) for x in both):
         return dict_story(ours, theirs, steps, few)
     if all(type(x) in (int, float) for x in both):
+        if ours == theirs:
+            return [f"The number is right, but a {type(ours).__name__}: {short(ours)}."]
         first = f"The number is {short(ours)}, expected {short(theirs)}."
         return [first, f"That is {ours / theirs:.6g} times the right one."] if theirs else [first]
     if all(isinstance(x, (bool, type(None))) for x in both):

@@ -18,8 +18,18 @@ import os
 import re
 from pathlib import Path
 
-from .diagnose import as_method_of, diagnose, new_methods, package_class
-from .pieces import IN_USE, Piece, original, place_holders, put_in, take_out
+from .diagnose import diagnose
+from qwen_nb.pieces import (
+    IN_USE,
+    Piece,
+    as_method_of,
+    new_methods,
+    original,
+    package_class,
+    place_holders,
+    put_in,
+    take_out,
+)
 
 # %% ../nbs/80_mine.ipynb #6f42de45
 # Modules that hold pieces, in the order of the course

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORIGINALS', 'IN_USE', 'edited', 'Probe', 'Mistake', 'original', 'Piece', 'Outcome', 'a_copy', 'as_asked',
-           'watch_calls', 'run_probe', 'same_outcome', 'place_holders', 'put_in', 'take_out', 'seen_by', 'plot_seen']
+           'watch_calls', 'run_probe', 'same_outcome', 'package_class', 'as_method_of', 'new_methods', 'place_holders',
+           'put_in', 'take_out', 'seen_by', 'plot_seen']
 
 # %% ../nbs/01d_pieces.ipynb #feaa10ba
 import importlib
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import warnings
 from dataclasses import dataclass, field
+from types import CellType, FunctionType
 
 import torch
 
@@ -52,6 +54,7 @@ class Mistake:
     why:str          # one sentence: why it is wrong
     does:str         # one sentence: what it would do to a model
     public:str = ""  # where it happened: project#number
+    function:object = None  # or the wrong function itself, in place of edits
 
 
 ORIGINALS = {}  # path → the package's own function, also while a learner's stands in its place
@@ -178,6 +181,32 @@ def same_outcome(piece:Piece, ours:Outcome, theirs:Outcome):
     same_value = alike(ours.value, theirs.value, piece.steps, piece.few)
     return same_value and ours.changed == theirs.changed
 
+# %% ../nbs/01d_pieces.ipynb #de13e598
+def package_class(piece:Piece):
+    "The package's class whose method a piece is; None if it is a function."
+    module, *owner, _ = piece.path.split(".")
+    return getattr(importlib.import_module(f"qwen_nb.{module}"), owner[0]) if owner else None
+
+
+def as_method_of(kind:type, function:object):
+    "A method written in another class of that name: its `super()` starts at `kind`."
+    closure = getattr(function, "__closure__", None) or ()
+    names = function.__code__.co_freevars if closure else ()
+    if "__class__" not in names:
+        return function
+    cells = [CellType(kind) if n == "__class__" else c for n, c in zip(names, closure)]
+    made = FunctionType(function.__code__, function.__globals__, function.__name__,
+                        function.__defaults__, tuple(cells))
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def new_methods(piece:Piece, answer:type) -> dict:
+    "What a learner's class has and the package's does not: its helpers, by name."
+    known = vars(package_class(piece))
+    own = vars(answer).items()
+    return {name: value for name, value in own if name not in known and name[:2] != "__"}
+
 # %% ../nbs/01d_pieces.ipynb #bef7f6ce
 IN_USE = {}  # name of a piece → the function that stands in its place
 
@@ -237,7 +266,7 @@ def seen_by(piece:Piece):
     "Which probe sees which mistake: a boolean tensor (mistakes, probes)."
     rows = []
     for mistake in piece.mistakes:
-        wrong = edited(piece.right, mistake.edits)
+        wrong = mistake.function or edited(piece.right, mistake.edits)
         pairs = zip(piece.probes, piece.outcomes)
         row = [not same_outcome(piece, run_probe(piece, wrong, p), right) for p, right in pairs]
         rows.append(row)
