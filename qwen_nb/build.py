@@ -132,7 +132,7 @@ def mixed_class(answer:type, wrong:list):
     methods = {piece.path.split(".")[-1]: borrowed(piece) for piece in wrong}
     return type(answer.__name__, (answer,), methods | {"__yours__": answer})
 
-
+# %% ../nbs/80c_build.ipynb #2b90d597
 def grade(
     answer:object,  # the learner's function, or class with pieces in it
 ):

@@ -57,7 +57,7 @@ class Attention(nn.Module):
         v = self.split_heads(self.v_proj(x)).transpose(1, 2)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def which_mix(self, v:torch.Tensor, cache):            # `attend`, or in training perhaps a faster one
+    def which_mix(self, v:torch.Tensor, cache):  # `attend`; in training perhaps a faster one
         in_training = self.training and cache is None and v.dtype == torch.bfloat16
         return self.training_mix if in_training else attend
 

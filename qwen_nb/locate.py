@@ -234,7 +234,7 @@ def list_order_story(ours:list, theirs:list):
             return f"Every entry is {off.pop():+d} away from the right one."
     return ""
 
-
+# %% ../nbs/01c_locate.ipynb #ee255b39
 def list_story(ours:list, theirs:list, steps:float, few:float):
     "How two lists differ."
     sentences = []
