@@ -17,6 +17,7 @@ import linecache
 import os
 import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 from .diagnose import diagnose

@@ -49,7 +49,7 @@ def _(f):
 
 @swiglu_piece.probe("stored in bfloat16")
 def _(f):
-    return f(_zoo_swiglu(6, 10).bfloat16(), torch.randn(2, 5, 6).bfloat16())
+    return f(_zoo_swiglu(6, 10).bfloat16(), torch.randn(2, 5, 6).bfloat16()).dtype
 
 @swiglu_piece.probe("one vector")
 def _(f):
