@@ -17,6 +17,8 @@ from qwen_nb.pieces import IN_USE, edited
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = sorted(path.stem for path in (ROOT / "building").glob("*.ipynb"))
+LONG = "14b_balance", "22_finetune", "22a_lora", "22b_preference", "22c_rewards"  # they train
+RUN = [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in LESSONS]
 
 
 def run(*command, status=0, **env):
@@ -68,7 +70,7 @@ def test_there_are_enough_lessons_and_it_is_small():
     assert max(sizes) < 100_000 and sum(sizes) < 2_000_000
 
 
-@pytest.mark.parametrize("name", LESSONS)
+@pytest.mark.parametrize("name", RUN)
 def test_a_lesson_runs_to_its_end_with_nothing_filled_in(name):
     said = run("tools/building.py", "--run", name, MPLBACKEND="agg", OMP_NUM_THREADS="1")
     pieces = lessons_with_pieces()[name]
