@@ -37,7 +37,11 @@ def run_build(args:argparse.Namespace) -> int:
         print(f"Next: {lesson}\n      jupyter lab {lesson}     or  qwen-nb build --lab")
         return 0
     import subprocess
-    return subprocess.run([sys.executable, "-m", "jupyter", "lab", str(lesson)]).returncode
+
+    from qwen_nb.build import edition_folder
+    root = os.path.commonpath([lesson.resolve(), edition_folder()])   # so that links lead somewhere
+    command = [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={root}", str(lesson)]
+    return subprocess.run(command).returncode
 
 def use_own_pieces(folder:str):
     "Let the pieces of the learner's folder take their places, and say how many there are."

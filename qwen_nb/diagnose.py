@@ -185,7 +185,8 @@ def verdict_on_wrong(piece:Piece, answer:object, function:object, mine:list, fai
         lines = [f"{piece.name}, not yet. This is {' and '.join(names)}."]
         for mistake in named:
             lines += what_is_known(mistake)
-        lines = dict.fromkeys([*lines, *seen[:2]])               # nothing is said twice
+        enough = 3 if "differs." in seen[1] else 2
+        lines = dict.fromkeys([*lines, *seen[:enough]])         # nothing is said twice
         return Verdict(False, "\n".join(lines), "mistake", names)
     lines = [f"{piece.name}, not yet: right on {count - len(failing)} of {count} inputs.", *seen]
     passed = [probe.title for i, probe in enumerate(piece.probes) if i not in failing]

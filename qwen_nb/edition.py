@@ -14,7 +14,7 @@ import copy
 import hashlib
 import re
 
-from .mine import all_pieces
+from .mine import all_pieces, names_used
 from .pieces import Piece
 
 # %% ../nbs/80b_edition.ipynb #0523cb7e
@@ -104,9 +104,8 @@ def names_made(text:str):
 
 
 def names_read_by(text:str):
-    "Names that a code cell uses."
-    tree = ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", text, flags=re.M))
-    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    "Names that a code cell takes from the cells before."
+    return names_used(re.sub(r"^(\s*)[%!].*", r"\1pass", text, flags=re.M))
 
 # %% ../nbs/80b_edition.ipynb #cf3129eb
 def left_out(cells:list) -> set:
@@ -208,12 +207,11 @@ def pieces_in(cell:dict, pieces:list):
 
 # %% ../nbs/80b_edition.ipynb #ee271135
 def first_cell(cell:dict, name:str):
-    "The title, with a note on what this edition is. Its picture is the reading edition's."
+    "The title and its picture, with a note on what this edition is."
     text = text_of(cell).replace("/blob/main/nbs/", "/blob/main/building/")
     title, rest = text.split("\n", 1)
-    picture = r"!\[[^\]]*\]\(attachment:[^)]*\)\n*"
-    text = f"{title}\n{NOTE.format(name=name)}{re.sub(picture, '', rest, flags=re.S)}"
-    return new_cell("markdown", cell["id"], text)
+    made = new_cell("markdown", cell["id"], f"{title}\n{NOTE.format(name=name)}{rest}")
+    return made | {"attachments": cell.get("attachments", {})}
 
 # %% ../nbs/80b_edition.ipynb #7e48a2ac
 def lessons_with_pieces() -> dict:

@@ -253,11 +253,11 @@ def list_story(ours:list, theirs:list, steps:float, few:float):
     else:
         sentences.append(f"Entry {at} is {mine}, expected {right}.")
     if len(ours) == len(theirs):
-        fine = [i for i in range(len(pairs)) if i not in different]
-        tensors = all(torch.is_tensor(x) for x in theirs)
-        if tensors and fine:
-            sentences.append(f"The entries {short(fine)} are right.")
-        sentences.append(list_order_story(ours, theirs))
+        if len(different) < len(pairs):
+            sentences.append(f"{len(pairs) - len(different)} of {len(pairs)} entries are right.")
+        order = list_order_story(ours, theirs)
+        if order:
+            return [*sentences, order]
     if torch.is_tensor(theirs[at]) or isinstance(theirs[at], (list, tuple, dict)):
         sentences += value_story(ours[at], theirs[at], steps, few)
     return sentences

@@ -16,6 +16,8 @@ import inspect
 import linecache
 import os
 import re
+import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 from .diagnose import diagnose
@@ -65,7 +67,9 @@ def pieces_of(
         return [every[name]]
     found = [piece for piece in every.values() if piece.name.split(".")[0] == name]
     if not found:
-        raise LookupError(f"there is no piece called {name}; the pieces are {', '.join(every)}")
+        near = get_close_matches(name, [*every, *(n.split(".")[0] for n in every)], 3, 0.5)
+        advice = f"did you mean {' or '.join(near)}?" if near else "see the task above a stub."
+        raise LookupError(f"there is no piece called {name}: {advice}")
     return found
 
 # %% ../nbs/80_mine.ipynb #b3089127
@@ -227,10 +231,14 @@ def load_mine(folder:Path) -> tuple:
         try:
             spec.loader.exec_module(own)
         except Exception as error:
-            said = f"{path} does not run: {type(error).__name__}, {error}"
+            why = f"{type(error).__name__}, {error}"
+            said = f"{path} does not run ({why}): the package's stands in."
             complaints += [said] if said not in complaints else []
             continue
-        found[piece.name] = getattr(own, name)
+        if hasattr(own, name):
+            found[piece.name] = getattr(own, name)
+        else:
+            complaints.append(f"{path} has no {name} any more: the package's stands in.")
     return found, complaints
 
 
@@ -246,7 +254,7 @@ def place_answer(piece:Piece, answer:object):
 def use_mine(
     folder:Path=None,  # the learner's; None: `my_folder()`
 ) -> list:
-    "Put all right pieces of a folder into their places. Their names; what is wrong is printed."
+    "Put all right pieces of a folder into their places. Their names; the rest is complained of."
     all_pieces()
     answers, complaints = load_mine(folder or my_folder())
     for name, answer in answers.items():
@@ -255,10 +263,10 @@ def use_mine(
         if verdict.right:
             place_answer(piece, answer)
         elif verdict.kind != "empty":
-            first = verdict.text.splitlines()[0]
+            first = " ".join(verdict.text.splitlines()[:3])
             complaints.append(f"{first} The package's stands in.")
     for said in complaints:
-        print(said)
+        print(said, file=sys.stderr)
     return [name for name in answers if name in IN_USE]
 
 

@@ -66,7 +66,8 @@ def draw_box(ax, left:float, row:int, width:float, label:str, names:list):
     "One box, filled from the left as far as its pieces are the learner's."
     mine = sum(name in IN_USE for name in names)
     ax.barh(row, width, left=left, height=0.72, color=GREY)
-    ax.barh(row, width * mine / len(names), left=left, height=0.72, color=OURS)
+    strong = 1 if mine == len(names) else 0.4          # a text in black is to be read on it
+    ax.barh(row, width * mine / len(names), left=left, height=0.72, color=OURS, alpha=strong)
     color = "white" if mine == len(names) else "black"
     text = f"{label}\n{mine} of {len(names)}"
     ax.text(left + width / 2, row, text, ha="center", va="center", fontsize=8, color=color)

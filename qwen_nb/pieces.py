@@ -19,6 +19,7 @@ from types import CellType, FunctionType
 import torch
 
 from .alike import alike, kind_text
+from .verify import at_most
 
 # %% ../nbs/01d_pieces.ipynb #8f96104f
 def edited(
@@ -168,7 +169,8 @@ def run_probe(piece:Piece, function:object, probe:Probe):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            outcome.value = a_copy(probe.run(watch_calls(piece, function, outcome)))
+            with at_most(20):
+                outcome.value = a_copy(probe.run(watch_calls(piece, function, outcome)))
         except Exception as error:
             outcome.error = error
     return outcome

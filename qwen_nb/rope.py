@@ -12,8 +12,8 @@ import torch
 
 # %% ../nbs/05_rope.ipynb #70f5eb48
 def pair_speeds(head_dim:int, theta:float, factor:float) -> torch.Tensor:
-    "Radians per position of each pair: `(head_dim/2,)`, float32 on the CPU."
-    two_j = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+    "Radians per position of each pair: `(head_dim/2,)`, float32."
+    two_j = torch.arange(0, head_dim, 2, dtype=torch.float32)
     slower = theta ** (two_j / head_dim)           # than pair 0: from 1 to nearly theta
     return 1.0 / (factor * slower)
 
@@ -32,7 +32,8 @@ def inverse_frequencies(
         raise ValueError(f"head_dim is {head_dim}; RoPE turns channels in pairs: expected even")
     if not 1 < theta < math.inf:
         raise ValueError(f"rope_theta is {theta}; expected a number above 1")
-    return pair_speeds(head_dim, theta, factor)
+    with torch.device("cpu"):       # also where a large model is planned without memory
+        return pair_speeds(head_dim, theta, factor)
 
 # %% ../nbs/05_rope.ipynb #dc201009
 def rotate_half(x:torch.Tensor) -> torch.Tensor:   # (..., head_dim) in and out

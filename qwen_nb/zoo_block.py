@@ -47,6 +47,10 @@ def _(f):
 def _(f):
     return f(_zoo_swiglu(8, 8), torch.randn(2, 5, 8))
 
+@swiglu_piece.probe("stored in bfloat16")
+def _(f):
+    return f(_zoo_swiglu(6, 10).bfloat16(), torch.randn(2, 5, 6).bfloat16()).dtype
+
 @swiglu_piece.probe("one vector")
 def _(f):
     return f(_zoo_swiglu(6, 10), 3 * torch.randn(6))

@@ -17,7 +17,7 @@ from .zoo_block import PADDED, _drawn, _GrowingCache, _zoo_config
 decoder_piece = Piece(
     "model.Decoder.forward", lesson="08_model", minutes=10, level=1, steps=256,
     task="From ids to the last hidden states: embed, send through all layers with one pair of "
-         "rotary tables, and norm at the end.",
+         "rotary tables (`self.rotary(position_ids, dtype, cache)`), and norm at the end.",
     hints=(
         "`self.rotary(position_ids, dtype, cache)` gives cosine and sine, once for all layers.",
         "Each layer takes the stream and gives it back, with cos, sin, mask and cache as its other "

@@ -13,11 +13,11 @@ from .pieces import Piece
 # %% ../nbs/05c_mistakes.ipynb #1d30cc55
 speeds_piece = Piece(
     "rope.pair_speeds", lesson="05_rope", minutes=5, level=1,
-    task="How many radians does each pair of channels turn per position? float32, on the CPU.",
+    task="How many radians does each pair of channels turn per position? float32.",
     hints=(
         "Pair j turns by one over theta to the power 2j/d. How many pairs are there?",
         "Make the numbers 0, 2, 4 … as float32, divide them by d, raise theta to them, and take "
-        "one over the product with `factor`. Say `device` aloud.",
+        "one over the product with `factor`.",
     ),
     shapes="""
     2j             (head_dim/2,), float32
@@ -34,10 +34,9 @@ def _(f):
 def _(f):
     return f(6, 500.0, 4.0)
 
-@speeds_piece.probe("a model planned without memory")
+@speeds_piece.probe("one pair only")
 def _(f):
-    with torch.device("meta"):
-        return f(8, 1e4, 1.0).device.type
+    return f(2, 1e4, 2.0)
 
 # %% ../nbs/05c_mistakes.ipynb #58e8c488
 speeds_piece.mistake(
@@ -88,12 +87,6 @@ speeds_piece.mistake(
     {"arange(0, head_dim, 2": "arange(0, head_dim, 1"},
     why="Two channels share one angle; d channels make d/2 pairs.",
     does="The tables come out twice as wide, and the first product with them fails.",
-)
-speeds_piece.mistake(
-    "speeds made wherever tensors are made by default",
-    {', device="cpu"': ""},
-    why="Large models are planned on a device without memory first, and numbers are lost there.",
-    does="A small model works; a large one that is planned first has rubbish for speeds.",
 )
 
 # %% ../nbs/05c_mistakes.ipynb #f1abb5e8

@@ -134,7 +134,8 @@ greedy_piece.mistake(
 update_piece = Piece(
     "cache.KVCache.update", lesson="09a_cache", minutes=15, level=2,
     task="Write one layer's new keys and values into their place, behind what is filled, and give "
-         "back all of that layer's up to there. The length grows when the last layer is done.",
+         "back all of that layer's up to there. The length grows when the last layer is done. What "
+         "is kept carries no gradient: `detach` it.",
     hints=(
         "`self.place(new)` says from where to where. `self.kv[layer_idx]` holds keys and values.",
         "All layers of a pass begin at the same place, so only one of them may change "

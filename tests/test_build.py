@@ -166,7 +166,7 @@ def test_a_broken_file_is_told_and_the_package_stands_in(folder, tmp_path, capsy
     rope = (broken / "rope.py").read_text(encoding="utf-8")
     (broken / "rope.py").write_text(rope.replace("[-b, a]", "[b, -a]"), encoding="utf-8")
     names = use_mine(broken)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "RMSNorm.forward" not in names and "rotate_half" not in names
     assert "rotate_half, not yet. This is" in said and "package's stands in" in said
     assert "Attention.forward" in names
