@@ -122,6 +122,20 @@ def test_first_screen(path):
             assert folded, f"cell {cell['number']} is set-up and not folded"
 
 
+# Lessons that may lead on elsewhere than to the file after them: name → where, and why here.
+LEADS_ELSEWHERE = {}
+
+
+@pytest.mark.parametrize("path, following", [*zip(LESSONS, LESSONS[1:])], ids=lambda p: p.stem)
+def test_the_way_leads_through_every_lesson(path, following):
+    "What `Next` links to first is the next file. (The last lesson leads out of the course.)"
+    first_link = r"\*\*Next:\*\* \[(\w+)\]\(\1\.ipynb\)"
+    found = re.search(first_link, cells(path)[0]["text"])
+    assert found, f"{path.stem}: after **Next:** comes no link to a lesson"
+    expected = LEADS_ELSEWHERE.get(path.stem, following.stem)
+    assert found[1] == expected, f"{path.stem} leads on to {found[1]}, the next is {expected}"
+
+
 @each_lesson
 def test_other_notebooks_are_links(path):
     names = [p.stem for p in NOTEBOOKS if p != path]

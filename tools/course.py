@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Write the table of lessons into nbs/index.ipynb, from the first cell of each lesson.
 
+Pages of mistakes that follow each other share a row.
+
 `--check` only says whether it is out of date.
 """
 
@@ -20,6 +22,7 @@ PARTS = {
     "09": "Writing and talking",
     "11": "Every generation",
     "20": "Training",
+    "80": "Build it yourself",
     "90": "The command",
 }
 # Two thirds are ●●; these are easier or harder.
@@ -47,16 +50,48 @@ def lessons():
     return found
 
 
+def rows_of(found):
+    "Lessons that share a row: lists, most of one lesson, but of all neighbouring mistakes pages."
+    rows = []
+    for lesson in found:
+        is_page = lesson[0].endswith("_mistakes")
+        if is_page and rows and rows[-1][-1][0].endswith("_mistakes"):
+            if rows[-1][-1][0][:2] == lesson[0][:2]:
+                rows[-1].append(lesson)
+                continue
+        rows.append([lesson])
+    return rows
+
+
+def mistakes_row(pages):
+    "One row for several pages of mistakes: each is a link, the minutes are added up."
+    first, last = (pages[i][0].partition("_")[0] for i in (0, -1))
+    numbers = f"{first} to {last}" if len(pages) > 1 else first
+    subjects = []
+    for name, title, _, _ in pages:
+        subject = title.removeprefix("The mistakes of ")
+        subjects.append(f"[{subject}]({name}.ipynb)")
+    minutes = sum(page[3] for page in pages)
+    return f"| {numbers} | The mistakes of {'; '.join(subjects)}. | {minutes} | ●● |\n"
+
+
+def lesson_row(name, title, summary, minutes):
+    difficulty = "●" if name in EASY else "●●●" if name in HARD else "●●"
+    row = f"| [{name}]({name}.ipynb) | {title}. {summary} | {minutes} | {difficulty} |\n"
+    return row.replace("?.", "?").replace("!.", "!")
+
+
 def table():
     "The rows as markdown."
     rows = BEGIN
-    for name, title, summary, minutes in lessons():
+    for group in rows_of(lessons()):
+        name = group[0][0]
         part = PARTS.get(name[:2]) if re.match(r"\d\d_", name) else None
         if part:
             rows += f"| **{part}** | | | |\n"
-        difficulty = "●" if name in EASY else "●●●" if name in HARD else "●●"
-        rows += f"| [{name}]({name}.ipynb) | {title}. {summary} | {minutes} | {difficulty} |\n"
-    return rows.replace("?.", "?").replace("!.", "!")
+        is_mistakes = name.endswith("_mistakes")
+        rows += mistakes_row(group) if is_mistakes else lesson_row(*group[0])
+    return rows
 
 
 def main():
