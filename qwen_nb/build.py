@@ -19,20 +19,18 @@ from types import FunctionType
 from .diagnose import Verdict, diagnose
 from .edition import keep_work, lessons_with_pieces, text_of
 from qwen_nb.mine import (
-    IN_USE,
     all_pieces,
     cell_of,
     keep_cell,
     my_folder,
-    original,
     pieces_of,
     place_answer,
-    take_out,
     use_mine,
+    use_package,
     without_calls,
 )
 from .own_map import draw_map
-from .pieces import Piece, package_class
+from .pieces import IN_USE, Piece, original, package_class, take_out
 
 # %% ../nbs/80c_build.ipynb #04581e57
 def read_progress() -> dict:
@@ -89,7 +87,7 @@ def hint(
 # %% ../nbs/80c_build.ipynb #69682935
 def show_verdict(verdict:Verdict):
     "The grader's words, at most 96 columns wide."
-    mark = "✓" if verdict.right else "…" if verdict.kind == "empty" else "✗"
+    mark = "✓" if verdict.right else "✗"
     first, *rest = verdict.text.splitlines()
     print(textwrap.fill(f"{mark} {first}", 96, subsequent_indent="  "))
     for line in rest:
@@ -161,14 +159,18 @@ def grade(
               "if that showed an error, mend it first.")
         return answer
 
-    before = len(IN_USE)
+    before = [piece for piece in pieces if piece.name in IN_USE]
+    count_before = len(IN_USE)
     wrong = [piece for piece in pieces if not grade_piece(piece, answer)]
     written = [p for p in pieces if p not in wrong and IN_USE[p.name].__module__ == "__main__"]
     if wrong:
         print("  The cells below use the package's until yours is right.")
-    if written:
+    lost = [piece.name for piece in before if piece not in written]
+    if written and lost:
+        print(f"  Not saved: what was saved before has {', '.join(lost)} too, and stays.")
+    elif written:
         save(pieces[0], answer)
-    if len(IN_USE) > before:
+    if len(IN_USE) > count_before:
         count = f"{len(IN_USE)} piece{'s' * (len(IN_USE) > 1)}"
         print(f"  The packaged model with {count} of yours in it: {one_answer()}")
         draw_map()
@@ -214,8 +216,7 @@ def begin(
     lesson:str,  # the notebook's name
 ):
     "First cell of a building lesson: earlier pieces take their places, and one sees where one is."
-    for said in IN_USE.copy():
-        take_out(all_pieces()[said])
+    use_package()
     mine = use_mine()
     here = [piece.name for piece in lessons_with_pieces().get(lesson, [])]
     print(f"{len(mine)} of {len(all_pieces())} pieces are yours, from {my_folder()}")
@@ -223,8 +224,7 @@ def begin(
     print(f"In this lesson: {', '.join(here)}" + (f" (done: {', '.join(done)})" if done else ""))
     if mine:
         draw_map()
-    in_colab = "google" + ".colab" in sys.modules
-    if in_colab and "drive" not in str(my_folder()):
+    if "google" + ".colab" in sys.modules and "drive" not in str(my_folder()):
         print("This folder is gone when the session ends. To keep it, mount your Drive and set "
               'os.environ["MY_QWEN"] = "/content/drive/MyDrive/my_qwen" before this cell.')
 
@@ -268,8 +268,8 @@ def lay_out(folder:Path) -> list:
     return changed
 
 # %% ../nbs/80c_build.ipynb #140eed9c
-def standing() -> list:
-    "Where one stands, as lines: each lesson with its pieces, and what comes next."
+def standing() -> tuple:
+    "Where one stands: a line for each lesson, and the first lesson that is not done, or None."
     progress, lines, following = read_progress(), [], None
     for lesson, pieces in lessons_with_pieces().items():
         done = sum(piece.name in IN_USE for piece in pieces)

@@ -41,6 +41,8 @@ def run_build(args:argparse.Namespace) -> int:
     from qwen_nb.build import edition_folder
     root = os.path.commonpath([lesson.resolve(), edition_folder()])   # so that links lead somewhere
     command = [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={root}", str(lesson)]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")                                # in a container
     return subprocess.run(command).returncode
 
 def use_own_pieces(folder:str):

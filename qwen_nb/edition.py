@@ -58,10 +58,10 @@ def make_stub(
     lines = source.split("\n")
     first, last = body_lines(node, lines)
     code = [line for line in lines[first - 1:last] if line.strip() and not is_comment(line)]
-    head = lines[:first - 1]
-    if node.body[-1].lineno == node.lineno or first <= node.body[0].lineno == node.lineno:
-        head = [lines[node.lineno - 1][:node.body[0].col_offset].rstrip()]   # all on one line
-        head = lines[:node.lineno - 1] + head
+    head, begins = lines[:first - 1], node.body[0]
+    signature = lines[begins.lineno - 1][:begins.col_offset].rstrip()
+    if signature:                                      # the body stands behind it, on its line
+        head = lines[:begins.lineno - 1] + [signature]
     count, time = how_long(piece, len(code))
     indent = " " * (node.col_offset + 4)
     stub = STUB.format(indent=indent, count=count.capitalize(), time=time, name=piece.name)

@@ -28,7 +28,6 @@ from qwen_nb.pieces import (
     new_methods,
     original,
     package_class,
-    place_holders,
     put_in,
     take_out,
 )
@@ -59,7 +58,7 @@ def all_pieces() -> dict:
 def pieces_of(
     what:object,  # a function, a class, or a name: `RMSNorm`, `RMSNorm.forward`, `apply_rope`
 ) -> list:
-    "The pieces that a function is, or that a class has. LookupError, with what there is, if none."
+    "The pieces that a function is, or that a class has. LookupError, with near names, if none."
     name = what if isinstance(what, str) else getattr(what, "__qualname__", repr(what))
     name = name.split("<locals>.")[-1]
     every = all_pieces()
@@ -209,6 +208,7 @@ def cell_of(answer:object) -> str:
 
 def without_calls(source:str) -> str:
     "A cell without the lines that call the grader or ask for a hint: what is to be kept of it."
+    source = re.sub(r"(?m)^#\|.*\n", "", source)          # what is meant for nbdev
     lines = source.split("\n")
     for node in reversed(ast.parse(source).body):
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}

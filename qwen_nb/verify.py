@@ -7,9 +7,9 @@ __all__ = ['planted', 'back_to_front', 'rounding_steps', 'check', 'check_fails',
            'must_refuse']
 
 # %% ../nbs/01_verify.ipynb #75d64c38
+import ctypes
 import linecache
 import math
-import signal
 import threading
 from contextlib import contextmanager
 from inspect import unwrap  # Python's own `inspect`
@@ -159,22 +159,22 @@ def told(
 def at_most(
     seconds:float,  # how long the block may take
 ):
-    "TimeoutError if the block takes longer. Only where there are alarms: not on Windows."
-    has_alarms = hasattr(signal, "setitimer")
-    if not has_alarms or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    "TimeoutError if the block takes longer, raised in the line that is then running."
+    here = ctypes.c_ulong(threading.get_ident())
 
-    def stop(*_):
-        raise TimeoutError(f"it still ran after {seconds:g} seconds: does every loop end?")
+    def stop():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(here, ctypes.py_object(TimeoutError))
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
     try:
         yield
+    except TimeoutError as error:
+        error.args = error.args or (f"still running after {seconds:g} s: does every loop end?",)
+        raise
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        timer.cancel()
 
 # %% ../nbs/01_verify.ipynb #21ecec57
 def try_answer(

@@ -133,10 +133,16 @@ import my_qwen
 from qwen_nb.pieces import IN_USE
 with torch.no_grad():
     own = my_qwen.Qwen.from_pretrained()(ids)
-print(len(IN_USE), torch.equal(own, package), my_qwen.Qwen.forward.__module__)
+print(len(IN_USE), torch.equal(own, package))
+from inspect import getfile, unwrap
+from pathlib import Path
+print({str(Path(getfile(unwrap(f))).parent) for f in IN_USE.values()})
+from qwen_nb import attention, gqa, model, norm
+at_work = norm.RMSNorm.forward, gqa.Attention.qkv, model.Decoder.forward, attention.visible_keys
+print({str(Path(getfile(f)).parent) for f in at_work})
 """
-    said = run("-c", code, PYTHONPATH=f"{folder.parent}{os.pathsep}{ROOT}")
-    assert said.split()[:2] == [str(len(all_pieces())), "True"], said
+    said = run("-c", code, PYTHONPATH=f"{folder.parent}{os.pathsep}{ROOT}").splitlines()
+    assert said == [f"{len(all_pieces())} True", *[str({str(folder)})] * 2], said
 
 
 def test_chat_mine(folder):
@@ -181,6 +187,9 @@ def test_a_mixture_answers(folder):
     (piece,) = pieces_of("RMSNorm")
     mine.place_answer(piece, answers[piece.name])
     assert list(IN_USE) == ["RMSNorm.forward"]
+    from qwen_nb.norm import RMSNorm
+
+    assert Path(RMSNorm.forward.__code__.co_filename) == folder / "norm.py"
     assert "Anna" in build.one_answer()
 
 
@@ -254,3 +263,32 @@ def test_super_and_new_methods_in_a_learners_class():
     assert verdict.right, verdict.text
     mine.place_answer(piece, Mine)
     assert RMSNorm(3)(torch.ones(3)).shape == (3,)
+
+
+def test_a_saved_piece_is_not_lost_to_an_empty_stub(folder, tmp_path, monkeypatch, capsys):
+    "A class with three pieces is saved; then one is written anew and the two others are stubs."
+    import shutil
+
+    own = shutil.copytree(folder, tmp_path / "my_qwen")
+    monkeypatch.setenv("MY_QWEN", str(own))
+    build.begin("06a_gqa")
+    saved = (own / "gqa.py").read_text(encoding="utf-8")
+
+    class Attention:
+        def split_heads(self, x):
+            return x.unflatten(-1, (-1, self.head_dim))
+
+        def qkv(self, x, cos, sin):
+            raise NotImplementedError("still to be written")
+
+        def forward(self, x, cos, sin, mask=None, cache=None):
+            raise NotImplementedError("still to be written")
+
+    for name in ("split_heads", "qkv", "forward"):
+        getattr(Attention, name).__module__ = "__main__"
+    given = build.grade(Attention)
+    said = capsys.readouterr().out
+    assert "Attention.qkv: yours, from my_qwen, is at work" in said
+    assert "Not saved: what was saved before has Attention.qkv, Attention.forward too" in said
+    assert (own / "gqa.py").read_text(encoding="utf-8") == saved
+    assert given.qkv is IN_USE["Attention.qkv"]

@@ -296,3 +296,46 @@ def test_the_exercise_takes_every_way_to_write_it():
     must_accept(names["grade_my_steps"], by_hand)
     must_accept(names["grade_my_steps"], names["my_steps_solution"])
     must_refuse(names["grade_my_steps"], names["my_steps"], "the stub")
+
+
+def test_an_endless_loop_is_stopped_in_any_thread():
+    import threading
+    import time
+
+    from qwen_nb.verify import at_most
+
+    def endless():
+        while True:
+            pass
+
+    def tried():
+        try:
+            with at_most(0.1):
+                endless()
+        except TimeoutError as error:
+            said.append(str(error))
+
+    said = []
+    tried()
+    thread = threading.Thread(target=tried)
+    thread.start()
+    thread.join(10)
+    assert said == ["still running after 0.1 s: does every loop end?"] * 2
+    with at_most(0.1):
+        pass
+    time.sleep(0.3)  # a block that ended in time is not interrupted afterwards
+
+
+def test_a_grader_stops_an_endless_answer(monkeypatch):
+    from qwen_nb import pieces
+    from qwen_nb.diagnose import diagnose
+    from qwen_nb.mine import pieces_of
+
+    def endless(x):
+        while True:
+            pass
+
+    at_most = pieces.at_most
+    monkeypatch.setattr(pieces, "at_most", lambda seconds: at_most(0.05))
+    verdict = diagnose(pieces_of("rotate_half")[0], endless)
+    assert not verdict.right and "`while True:` with TimeoutError: still running" in verdict.text

@@ -57,11 +57,12 @@ def telling_lines(piece):
     import inspect
     import textwrap
 
+    from qwen_nb.edition import body_lines
+
     source = textwrap.dedent(inspect.getsource(piece.right))
-    (node,) = ast.parse(source).body
-    lines = source.split("\n")
-    body = node.body[1:] if ast.get_docstring(node) else node.body
-    found = [squeezed(line) for line in lines[body[0].lineno - 1 : node.end_lineno]]
+    (node,), lines = ast.parse(source).body, source.split("\n")
+    first, last = body_lines(node, lines)
+    found = [squeezed(line) for line in lines[first - 1 : last]]
     plumbing = [squeezed(line) for line in PLUMBING.splitlines()]
     return [line for line in found if len(line) >= 25 and line not in plumbing]
 
