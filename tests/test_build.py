@@ -64,6 +64,19 @@ def test_it_is_up_to_date_and_tells_no_solution():
     run("tools/building.py", "--check")
 
 
+def test_a_solution_that_can_be_read_is_found(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import building
+
+    editions = building.make()
+    assert building.leaks(editions) == []
+    lesson = json.loads(editions["04_rmsnorm"])
+    lesson["cells"][5]["source"] = ["x = 1\n", "h = h*torch.rsqrt(ms + self.eps)  # by hand\n"]
+    found = building.leaks(editions | {"04_rmsnorm": json.dumps(lesson)})
+    (line,) = found
+    assert line.startswith("04_rmsnorm, cell 5, RMSNorm.forward: h = h*"), line
+
+
 def test_there_are_enough_lessons_and_it_is_small():
     assert len(LESSONS) >= 28 and LESSONS == list(lessons_with_pieces())
     sizes = [path.stat().st_size for path in (ROOT / "building").glob("*.ipynb")]

@@ -3,12 +3,15 @@
 That each mistake is called by its name, and that pairs are, the pages of mistakes check themselves.
 """
 
+import ast
 import inspect
+import textwrap
 
 import pytest
 
 from qwen_nb.build import help_steps
 from qwen_nb.diagnose import diagnose
+from qwen_nb.edition import body_lines, is_comment
 from qwen_nb.mine import ZOO, all_pieces
 
 PIECES = list(all_pieces().values())
@@ -84,5 +87,8 @@ def test_what_is_said_of_a_mistake(piece):
 @each_piece
 def test_it_is_small(piece):
     assert 1 <= piece.minutes <= 60 and piece.level in (1, 2, 3)
-    code = inspect.getsource(piece.right)
-    assert len(code.splitlines()) <= 60, "a piece is a page at most, its docstring included"
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(piece.right)))
+    (node,), lines = ast.parse(source).body, source.split("\n")
+    first, last = body_lines(node, lines)
+    code = [line for line in lines[first - 1 : last] if line.strip() and not is_comment(line)]
+    assert 1 <= len(code) <= 18, "the README says one to eighteen lines"

@@ -73,12 +73,13 @@ def leaks(editions):
 
     found = []
     for name, pieces in lessons_with_pieces().items():
-        cells = json.loads(editions[name])["cells"]
-        for number, cell in enumerate(cells):
+        telling = {piece.name: telling_lines(piece) for piece in pieces}
+        for number, cell in enumerate(json.loads(editions[name])["cells"]):
             for line in text_of(cell).split("\n"):
-                for piece in pieces:
-                    if any(told in squeezed(line) for told in telling_lines(piece)):
-                        found.append(f"{name}, cell {number}, {piece.name}: {line.strip()}")
+                plain = squeezed(line)
+                for piece, told in telling.items():
+                    if any(part in plain for part in told):
+                        found.append(f"{name}, cell {number}, {piece}: {line.strip()}")
     return found
 
 
