@@ -76,12 +76,14 @@ def factor_story(ours:torch.Tensor, theirs:torch.Tensor):
 
 # %% ../nbs/01c_locate.ipynb #614e8793
 def slices_from(ours:torch.Tensor, theirs:torch.Tensor, axis:int, steps:float):
-    "For each slice of ours along an axis: which slice of theirs it is, or None."
+    "For each slice of ours along an axis: which slice of theirs it is. None if one is none."
     found = []
     rights = theirs.unbind(axis)
     for mine in ours.unbind(axis):
-        same = [j for j, r in enumerate(rights) if alike_tensors(mine, r, steps, 0)]
-        found.append(same[0] if same else None)
+        same = (j for j, right in enumerate(rights) if alike_tensors(mine, right, steps, 0))
+        found.append(next(same, None))
+        if found[-1] is None:
+            return None
     return found
 
 
@@ -92,7 +94,7 @@ def order_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float):
         if not 1 < n <= 64:
             continue
         order = slices_from(ours, theirs, axis, steps)
-        if None in order or order == list(range(n)):
+        if order is None or order == list(range(n)):
             continue
         shift = order[0]
         shifted = [(i + shift) % n for i in range(n)]
