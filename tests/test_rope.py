@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import linecache
 import math
 import pickle
 import random
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from qwen_nb.compare import first_difference, record
+from qwen_nb.diagnose import exercise
 from qwen_nb.inspect import load_reference
 from qwen_nb.model import Qwen
 from qwen_nb.rope import apply_rope, cos_sin, inverse_frequencies, rotate_half
@@ -494,20 +496,23 @@ def test_a_base_fixed_in_the_code_fails_at_the_first_check_of_its_own_lesson():
 
 
 def test_the_positions_of_padding_must_be_0_as_the_text_says():
-    names = dict(torch=torch)
-    exec(cell_with("def grade_positions"), names)
-    grade = names["grade_positions"]
+    names = dict(torch=torch, exercise=exercise)
+    text, file = cell_with("#@title Grader"), "<grader of 05>"
+    linecache.cache[file] = len(text), None, text.splitlines(True), file  # for `inspect`
+    exec(compile(text, file, "exec"), names)
+    grade = names["positions_from_mask_exercise"]
     grade(lambda m: (m.cumsum(-1) - 1) * m)
     grade(lambda m: (m.cumsum(-1) - 1).masked_fill_(m == 0, 0))
+    grade(lambda m: (m.cumsum(-1) - 1).masked_fill(m == 0, 0).int())
     for fill in (1, -1, 7):
-        with pytest.raises(AssertionError, match="padding should get 0"):
+        with pytest.raises(AssertionError, match="expected 0"):
             grade(lambda m, fill=fill: (m.cumsum(-1) - 1).masked_fill(m == 0, fill))
 
 
 def test_solutions_are_folded():
     for path in (NOTEBOOK, YARN_NOTEBOOK):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        found = [c for c in cells if "".join(c["source"]).startswith("#@title Solution")]
+        found = [c for c in cells if "".join(c["source"]).startswith("#@title Grader")]
         assert found
         for cell in found:
             assert cell["metadata"]["jupyter"]["source_hidden"]
