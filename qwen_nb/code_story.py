@@ -7,6 +7,7 @@ __all__ = ['TRAINED', 'GIVEN', 'CUTS', 'names_read', 'unread', 'outside_story', 
            'error_hint', 'printed_story', 'tensors_in', 'sent_back', 'gradients', 'is_cut', 'cut_story']
 
 # %% ../nbs/01e_code.ipynb #d8482273
+import copy
 import dis
 import inspect
 import re
@@ -169,6 +170,10 @@ def gradients(piece:Piece, function:object, probe:Probe):
             if isinstance(value, nn.Module):
                 own = ((f"{name}.{n}", p) for n, p in value.named_parameters())
                 leaves.update((n, p) for n, p in own if p.requires_grad)
+            elif name == "model" and vars(value):       # no module, but it holds tensors
+                kept = {n: asks(f"{name}.{n}", v) for n, v in vars(value).items()}
+                value = copy.copy(value)
+                vars(value).update(kept)
             if not torch.is_tensor(value) or not value.is_floating_point() or name in GIVEN:
                 return value
             leaves[name] = value.detach().clone().requires_grad_()

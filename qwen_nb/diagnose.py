@@ -15,12 +15,11 @@ from itertools import combinations
 
 from .alike import kind_text
 from .code_story import cut_story, error_hint, outside_story, printed_story, unread
-from .locate import value_story
+from .locate import is_vague, value_story
 from qwen_nb.pieces import (
     Mistake,
     Outcome,
     Piece,
-    Probe,
     as_method_of,
     edited,
     new_methods,
@@ -120,6 +119,9 @@ def what_was_seen(piece:Piece, answer:object, function:object, number:int, mine:
         said = told(mine.error, answer)
         if nothing and not said.startswith("your code"):
             return [on, empty]
+        if mine.calls and said[:4] != "your" and type(mine.returned) is not type(right.returned):
+            gave, expected = kind_text(mine.returned), kind_text(right.returned)
+            return [on, f"Yours gave {gave}, expected {expected}."]
         expected = f" Expected here: {of_error(right.error)}." if right.error else ""
         hint = error_hint(mine.error, function, piece.right)
         return [on, f"{said[0].upper()}{said[1:].rstrip('.')}.{expected}", *([hint] * bool(hint))]
@@ -132,8 +134,10 @@ def what_was_seen(piece:Piece, answer:object, function:object, number:int, mine:
         return [on, f"Your code changes its argument {names} in place, and its caller uses that "
                 "again afterwards. Work on a copy of it: `x += y` writes into x, `x = x + y` makes "
                 "a new one."]
-    same = [f"What came back is `{mine.unchanged}` as it was."] if mine.unchanged else []
-    return [on, *same, *value_story(mine.value, right.value, piece.steps, piece.few)]
+    story = value_story(mine.value, right.value, piece.steps, piece.few)
+    if mine.unchanged:
+        return [on, f"What came back is `{mine.unchanged}` as it was.", *story[:1]]
+    return [on, *story]
 
 
 def what_is_known(mistake:Mistake):
@@ -168,7 +172,7 @@ def told_best(piece:Piece, answer:object, function:object, mine:list, failing:li
     told_of = {}
     for at in failing:
         told_of[at] = what_was_seen(piece, answer, function, at, mine[at])
-        if "differ, everywhere" not in told_of[at][-1]:
+        if not is_vague(told_of[at]):
             return at, told_of[at]
     return failing[0], told_of[failing[0]]
 

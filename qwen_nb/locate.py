@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ratio_spread', 'factor_story', 'slices_from', 'order_story', 'place_story', 'growth_story', 'broken_story',
-           'number_story', 'tensor_story', 'text_story', 'list_order_story', 'list_story', 'dict_story', 'value_story']
+           'number_story', 'tensor_story', 'list_order_story', 'is_vague', 'list_story', 'dict_story', 'value_story']
 
 # %% ../nbs/01c_locate.ipynb #be107450
 import math
@@ -27,6 +27,8 @@ from qwen_nb.alike import (
     shape_story,
     short,
     sign_story,
+    spans,
+    text_story,
 )
 from .verify import rounding_steps
 
@@ -97,7 +99,8 @@ def order_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float):
         if len(set(order)) == 1:
             return f"Along axis {axis} every entry is a copy of entry {shift}."
         size, blocks = blocks_of(order)
-        what = f"blocks of {size} (heads?) stand in this order:" if size > 1 else "entries come from"
+        blockwise = f"blocks of {size} (heads?) stand in this order:"
+        what = blockwise if size > 1 else "entries come from"
         return f"Along axis {axis} the {what} {short(blocks)}, expected from 0 on, in order."
     return ""
 
@@ -125,8 +128,8 @@ def place_story(wrong:torch.Tensor):
         if bad[-1] < good[0]:
             return f"{along} entries 0 to {bad[-1]} are wrong, all from {good[0]} on are right."
         if len(bad) <= len(good):
-            return f"{along} only entries {short(bad)} are wrong."
-        return f"{along} only entries {short(good)} are right."
+            return f"{along} only entries {spans(bad)} are wrong."
+        return f"{along} only entries {spans(good)} are right."
     return f"{wrong.double().mean():.0%} of the values differ, everywhere."
 
 # %% ../nbs/01c_locate.ipynb #af236481
@@ -170,8 +173,9 @@ def number_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, wrong:torc
     if square and alike(ours, theirs.mT.contiguous(), steps):
         return "The last two axes are exchanged."
     story = ruled_out_story(ours, theirs) or function_story(ours, theirs)
-    story = story or factor_story(ours, theirs) or order_story(ours, theirs, steps)
-    story = story or moved_story(ours, theirs) or sign_story(ours, theirs, wrong)
+    order, moved = order_story(ours, theirs, steps), moved_story(ours, theirs)
+    story = story or factor_story(ours, theirs) or (moved if "laid out" in moved else order)
+    story = story or moved or sign_story(ours, theirs, wrong)
     if story:
         return story
     apart = ours.double() - theirs.double()
@@ -211,15 +215,6 @@ def tensor_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float)
     return [first, number_story(ours, theirs, steps, wrong)]
 
 # %% ../nbs/01c_locate.ipynb #48788273
-def text_story(ours:str, theirs:str):
-    "Where two pieces of text, or of bytes, part."
-    at = 0
-    while at < min(len(ours), len(theirs)) and ours[at] == theirs[at]:
-        at += 1
-    near = slice(max(0, at - 20), at + 20)
-    return (f"They part at character {at}: {ours[near]!r}, expected {theirs[near]!r}.")
-
-
 def list_order_story(ours:list, theirs:list):
     "Two different lists of one length: only the order, or all off by one number?"
     if sorted(map(repr, ours)) == sorted(map(repr, theirs)):
@@ -231,6 +226,11 @@ def list_order_story(ours:list, theirs:list):
     return ""
 
 # %% ../nbs/01c_locate.ipynb #ee255b39
+def is_vague(sentences:list):
+    "Whether sentences on a value say no more than that it is another."
+    return any(words in sentences[-1] for words in ("differ, everywhere", "numbers differ too"))
+
+
 def list_story(ours:list, theirs:list, steps:float, few:float):
     "How two lists differ."
     sentences = []
@@ -243,6 +243,10 @@ def list_story(ours:list, theirs:list, steps:float, few:float):
     if not different:
         return [*sentences, f"{short(list(ours[len(theirs):]))} at the end is too much."]
     at = different[0]
+    for i in different:                                # the one of which there is most to say
+        if torch.is_tensor(theirs[i]) and not is_vague(value_story(ours[i], theirs[i], steps, few)):
+            at = i
+            break
     mine, right = short(ours[at]), short(theirs[at])
     if mine == right:                                  # two tensors of one kind
         sentences.append(f"Entry {at} differs.")

@@ -155,7 +155,7 @@ def watch_calls(piece:Piece, function:object, outcome:Outcome):
         outcome.returned = function(*args, **kw)
         changed = [n for n in before if not alike(a_copy(given[n]), before[n], 0, 0)]
         outcome.changed = tuple(sorted({*outcome.changed, *changed}))
-        same = [n for n, v in given.items() if v is outcome.returned and v is not None]
+        same = [n for n, v in given.items() if v is outcome.returned and hasattr(v, "__len__")]
         outcome.unchanged = "" if changed else "".join(same[:1])
         return outcome.returned
 
