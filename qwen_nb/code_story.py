@@ -200,9 +200,11 @@ def is_cut(mine:torch.Tensor, right:torch.Tensor, closely:bool):
 
 # %% ../nbs/01e_code.ipynb #e50ce9a8
 def cut_story(piece:Piece, function:object):
-    "Of an answer with the right values: where no gradient comes back, in sentences; or nothing."
+    """Of an answer with the right values: where no gradient comes back, in sentences; or nothing.
+
+    And a remark, which is no fault: of a change in place that only training minds."""
     if piece.path.partition(".")[0] not in TRAINED:
-        return []
+        return [], ""
     lines = [line.strip() for line in source_of(function).splitlines()]
     cuts = [line for line in lines if CUTS.search(line.partition("#")[0])]
     lost = []
@@ -214,17 +216,18 @@ def cut_story(piece:Piece, function:object):
         if broken:
             continue
         if error and "inplace operation" in str(error):
-            return ["But it changes in place what the way back, in training, still needs: a step "
-                    "such as `x += y`. Write `x = x + y`, which makes a new tensor."]
+            return [], ("One thing: a step such as `x += y` changes what the way back still needs, "
+                        "and training will stop there. `x = x + y` makes a new tensor.")
         if error:
             first = (str(error).splitlines() or [""])[0]
-            return [f"On the way back, in training, it stops with {type(error).__name__}: {first}"]
+            said = f"On the way back, in training, it stops with {type(error).__name__}: {first}"
+            return [said], ""
         for ours, theirs in zip(mine, right):
             lost += [n for n in theirs if is_cut(ours.get(n), theirs[n], bool(cuts))]
     if not lost:
-        return []
+        return [], ""
     names = [f"`{name}`" for name in dict.fromkeys(lost)]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     said = [f"But the gradient of {', '.join(names[:3])}{more} is lost or wrong: this piece could "
             "not be trained."]
-    return said + [f"The way back is cut at `{line[:90]}`." for line in cuts[:2]]
+    return said + [f"The way back is cut at `{line[:90]}`." for line in cuts[:2]], ""

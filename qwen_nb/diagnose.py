@@ -229,12 +229,13 @@ def diagnose(
     failing = [i for i, (a, b) in enumerate(pairs) if not same_outcome(piece, a, b)]
     if failing:
         return verdict_on_wrong(piece, answer, function, mine, failing)
-    cut = cut_story(piece, function)
+    cut, remark = cut_story(piece, function)
     if cut:
         first = f"{piece.name}, not yet: its values are right on all {len(mine)} inputs."
         return Verdict(False, "\n".join([first, *cut]), "cut")
     text = f"{piece.name} is right: like the package's on {len(mine)} inputs."
-    return Verdict(True, "\n".join([text, *beside(piece, function, mine)]), "right")
+    lines = [text, remark, *beside(piece, function, mine)]
+    return Verdict(True, "\n".join(line for line in lines if line), "right")
 
 # %% ../nbs/01e_diagnose.ipynb #7f16175f
 @dataclass
