@@ -215,7 +215,7 @@ def cut_story(piece:Piece, function:object):
             gradients(piece, function, probe)
         if broken:
             continue
-        if error and "inplace operation" in str(error):
+        if error and re.search("in-?place|out=", str(error)):
             return [], ("One thing: a step such as `x += y` changes what the way back still needs, "
                         "and training will stop there. `x = x + y` makes a new tensor.")
         if error:
