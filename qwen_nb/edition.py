@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUB', 'SEALED', 'LEVELS', 'BEGIN', 'NOTE', 'find_function', 'body_lines', 'how_long', 'make_stub', 'is_comment',
-           'text_of', 'is_install', 'is_left_out', 'holds_solution', 'seal', 'unsealed', 'without_directives',
-           'closed_if_needed', 'links_to', 'short_hash', 'new_cell', 'task_of', 'split_after', 'piece_cells',
+           'text_of', 'is_install', 'is_left_out', 'holds_solution', 'short_hash', 'seal', 'unsealed',
+           'without_directives', 'closed_if_needed', 'links_to', 'new_cell', 'task_of', 'split_after', 'piece_cells',
            'pieces_in', 'first_cell', 'build_lesson', 'is_changed', 'key_of', 'keep_work', 'is_tools']
 
 # %% ../nbs/80b_edition.ipynb #cf2be5b7
@@ -99,6 +99,10 @@ def holds_solution(text:str):
     return bool(re.search(made, text, re.M) or answers)
 
 # %% ../nbs/80b_edition.ipynb #cf3129eb
+def short_hash(text:str):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 SEALED = """#@title Sealed: {why} {{display-mode: "form"}}
 exec(unsealed(\"\"\"
 {text}
@@ -146,10 +150,6 @@ def links_to(editions:dict, text:str):
         return match[0] if name in editions else f"](../nbs/{name}.ipynb{match[2] or ''})"
 
     return re.sub(r"\]\((?!https?:)([\w-]+)\.ipynb(#[^)]*)?\)", link, text)
-
-
-def short_hash(text:str):
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def new_cell(kind:str, id:str, text:str, **meta):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lessons_built import LESSONS, check_solved, run_lessons
+from lessons_built import LESSONS, check_empty, check_solved, run_lessons
 
 from qwen_nb import build, mine
 from qwen_nb.diagnose import diagnose
 from qwen_nb.edition import build_lesson, keep_work, key_of, lessons_with_pieces, text_of
+from qwen_nb.inspect import packaged_model
 from qwen_nb.mine import all_pieces, keep_cell, load_mine, pieces_of, use_mine, use_package
 from qwen_nb.pieces import IN_USE, edited
 
@@ -125,6 +126,46 @@ def test_a_lesson_runs_with_everything_filled_in(name, solved):
 def test_every_lesson_runs_with_everything_filled_in():
     for name, said in run_lessons(*LESSONS, solved=True).items():
         check_solved(name, said)
+
+
+def small_qwen3(folder):
+    "A random Qwen3 with other numbers than the packaged one, and its tokenizer."
+    import shutil
+
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    rope = dict(rope_type="default", rope_theta=1e6)
+    sizes = dict(vocab_size=512, hidden_size=96, intermediate_size=160, num_hidden_layers=3)
+    heads = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=24)
+    config = Qwen3Config(**sizes, **heads, rope_parameters=rope, tie_word_embeddings=False)
+    model = Qwen3ForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    model.save_pretrained(folder)
+    for path in packaged_model().glob("*token*.json"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def run_on(model, *names):
+    "Lessons on another model, as they stand and solved."
+    for solved in (False, True):
+        for name, said in run_lessons(*names, solved=solved, QWEN_NB_MODEL=str(model)).items():
+            check = check_solved if solved else check_empty
+            check(name, said)
+
+
+def test_it_runs_on_another_model(tmp_path):
+    run_on(small_qwen3(tmp_path / "qwen3"), "06a_gqa")
+
+
+@pytest.mark.slow
+def test_more_of_it_runs_on_other_models(tmp_path):
+    names = "02_weights", "05_rope", "06a_gqa", "07_swiglu", "08_model", "08a_loading", "09a_cache"
+    run_on(small_qwen3(tmp_path / "qwen3"), *names)
+    run_on(packaged_model("qwen2"), *names, "04_rmsnorm", "09_generate")
 
 
 def test_what_was_written_is_kept():
@@ -275,6 +316,23 @@ def test_build_begins_and_goes_on(tmp_path, monkeypatch, capsys):
     build.build()
     assert "cannot be read and is left as it is" in capsys.readouterr().out
     assert following.read_text(encoding="utf-8") == "{"
+
+
+def test_build_goes_on_where_one_was(tmp_path, monkeypatch, capsys):
+    "The last lesson worked in comes next, and the first open one is named too."
+    monkeypatch.setenv("MY_QWEN", str(tmp_path / "my_qwen"))
+    build.note_progress(pieces_of("rotate_half")[0], hints=1)
+    build.note_progress(pieces_of("attend_one_head")[0], tries=1)
+    assert build.build().stem == "06_attention"
+    assert "Go on with 06_attention. The first that is still open: 02_weights" in (
+        capsys.readouterr().out
+    )
+    build.note_progress(pieces_of("rotate_half")[0], hints=2)
+    assert build.build().stem == "05_rope", "the piece that was worked on last decides"
+    assert list(build.read_progress()) == ["attend_one_head", "rotate_half"]
+    still_open = ["02_weights", "06_attention"]
+    assert build.lesson_to_go_on_with(still_open) == "06_attention", "05 is done: the next one"
+    assert build.lesson_to_go_on_with(["02_weights"]) == "02_weights", "all later ones are done"
 
 
 def test_super_and_new_methods_in_a_learners_class():
