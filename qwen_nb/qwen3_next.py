@@ -51,7 +51,8 @@ class NextConfig(HybridConfig, MoEConfig):
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
     unsaid = HybridConfig.unsaid | dict(num_key_value_heads=2)
-    model_type = "qwen3_next"
+    model_type, whole_type = "qwen3_next", None
+    architecture = "Qwen3NextForCausalLM"
 
     @classmethod
     def read(cls, raw:dict):
