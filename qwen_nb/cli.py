@@ -290,7 +290,7 @@ def main(argv:list=None):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())            # for Python's last flush
         status = 141
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as e:
         print(f"qwen-nb: {sentence(e, args.parser.prog)}", file=sys.stderr)
     except KeyboardInterrupt as e:
         print(f"qwen-nb: {str(e) or 'stopped'}", file=sys.stderr)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYER_KINDS', 'CONFIGS', 'ELSEWHERE', 'HybridParts', 'layer_kinds', 'check_hybrid', 'HybridConfig',
-           'hybrid_arguments', 'text_only', 'hybrid_json']
+           'hybrid_arguments', 'hybrid_json']
 
 # %% ../nbs/15c_qwen3_5.ipynb #ec6364c9
 from dataclasses import dataclass, fields
@@ -119,7 +119,6 @@ class HybridConfig(HybridParts, QwenConfig):
 
     @classmethod
     def read(cls, raw:dict): return cls(**hybrid_arguments(raw, cls))
-    def rename(self, stored:dict): return text_only(stored)
     def as_json(self): return hybrid_json(self)
 
 # %% ../nbs/15c_qwen3_5.ipynb #bc10f880
@@ -139,18 +138,6 @@ def hybrid_arguments(
     known["rope_scaling"] = None if rope in ({}, dict(rope_type="default")) else rope
     more = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
     return more | known | dict(partial_rotary_factor=share)
-
-def text_only(
-    stored:dict,  # name → tensor
-) -> dict:
-    """The text model's tensors under our names; those of the vision tower and of multi-token
-    prediction are left out. ValueError if the file holds the text model twice."""
-    kept = [name for name in stored if not name.startswith(("model.visual.", "mtp."))]
-    text = {name.replace("model.language_model.", "model.", 1): stored[name] for name in kept}
-    if len(text) < len(kept):
-        raise ValueError("the checkpoint holds the text model twice, "
-                         "with and without model.language_model.")
-    return text
 
 CONFIGS = {"qwen3_5": HybridConfig, "qwen3_5_text": HybridConfig}
 

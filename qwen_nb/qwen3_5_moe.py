@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OF_EXPERT', 'CONFIGS', 'fuse', 'MoEHybridConfig']
 
-# %% ../nbs/15h_qwen3_5_moe.ipynb #8c0bb7dd
+# %% ../nbs/15h_qwen3_5_moe.ipynb #a1e5f8c4
 import re
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ import torch
 
 from .mixture import MoEConfig
 from .moe import FUSED, unfuse
-from .qwen3_5 import HybridConfig, text_only
+from .qwen3_5 import HybridConfig
 
-# %% ../nbs/15h_qwen3_5_moe.ipynb #b2f796b0
+# %% ../nbs/15h_qwen3_5_moe.ipynb #55c402e2
 OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 def fuse(
@@ -36,7 +36,7 @@ def fuse(
             found[f"{where}.{fused}"] = torch.stack(each)
     return found
 
-# %% ../nbs/15h_qwen3_5_moe.ipynb #5407d9f9
+# %% ../nbs/15h_qwen3_5_moe.ipynb #0c0fa96a
 @dataclass
 class MoEHybridConfig(HybridConfig, MoEConfig):
     "A `HybridConfig` with a mixture in every layer. Defaults: those of Qwen3.6-35B-A3B."
@@ -61,7 +61,7 @@ class MoEHybridConfig(HybridConfig, MoEConfig):
         config.mlp_only_layers = ()
         return config
 
-    def rename(self, stored:dict): return unfuse(text_only(stored))
+    def rename(self, stored:dict): return unfuse(stored)
     def original(self, weights:dict): return fuse(weights)
 
 CONFIGS = {"qwen3_5_moe": MoEHybridConfig, "qwen3_5_moe_text": MoEHybridConfig}

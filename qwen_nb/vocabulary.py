@@ -23,7 +23,8 @@ class Added(NamedTuple):
     name: str
     id: int
     control: bool  # "special": left out by `decode(skip_special=True)`
-    exact: bool = True  # found in the text as it stands; no Qwen has another way
+    exact: bool = True  # found letter by letter; false: swallows blanks, or only a whole word
+    after_nfc: bool = False  # looked for in the text's NFC form, not as the text stands
 
 class Vocabulary(NamedTuple):
     "What a tokenizer's files say. Tokens are spelled in stand-ins."
@@ -107,11 +108,11 @@ def added_token(
     entry:dict,  # as JSON describes it
 ) -> Added:
     "One added token. Raises KeyError or TypeError."
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    exact = not any(entry.get(flag) for flag in flags)
+    exact = not any(entry.get(flag) for flag in ("single_word", "lstrip", "rstrip"))
+    after_nfc = bool(entry.get("normalized"))
     if not isinstance(entry["content"], str):
         raise TypeError("an added token without a name")
-    return Added(entry["content"], entry["id"], bool(entry.get("special")), exact)
+    return Added(entry["content"], entry["id"], bool(entry.get("special")), exact, after_nfc)
 
 # %% ../nbs/03b_vocabulary.ipynb #4f697b57
 def json_merge(
