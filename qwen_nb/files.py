@@ -7,10 +7,10 @@ __all__ = ['WRAPPERS', 'DEEPER', 'BARE', 'ASIDE', 'BUFFERS', 'DTYPE_NAMES', 'MAR
            'own_name', 'kind_aside', 'text_only', 'left_aside', 'one_dtype', 'said_form', 'how_packed', 'check_plain',
            'check_heads']
 
-# %% ../nbs/02g_files.ipynb #8ed083e2
+# %% ../nbs/02g_files.ipynb #9603c3f3
 import torch
 
-# %% ../nbs/02g_files.ipynb #3a89314a
+# %% ../nbs/02g_files.ipynb #f943ddfe
 WRAPPERS = "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"
 DEEPER = "model.language_model.", "language_model."     # the text model beside a tower
 BARE = "embed_tokens.", "layers.", "norm."              # of a file without the first level
@@ -30,7 +30,7 @@ def own_name(
             return inside if outside_of_decoder else "model." + inside.removeprefix("model.")
     return "model." + name if name.startswith(BARE) else name
 
-# %% ../nbs/02g_files.ipynb #5d96a58b
+# %% ../nbs/02g_files.ipynb #d9eddd49
 ASIDE = {"the vision tower": ("visual.", "model.visual.", "vision_tower.", "model.vision_tower."),
          "the multi-token-prediction head": ("mtp.", "model.mtp.")}
 BUFFERS = "rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "attn.masked_bias"
@@ -64,10 +64,13 @@ def left_aside(
 ) -> str:
     "What `text_only` leaves out, in one line for people; empty if it is nothing but buffers."
     kinds = [kind_aside(own_name(name)) for name in stored]
-    counts = [f"{kind} ({kinds.count(kind)} tensors)" for kind in ASIDE if kind in kinds]
-    return f"left aside: {', '.join(counts)}" if counts else ""
+    said = []
+    for kind in ASIDE:
+        count = kinds.count(kind)
+        if count: said.append(f"{kind} ({count} tensor{'s' * (count > 1)})")
+    return f"left aside: {', '.join(said)}" if said else ""
 
-# %% ../nbs/02g_files.ipynb #bba065c3
+# %% ../nbs/02g_files.ipynb #20f887ee
 DTYPE_NAMES = dict(float32=torch.float32, bfloat16=torch.bfloat16,  # what a model can run in
                    float16=torch.float16, float64=torch.float64)
 
@@ -86,7 +89,7 @@ def one_dtype(
         if str(said) in DTYPE_NAMES: return DTYPE_NAMES[said]
     return max(counts, key=counts.get)
 
-# %% ../nbs/02g_files.ipynb #c19ed10e
+# %% ../nbs/02g_files.ipynb #9c3f19c0
 MARKS = {  # form → how names of its tensors end
     "GPTQ": (".g_idx",), "AWQ": (".qzeros",), "compressed-tensors": (".weight_packed",),
     "bitsandbytes": (".absmax", ".SCB", "bitsandbytes__nf4", "bitsandbytes__fp4"),
@@ -118,7 +121,7 @@ def how_packed(
         if any(name.endswith(ends) for name in stored): return form
     return "FP8" if is_fp8 else "whole numbers of an unknown form"
 
-# %% ../nbs/02g_files.ipynb #eea7a518
+# %% ../nbs/02g_files.ipynb #c6f95333
 WAYS_OUT = {"MLX": "mlx_lm.convert with --dequantize writes plain numbers",
             "bitsandbytes": "dequantize() and save_pretrained in transformers write plain numbers"}
 
@@ -135,7 +138,7 @@ def check_plain(
     raise ValueError(f"the checkpoint is quantised ({form}; {odd} is {dtype}): its numbers are "
                      f"packed, and plain ones are expected; {WAYS_OUT.get(form, otherwise)}")
 
-# %% ../nbs/02g_files.ipynb #1cfe1c02
+# %% ../nbs/02g_files.ipynb #73dccaec
 OTHERS = {  # part of a name → what it belongs to
     "score.": "a classifier of texts (…ForSequenceClassification)",
     "classifier.": "a classifier of tokens (…ForTokenClassification)",

@@ -26,7 +26,7 @@ from qwen_nb.files import (
 from .hub import find_model, open_weights, read_json
 from .model import Qwen, QwenConfig
 
-# %% ../nbs/08a_loading.ipynb #98a6df9e
+# %% ../nbs/08a_loading.ipynb #86dc3b13
 def text_settings(
     raw:dict,  # what config.json holds
 ) -> dict:
@@ -42,7 +42,7 @@ def text_settings(
     at_top = {key: raw[key] for key in ("tie_word_embeddings",) if raw.get(key) is not None}
     return dict(model_type=raw.get("model_type")) | text | at_top
 
-# %% ../nbs/08a_loading.ipynb #26554ba6
+# %% ../nbs/08a_loading.ipynb #852ba278
 OF_PICTURES = "mrope_section", "mrope_interleaved", "type"  # a text's positions have one axis
 
 def rope_object(
@@ -105,6 +105,10 @@ def parse_config(
 LATER = {  # model_type → the module that knows it
     "qwen": "qwen_nb.qwen1", "qwen2_moe": "qwen_nb.mixture", "qwen3_moe": "qwen_nb.mixture",
     "qwen3_next": "qwen_nb.qwen3_next",
+    "qwen2_vl": "qwen_nb.pictures", "qwen2_vl_text": "qwen_nb.pictures",
+    "qwen2_5_vl": "qwen_nb.pictures", "qwen2_5_vl_text": "qwen_nb.pictures",
+    "qwen3_vl": "qwen_nb.pictures", "qwen3_vl_text": "qwen_nb.pictures",
+    "qwen3_vl_moe": "qwen_nb.pictures", "qwen3_vl_moe_text": "qwen_nb.pictures",
     "qwen3_5": "qwen_nb.qwen3_5", "qwen3_5_text": "qwen_nb.qwen3_5",
     "qwen3_5_moe": "qwen_nb.qwen3_5_moe", "qwen3_5_moe_text": "qwen_nb.qwen3_5_moe"}
 
@@ -179,7 +183,7 @@ def match_weights(
                          "lm_head.weight that differs from the embedding")
     return {name: stored[name] for name in planned}
 
-# %% ../nbs/08a_loading.ipynb #ce2c81a4
+# %% ../nbs/08a_loading.ipynb #e1b6f12e
 def read_weights(
     folder:Path,        # from `find_model`
     config:QwenConfig,
