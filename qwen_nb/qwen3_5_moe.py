@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OF_EXPERT', 'CONFIGS', 'fuse', 'MoEHybridConfig']
 
-# %% ../nbs/15h_qwen3_5_moe.ipynb #a1e5f8c4
+# %% ../nbs/15h_qwen3_5_moe.ipynb #50adcb13
 import re
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from .mixture import MoEConfig
 from .moe import FUSED, unfuse
 from .qwen3_5 import HybridConfig
 
-# %% ../nbs/15h_qwen3_5_moe.ipynb #55c402e2
+# %% ../nbs/15h_qwen3_5_moe.ipynb #88f54b75
 OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 def fuse(
@@ -36,7 +36,7 @@ def fuse(
             found[f"{where}.{fused}"] = torch.stack(each)
     return found
 
-# %% ../nbs/15h_qwen3_5_moe.ipynb #0c0fa96a
+# %% ../nbs/15h_qwen3_5_moe.ipynb #12d8d4f8
 @dataclass
 class MoEHybridConfig(HybridConfig, MoEConfig):
     "A `HybridConfig` with a mixture in every layer. Defaults: those of Qwen3.6-35B-A3B."
