@@ -265,7 +265,7 @@ def test_every_generation_changes_something():
 def test_labels_do_not_overlap_and_keep_their_order():
     fig, ax = plt.subplots()
     ax.set(xlim=(1, 10), ylim=(0, 1))
-    names = [*FAMILY]
+    names = [*FAMILY][:10]
     label_ends(
         ax, {name: y for name, y in zip(names, [0.5] * 5 + [0.51, 0.9, 0.97, 0.98, 0.99])}, gap=0.06
     )
