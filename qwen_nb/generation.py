@@ -89,7 +89,7 @@ def max_positions(
     What its config says, or what its rope scaling stretches the original context to."""
     scaling = config.rope_scaling or {}
     original = scaling.get("original_max_position_embeddings")
-    if original is None and "yarn" in scaling.values():    # then YaRN stretches what the config says
+    if original is None and "yarn" in scaling.values():  # YaRN stretches what is known
         original = config.max_position_embeddings
     stretched = int((scaling.get("factor") or 0) * (original or 0))
     return max(config.max_position_embeddings, stretched)

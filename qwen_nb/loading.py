@@ -15,18 +15,11 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from qwen_nb.files import (
-    DTYPE_NAMES,
-    check_heads,
-    check_plain,
-    left_aside,
-    one_dtype,
-    text_only,
-)
+from .files import DTYPE_NAMES, check_heads, check_plain, left_aside, one_dtype, text_only
 from .hub import find_model, open_weights, read_json
 from .model import Qwen, QwenConfig
 
-# %% ../nbs/08a_loading.ipynb #86dc3b13
+# %% ../nbs/08a_loading.ipynb #7b5423ed
 def text_settings(
     raw:dict,  # what config.json holds
 ) -> dict:
@@ -42,7 +35,7 @@ def text_settings(
     at_top = {key: raw[key] for key in ("tie_word_embeddings",) if raw.get(key) is not None}
     return dict(model_type=raw.get("model_type")) | text | at_top
 
-# %% ../nbs/08a_loading.ipynb #852ba278
+# %% ../nbs/08a_loading.ipynb #44602744
 OF_PICTURES = "mrope_section", "mrope_interleaved", "type"  # a text's positions have one axis
 
 def rope_object(
@@ -183,7 +176,7 @@ def match_weights(
                          "lm_head.weight that differs from the embedding")
     return {name: stored[name] for name in planned}
 
-# %% ../nbs/08a_loading.ipynb #e1b6f12e
+# %% ../nbs/08a_loading.ipynb #1033398f
 def read_weights(
     folder:Path,        # from `find_model`
     config:QwenConfig,

@@ -32,7 +32,10 @@ def fuse(
         experts.setdefault(where, {}).setdefault(int(number), {})[matrix] = t
     for where, matrices in experts.items():
         for fused, parts in FUSED.items():
-            each = [torch.cat([matrices[e][part] for part in parts]) for e in sorted(matrices)]
+            each = []
+            for number in sorted(matrices):
+                own = matrices[number]
+                each.append(torch.cat([own[part] for part in parts]))   # gate above up
             found[f"{where}.{fused}"] = torch.stack(each)
     return found
 

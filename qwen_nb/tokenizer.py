@@ -136,6 +136,7 @@ def names_pattern(
     either = "|".join(re.escape(name) for name in longest_first)
     return re.compile(f"({either})" if names else "(?!)")
 
+# %% ../nbs/03c_special.ipynb #718814d2
 class NameCutter:
     """Cuts a text at the names of added tokens, and keeps them.
 
@@ -164,6 +165,7 @@ class NameCutter:
                 parts += [self.later.get(piece, piece) for piece in cut]
         return parts
 
+# %% ../nbs/03c_special.ipynb #73a2cc33
 class PlainTokenizer(OrdinaryEncoder):
     "Qwen's tokenizer in plain Python, as the notebooks build it. `Tokenizer` is the same, faster."
     @cached_property
