@@ -234,9 +234,7 @@ def read_lora(folder:str|Path) -> tuple:
     for name, tensor in open_file(path).items():
         layer, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
         if not name.startswith(PREFIX) or kind not in ("A.weight", "B.weight"):
-            raise ValueError(f"{path}: {name} is no adapter of a linear layer; where tokens were "
-                             "added an embedding comes along, and PEFT's merge_and_unload makes "
-                             "one model of both, which can be opened here")
+            raise ValueError(f"{path}: {name} is no adapter of a linear layer; merge it with PEFT")
         found.setdefault(layer, {})[kind[0]] = tensor
     if not found:
         raise ValueError(f"{path} holds no adapters")
