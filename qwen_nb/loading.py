@@ -52,7 +52,8 @@ def parse_config(
 LATER = {  # model_type → the module that knows it
     "qwen": "qwen_nb.qwen1", "qwen2_moe": "qwen_nb.mixture", "qwen3_moe": "qwen_nb.mixture",
     "qwen3_next": "qwen_nb.qwen3_next",
-    "qwen3_5": "qwen_nb.qwen3_5", "qwen3_5_text": "qwen_nb.qwen3_5"}
+    "qwen3_5": "qwen_nb.qwen3_5", "qwen3_5_text": "qwen_nb.qwen3_5",
+    "qwen4_exp": "qwen_nb.qwen4_exp", "qwen4_exp_text": "qwen_nb.qwen4_exp"}
 
 def family_config(
     raw:dict,  # what config.json holds
@@ -142,7 +143,8 @@ def open_model(
         model = kind(config)                              # shapes without numbers
     stored = config.rename(open_weights(folder))          # the file's tensors under our names
     weights = match_weights(stored, model.state_dict(), config.tie_word_embeddings)
-    placed = {name: t.to(device, dtype) for name, t in progress(weights.items())}
+    placed = {name: config.place(name, t, device, dtype)
+              for name, t in progress(weights.items())}
     model.load_state_dict(placed, strict=True, assign=True)
     model.folder = folder                                 # where the rest of its files are
     return model.eval()
