@@ -7,13 +7,14 @@ __all__ = ['NEEDED_SPARSE', 'CONFIGS', 'SigmoidRMSNorm', 'SigmoidDeltaNet', 'Str
            'StreamConfig', 'stream_settings', 'stream_json', 'hash_numbers', 'our_tables']
 
 # %% ../nbs/17c_qwen4_exp.ipynb #17cimp
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
 
 from .deltanet import GatedDeltaNet, GatedRMSNorm
 from .hybrid import MixedCache
-from .indexer import SparseAttention
+from .indexer import SparseAttention, indexers_learn
 from .moe import unfuse
 from .ngram import NgramLayer, hashing
 from .norm import RMSNorm
@@ -173,6 +174,12 @@ class StreamConfig(StreamParts, NextConfig):
 
     def rename(self, stored:dict): return our_tables(self, unfuse(text_only(stored)))
     def original(self, weights:dict): return weights | hash_numbers(self)
+
+    @contextmanager
+    def extra_loss(self, model:torch.nn.Module):
+        with super().extra_loss(model) as balance, indexers_learn(model) as index:
+            yield lambda real: balance(real) + index(real)
+
     def as_json(self): return stream_json(self)
 
 # %% ../nbs/17c_qwen4_exp.ipynb #17cargs
