@@ -82,10 +82,11 @@ class Indexer(nn.Module):
 
     def project(self, x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor, cache=None):
         """Queries `(batch, heads, seq, head_dim)`, turned. And of all keys so far the raw key and
-        its token's angles, side by side: `(batch, keys, head_dim + 2 r)`."""
+        its token's angles, side by side: `(batch, keys, head_dim + r)`."""
         q, key = self.index_qk_proj(x).split([self.q_width(), self.head_dim], -1)
         q = self.q_layernorm(q.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        angles = torch.cat([cos, sin], -1).expand(len(x), -1, -1)
+        half = cos.shape[-1] // 2                                # the other half repeats it
+        angles = torch.cat([cos[..., :half], sin[..., :half]], -1).expand(len(x), -1, -1)
         keys = torch.cat([key, angles.to(key.dtype)], -1)
         if cache is not None: keys = cache.grow(self.layer_idx, "index", keys)
         return apply_partial_rope(q, cos, sin), keys
@@ -100,7 +101,7 @@ class Indexer(nn.Module):
         row, at = first.nonzero(as_tuple=True)
         turn = angles.new_zeros(len(keys), blocks, angles.shape[-1])
         turn = turn.index_put((row, number[row, at]), angles[row, at])
-        cos, sin = turn.chunk(2, -1)
+        cos, sin = (torch.cat([half, half], -1) for half in turn.chunk(2, -1))
         return apply_partial_rope(self.k_layernorm(mean)[:, None], cos, sin)[:, 0]
 
     def score(self, q:torch.Tensor, block_keys:torch.Tensor):

@@ -156,6 +156,11 @@ class NgramEmbedding(nn.Module):
         self.how, self.layer_idx = how, layer_idx
         self.ngram_embedding = ShardedTable(how.rows, width // len(how.sizes), parts)
 
+    def resting(self):
+        "Parameters of the rows that a token does not use."
+        table = sum(p.numel() for p in self.parameters())
+        return table - len(self.how.sizes) * self.ngram_embedding.width
+
     def forward(self, ids:torch.Tensor, first:torch.Tensor=None, cache=None):
         n, eos = len(self.how.factors), self.how.eos
         before = ids.new_full((len(ids), n - 1), eos)
