@@ -19,7 +19,9 @@ from .model import QwenConfig
 def looking_back(
     attention:torch.nn.Module,  # a block's
 ) -> tuple:
-    "Its operations `(for each position, at most once)`: with a budget, whole blocks are looked at."
+    """Its operations `(for each position, once)`. With a budget (17a_indexer) every block's key is
+    looked at, and of the positions so many as the budget allows: in a program that skips the
+    others. Ours multiplies with all and masks them; and a short text does not fill the budget."""
     per_key, index = 4 * attention.o_proj.in_features, getattr(attention, "indexer", None)
     if index is None: return per_key, 0
     return 2 * index.q_width() // index.size, per_key * index.k * index.size
