@@ -71,13 +71,8 @@ class Parts:
     def mask(self, q_len:int, k_len:int, is_real:torch.Tensor, device:str|torch.device):
         return causal_mask(q_len, k_len, is_real, device)
 
-    def rename(self, stored:dict):
-        "A checkpoint's tensors, under our names."
-        return stored
-
-    def original(self, weights:dict):
-        "And the way back."
-        return weights
+    def rename(self, stored:dict): return stored     # a checkpoint's tensors, under our names
+    def original(self, weights:dict): return weights  # and the way back
 
     def place(self, name, t, device, dtype): return t.to(device, dtype)  # a stored tensor
 

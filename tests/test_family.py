@@ -165,7 +165,6 @@ def qwen3_next(rng):
 def qwen4_exp(rng):
     "Budgets and blocks shorter and longer than the 40 tokens, n-grams in some layer or in none."
     size = hybrid(rng)
-    n = size["num_hidden_layers"]
     turned = int(size["head_dim"] * size["rope_parameters"]["partial_rotary_factor"])
     block, heads, order = rng.choice([1, 2, 3, 4, 7]), rng.choice([1, 2]), rng.choice([2, 3, 4])
     kinds = size["layer_types"] or ["linear_attention"] * 3 + ["full_attention"]
