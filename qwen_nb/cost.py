@@ -9,7 +9,6 @@ __all__ = ['SHADES', 'GENERATIONS', 'MARKERS', 'looking_back', 'cost_parts', 'co
 # %% ../nbs/16a_cost.ipynb #e8016e96
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
 from .family import FAMILY, REPORTS, layers_of, plot_sizes, resting, traits
 from .hybrid import cache_parts
@@ -17,7 +16,7 @@ from .model import QwenConfig
 
 # %% ../nbs/16a_cost.ipynb #2c152f95
 def looking_back(
-    attention:torch.nn.Module,  # a block's
+    attention,  # a block's
 ) -> tuple:
     """Its operations `(for each position, once)`. With a budget (17a_indexer) every block's key is
     looked at, and of the positions so many as the budget allows: in a program that skips the

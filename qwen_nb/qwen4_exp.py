@@ -18,7 +18,7 @@ from .indexer import SparseAttention, indexers_learn
 from .moe import unfuse
 from .ngram import NgramLayer, hashing
 from .norm import RMSNorm
-from .qwen3_5 import HybridConfig, hybrid_json, text_only
+from .qwen3_5 import HybridConfig, text_only
 from .qwen3_next import NextConfig
 from .streams import HyperConnection, StreamBlock, StreamDecoder, StreamMixer
 
