@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GOLDEN', 'ONLY_64', 'stir', 'multipliers', 'is_prime', 'primes_from', 'Hashing', 'hashing', 'since_end',
-           'looked_back', 'ngram_rows', 'ShardedTable', 'NgramEmbedding', 'NgramLayer']
+           'looked_back', 'ngram_rows', 'ShardedTable', 'NgramEmbedding', 'NgramWeights', 'NgramLayer']
 
 # %% ../nbs/17b_ngram.ipynb #17bimp
 import math
@@ -172,11 +172,8 @@ class NgramEmbedding(nn.Module):
         return self.ngram_embedding(rows).flatten(-2)
 
 # %% ../nbs/17b_ngram.ipynb #17blay
-class NgramLayer(nn.Module):
-    """What n-grams add to the streams: `(batch, seq, streams, hidden_size)` and ids in, the same
-    shape out. Every stream decides by itself how much it wants.
-
-    Source: Qwen4ExpTextPLELayer in transformers."""
+class NgramWeights(nn.Module):
+    "What an `NgramLayer` holds."
     def __init__(self,
                  how:Hashing,       # from `hashing`
                  streams:int, hidden_size:int,
@@ -198,6 +195,12 @@ class NgramLayer(nn.Module):
     def first_values(self, generator:torch.Generator=None):  # for training from scratch
         self.conv1d.weight.data.zero_()
 
+# %% ../nbs/17b_ngram.ipynb #17blay2
+class NgramLayer(NgramWeights):
+    """What n-grams add to the streams: `(batch, seq, streams, hidden_size)` and ids in, the same
+    shape out. Every stream decides by itself how much it wants.
+
+    Source: Qwen4ExpTextPLELayer in transformers."""
     def gate(self, said:torch.Tensor, x:torch.Tensor):
         "How much each stream wants of what the table said: `(batch, seq, streams, 1)`."
         key = self.norm_key(self.key_proj(said).view(x.shape))
