@@ -113,6 +113,14 @@ class StreamFiles:
         eos = self.eos_token_id
         return eos[0] if isinstance(eos, list) and eos else eos
 
+    @classmethod
+    def read(cls, raw:dict):
+        text = raw.get("text_config")
+        if not isinstance(text, dict): return super().read(stream_settings(raw))
+        return super().read(raw | dict(text_config=stream_settings(text)))
+
+    def as_json(self): return stream_json(self)
+
     def rename(self, stored:dict): return our_tables(self, unfuse(text_only(stored)))
     def original(self, weights:dict): return weights | hash_numbers(self)
 
@@ -191,14 +199,6 @@ class StreamConfig(StreamFiles, StreamParts, NextConfig):
             self.layer_types = [dict(indexed_attention="full_attention").get(k, k) for k in kinds]
         super().__post_init__()
         check_streams(self)
-
-    @classmethod
-    def read(cls, raw:dict):
-        text = raw.get("text_config")
-        if not isinstance(text, dict): return super().read(stream_settings(raw))
-        return super().read(raw | dict(text_config=stream_settings(text)))
-
-    def as_json(self): return stream_json(self)
 
 # %% ../nbs/17c_qwen4_exp.ipynb #17cargs
 NEEDED_SPARSE = "indexer_n_heads indexer_head_dim indexer_budget indexer_compress_ratio".split()
