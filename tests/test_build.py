@@ -13,17 +13,17 @@ from lessons_built import LESSONS, check_empty, check_solved, run_lessons
 
 from qwen_nb import build, mine
 from qwen_nb.diagnose import diagnose
-from qwen_nb.edition import (
-    build_lesson,
-    keep_work,
-    key_of,
-    lessons_with_pieces,
-    seal,
-    text_of,
-    unsealed,
-)
+from qwen_nb.edition import build_lesson, keep_work, key_of, seal, text_of, unsealed
 from qwen_nb.inspect import packaged_model
-from qwen_nb.mine import all_pieces, keep_cell, load_mine, pieces_of, use_mine, use_package
+from qwen_nb.mine import (
+    all_pieces,
+    keep_cell,
+    lessons_with_pieces,
+    load_mine,
+    pieces_of,
+    use_mine,
+    use_package,
+)
 from qwen_nb.pieces import IN_USE, edited
 
 ROOT = Path(__file__).resolve().parents[1]
