@@ -225,7 +225,8 @@ def list_story(ours:list, theirs:list, steps:float, few:float):
     if not different:
         return [*said, f"{short(list(ours[len(theirs):]))} at the end is too much."]
     mine, right = line_of(ours), line_of(theirs)
-    if len(pairs) > 1 and max(len(mine), len(right)) <= 60 and " tensor " not in mine + right:
+    are_short = max(len(mine), len(right)) <= 60 and " tensor " not in mine + right
+    if are_short and max(len(ours), len(theirs)) > 1:
         said.append(f"Yours is {mine}, expected {right}.")
         at = different[0]
         more = apart_text(ours[at], theirs[at]) if len(different) == 1 else ""

@@ -315,6 +315,7 @@ WORDS = [
     (595_991_552, 596_049_920, "595,991,552, expected 596,049,920. That is 58,368 too low."),
     ((True, 0.5), (True, 2.0), "Entry 1 is 0.25 times the right one, that is 1/4."),
     ([[301, 67], [1]], [[304], [1]], "Yours is [[301, 67], [1]], expected [[304], [1]]."),
+    ([301, 67], [304], "The length is 2, expected 1. Yours is [301, 67], expected [304]."),
     (_Config(63), _Config(64), "At 'width': The number is 63, expected 64."),
     ({1, 2}, {1}, "Yours is {1, 2}, expected {1}."),
     ({"a": 1, "c": 2}, {"a": 1, "b": 2}, "The keys differ: missing ['b'], too many ['c']."),
