@@ -107,7 +107,8 @@ def what_was_seen(piece:Piece, answer:object, function:object, number:int, mine:
         return [on, f"Nothing came back, expected {as_asked(wanted)}: no `{keyword}`?"]
     if mine.error:
         said = what_stopped(piece, answer, function, number, mine)
-        if mine.calls and said[0].startswith("The grader") and type(returned) is not type(wanted):
+        other = type(returned) is not type(wanted) and not hasattr(returned, "__next__")
+        if mine.calls and said[0].startswith("The grader") and other:
             return [on, f"Yours gave {as_asked(returned)}, expected {as_asked(wanted)}."]
         return [on, *said]
     if right.error:
