@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['outcome_of', 'with_mistakes', 'seen_again', 'explains', 'known_mistakes', 'of_error', 'what_stopped', 'what_was_seen',
-           'what_is_known', 'Verdict', 'beside', 'told_best', 'verdict_on_wrong', 'diagnose', 'Exercise', 'exercise',
-           'try_pairs', 'try_zoo']
+           'what_is_known', 'Verdict', 'remarks_on', 'told_best', 'verdict_on_wrong', 'diagnose', 'Exercise',
+           'exercise', 'try_pairs', 'try_zoo']
 
 # %% ../nbs/01e_diagnose.ipynb #662f9d33
 import importlib
@@ -145,7 +145,7 @@ class Verdict:
         return self.text
 
 
-def beside(piece:Piece, function:object, mine:list):
+def remarks_on(piece:Piece, function:object, mine:list):
     "What there is to say besides the values: what it printed, and what it took from outside."
     printed = [number for number, outcome in enumerate(mine) if outcome.printed][:1]
     said = [printed_story(mine[i], piece.outcomes[i].returned) for i in printed]
@@ -174,11 +174,11 @@ def verdict_on_wrong(piece:Piece, answer:object, function:object, mine:list, fai
         for mistake in named:
             lines += what_is_known(mistake)
         story = [s for s in seen[2:] if not is_vague([s])]
-        lines += [*seen[:2], *story, *beside(piece, function, mine)]
+        lines += [*seen[:2], *story, *remarks_on(piece, function, mine)]
         lines = dict.fromkeys(lines)                            # nothing is said twice
         return Verdict(False, "\n".join(lines), "mistake", names)
     lines = [f"{piece.name}, not yet: right on {count - len(failing)} of {count} inputs.", *seen]
-    lines += beside(piece, function, mine)
+    lines += remarks_on(piece, function, mine)
     passed = [probe.title for i, probe in enumerate(piece.probes) if i not in failing]
     if passed:
         lines.append(f"Right on: {' · '.join(passed)}.")
@@ -220,7 +220,7 @@ def diagnose(
         first = f"{piece.name}, not yet: its values are right on all {len(mine)} inputs."
         return Verdict(False, "\n".join([first, *cut]), "cut")
     text = f"{piece.name} is right: like the package's on {len(mine)} inputs."
-    lines = [text, remark, *beside(piece, function, mine)]
+    lines = [text, remark, *remarks_on(piece, function, mine)]
     return Verdict(True, "\n".join(line for line in lines if line), "right")
 
 # %% ../nbs/01e_diagnose.ipynb #7f16175f
