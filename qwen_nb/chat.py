@@ -15,7 +15,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from .chatml import THINKS, check_family, json_text
+from .chatml import FORMS, check_family, json_text
 from .generation import generate, max_positions, stream
 from .model import Qwen
 from .prompt import default_thinking, encode_chat, family_of
