@@ -18,7 +18,8 @@ from torch import nn
 from .chatml import FORMS, check_family, json_text
 from .generation import generate, max_positions, stream
 from .model import Qwen
-from .prompt import default_thinking, encode_chat, family_of
+from .folder_prompt import default_thinking
+from .prompt import encode_chat, family_of
 from .sampling import sampling_for
 from .template import read_content
 from .tokenizer import Tokenizer
@@ -131,7 +132,7 @@ class Chat:
         sampling_for(model, **sampling)  # ValueError now, not at the first word
         self.model, self.tokenizer = model, tokenizer
         self.family = check_family(family or family_of(model))
-        if enable_thinking is None and self.family in THINKS:
+        if enable_thinking is None and FORMS[self.family].thinks:
             enable_thinking = default_thinking(model)
         self.enable_thinking = enable_thinking          # may be changed at any time
         is_ready = tools is None or isinstance(tools, Tools)
