@@ -6,7 +6,7 @@
 __all__ = ['ASKED_FOR', 'ANSWER_TAGS', 'Cover', 'looks_of', 'put_back', 'thoughts_apart', 'may_join', 'without_writers',
            'wrap_calls', 'folder_pieces', 'opens_thought', 'PromptWriter', 'default_thinking']
 
-# %% ../nbs/10ba_folder.ipynb #59b08233
+# %% ../nbs/10ba_folder.ipynb #e5fbd1fc
 import json
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ from qwen_nb.prompt import (
 from .template import chat_pieces, check_tools, read_message
 from .tokenizer import Tokenizer
 
-# %% ../nbs/10ba_folder.ipynb #f9e73924
+# %% ../nbs/10ba_folder.ipynb #020461f4
 ASKED_FOR = "role", "type"          # fields whose values templates compare with words of their own
 ANSWER_TAGS = "<tool_response>", "</tool_response>"
 
@@ -62,7 +62,7 @@ class Cover:
         return {self.value(key, role, False): self.value(one, role, key not in ASKED_FOR)
                 for key, one in value.items()}
 
-# %% ../nbs/10ba_folder.ipynb #73d612c9
+# %% ../nbs/10ba_folder.ipynb #9d92d0c9
 def looks_of(word:str) -> list:
     "How a template may write a text: as it is, or quoted. The longest first."
     quoted = [json.dumps(word, ensure_ascii=False), json.dumps(word), repr(str(word))]
@@ -96,7 +96,7 @@ def put_back(
         pieces.append(Said(look, word.role))
         place += len(look)
 
-# %% ../nbs/10ba_folder.ipynb #05729448
+# %% ../nbs/10ba_folder.ipynb #5d941591
 def thoughts_apart(messages:list) -> list:
     "The messages with thoughts that stand in the words moved to `reasoning_content`."
     apart = []
@@ -126,7 +126,7 @@ def without_writers(wanted:str, words:list, names=CONTROLS) -> list:
                 "or say family=… for a written template")
     return list(written(wanted, names))
 
-# %% ../nbs/10ba_folder.ipynb #86a2c24c
+# %% ../nbs/10ba_folder.ipynb #995458a0
 def wrap_calls(m:dict) -> dict:
     "The message with its calls in the API's form, which all templates know."
     calls = [c if "function" in c else dict(type="function", function=c)
@@ -163,7 +163,7 @@ def folder_pieces(
         if pieces is not None: return pieces
     return without_writers(wanted, cover.words, names)
 
-# %% ../nbs/10ba_folder.ipynb #7de4f336
+# %% ../nbs/10ba_folder.ipynb #36c4a16e
 def opens_thought(
     pieces:list,  # of a prompt
 ) -> bool:

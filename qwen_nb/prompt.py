@@ -257,13 +257,11 @@ m.content.endswith('</tool_response>')) %}
 # %% ../nbs/10b_prompt.ipynb #79225453
 FAMILY_OF = dict(
     qwen="qwen1", qwen2="qwen2.5", qwen2_moe="qwen2.5",
-    qwen2_vl="qwen2", qwen2_5_vl="qwen2", qwen2_vl_text="qwen2", qwen2_5_vl_text="qwen2",
+    qwen2_vl="qwen2", qwen2_5_vl="qwen2",
     qwen3="qwen3", qwen3_moe="qwen3", qwen3_next="qwen3",
-    qwen3_vl="qwen3-vl", qwen3_vl_text="qwen3-vl",
-    qwen3_vl_moe="qwen3-vl", qwen3_vl_moe_text="qwen3-vl",
-    qwen3_5="qwen3.5", qwen3_5_text="qwen3.5", qwen3_5_moe="qwen3.5", qwen3_5_moe_text="qwen3.5",
-    qwen4_exp="qwen3.8", qwen4_exp_text="qwen3.8",
-)
+    qwen3_vl="qwen3-vl", qwen3_vl_moe="qwen3-vl",
+    qwen3_5="qwen3.5", qwen3_5_moe="qwen3.5", qwen4_exp="qwen3.8",
+)   # the text part of a model of pictures has a `_text` more
 
 def folder_of(model:object):
     "The folder a model came from, None if it came from none."
@@ -287,7 +285,8 @@ def family_of(
     if isinstance(config, dict): kind = config.get("model_type")
     else: kind = getattr(config, "model_type", None)
     if kind is None and hasattr(config, "qk_norm"): kind = "qwen3" if config.qk_norm else "qwen2"
-    if kind not in FAMILY_OF:
+    family = FAMILY_OF.get(str(kind).removesuffix("_text"))
+    if family is None:
         raise ValueError(f"model_type is {kind!r}, whose chat template is not known here; "
                          f"expected one of {', '.join(FAMILY_OF)}, or say family=…")
-    return FAMILY_OF[kind]
+    return family

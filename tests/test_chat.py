@@ -357,7 +357,7 @@ def test_who_thinks_by_default(tokenizer, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}', encoding="utf-8")
         chat = Chat(model, tokenizer)
         assert chat.family == "qwen3.5", chat.family
-        assert chat.enable_thinking is (None if thinks else False), name
+        assert chat.enable_thinking is None and chat.prompt.thinks() == thinks, name
         heard = list(chat.say("Hi"))
         opened = tokenizer.decode(model.prompts[-1]).endswith("<think>\n")
         assert opened == thinks == (said(heard, "thinking") == "Hm."), name
