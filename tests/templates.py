@@ -102,7 +102,9 @@ LOGIC = r"""
             {{- '<|im_start|>user' }}
         {%- endif %}
         {{- '\n<tool_response>\n' + said.text + '\n</tool_response>' }}
-        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\n' }}{% endif %}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}

@@ -105,7 +105,7 @@ def test_no_place_writes_a_control_token(tmp_path, tokenizer, name):
 
 
 def test_templates_in_all_their_places(tmp_path):
-    "A file, a string or a list in the config, a JSON file, a folder of named ones; training's marks."
+    "A file, a string or a list in the config, a JSON file, a folder of named ones; marks."
     one_sentence("no chat template", lambda: folder_template(tmp_path))
     (tmp_path / "chat_template.json").write_text('{"chat_template": "json"}')
     assert folder_template(tmp_path) == "json"
@@ -223,7 +223,8 @@ def test_coder_calls_in_xml(tmp_path, tokenizer):
         "Add two numbers."
         return a + b
 
-    xml = "<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>"
+    arguments = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in (("a", 1), ("b", 2)))
+    xml = f"<function=add>\n{arguments}</function>"
     chat = chat_of(
         tokenizer,
         folder_with(tmp_path, CODER, "qwen3_moe"),
