@@ -21,9 +21,15 @@ from .model import Qwen
 from .prompt import has_small_template
 from .sampling import sampling_for
 from .template import read_content
+from qwen_nb.thinking import (
+    STOP_THINKING,
+    THOUGHT_END,
+    check_budget,
+    cut_off_note,
+    opens_thinking,
+    write_within,
+)
 from .tokenizer import Tokenizer
-from .thinking import (
-    STOP_THINKING, THOUGHT_END, check_budget, cut_off_note, opens_thinking, write_within)
 from .tools import ChatParts, Tools, as_message, split_thinking
 from .writing import pad_left
 

@@ -57,7 +57,7 @@ class ChatForm:
     strips: bool = False           # blanks around a message's words are cut off
     joins_parts: bool = True       # a list of text parts is joined; else it is read as no text
     drops_empty_system: bool = False   # a system message of blanks is none
-    calls: str = "json"            # how a call of a tool is written: json, xml, or "" for not at all
+    calls: str = "json"            # how a call of a tool is written: json or xml; "": not at all
     json_values: bool = False      # in XML: true and null, where others write True and None
     text_arguments: bool = False   # arguments may come as a JSON string
     thinks: bool = False           # knows thoughts

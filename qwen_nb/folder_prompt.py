@@ -11,8 +11,8 @@ import json
 import re
 from pathlib import Path
 
+from .chatml import CONTROLS, FORMS, Control, Said, check_family, written
 from .hub import find_model
-from .chatml import CONTROLS, FORMS, ROLES, Control, Said, check_family, written
 from qwen_nb.prompt import (
     encode_chat,
     encode_pieces,
