@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED_FOR', 'ANSWER_TAGS', 'Cover', 'looks_of', 'put_back', 'thoughts_apart', 'may_join', 'without_writers',
-           'wrap_calls', 'folder_pieces', 'opens_thought', 'PromptWriter', 'default_thinking']
+           'wrap_calls', 'folder_pieces', 'choose_template', 'opens_thought', 'PromptWriter', 'default_thinking']
 
 # %% ../nbs/10ba_folder.ipynb #e5fbd1fc
 import json
@@ -164,6 +164,24 @@ def folder_pieces(
     return without_writers(wanted, cover.words, names)
 
 # %% ../nbs/10ba_folder.ipynb #36c4a16e
+def choose_template(
+    model:object,     # as for `family_of`
+    family:str=None,  # that family's, whatever the folder has
+) -> tuple:
+    "(folder, family, a sentence about it). Without a folder the family's written template is meant."
+    if family: return None, check_family(family), f"The prompt is {family}'s, as asked for."
+    folder, has_template = folder_of(model), False
+    try: has_template = folder and folder_template(folder)
+    except ValueError: pass
+    if not has_template:
+        family = family_of(model)
+        return None, family, (f"The model brings no chat template: its prompt is written as "
+                              f"{family}'s, going by its model_type.")
+    try: family = family_of(model)
+    except ValueError: family = "qwen3"      # it only says how to read what the model writes
+    return folder, family, "The prompt is written by the chat template in the model's folder."
+
+# %% ../nbs/10ba_folder.ipynb #4e823f98
 def opens_thought(
     pieces:list,  # of a prompt
 ) -> bool:
@@ -177,22 +195,7 @@ class PromptWriter:
     def __init__(self,
                  model:object,     # as for `family_of`
                  family:str=None):  # that family's written template, whatever the folder has
-        folder = None if family else folder_of(model)
-        try: self.folder = folder and folder_template(folder) and folder
-        except ValueError: self.folder = None
-        self.is_asked = bool(family)
-        if self.folder:
-            try: family = family_of(model)
-            except ValueError: family = "qwen3"      # it only says how to read what is written
-        self.family = check_family(family or family_of(model))
-
-    @property
-    def about(self) -> str:
-        "One line: where the prompts come from."
-        if self.folder: return "The prompt is written by the chat template in the model's folder."
-        if self.is_asked: return f"The prompt is written as {self.family}'s, as asked for."
-        return (f"The model brings no chat template: its prompt is written as {self.family}'s, "
-                "going by its model_type.")
+        self.folder, self.family, self.about = choose_template(model, family)
 
     def pieces(self, messages:list, tools:object=None, add_generation_prompt:bool=True,
                names=CONTROLS, **settings) -> list:

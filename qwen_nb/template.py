@@ -75,7 +75,8 @@ knowledge and do not tell the user about function calls
 # %% ../nbs/10a_template.ipynb #b95e0f87
 def tool_list(tools:object, family:str):
     "The part of the system message that lists the tools."
-    before, after = TOOLS_AS_XML if FORMS[family].calls == "xml" else TOOLS_AS_JSON
+    words = TOOLS_AS_XML if FORMS[family].calls == "xml" else TOOLS_AS_JSON
+    before, after = words
     yield from written(before)
     for tool in tools:
         yield from ("\n", Said(json_text(tool), "system"))

@@ -162,6 +162,12 @@ def chat_of(tokenizer, folder, *texts, **kw):
     return Chat(model, tokenizer, **kw)
 
 
+def prompt_of(chat):
+    "The text of its prompt for one question."
+    ids = chat.prompt.encode(chat.tokenizer, [user("Hi")], **chat.settings)
+    return chat.tokenizer.decode(ids)
+
+
 def heard(chat, kind, question="Hi"):
     return "".join(piece for k, piece in chat.say(question) if k == kind)
 
@@ -243,12 +249,12 @@ def test_no_template_and_a_wish(tmp_path, tokenizer):
     folder = folder_with(tmp_path, "", "qwen2")
     chat = chat_of(tokenizer, folder)
     assert "no chat template" in chat.prompt.about and "qwen2.5" in chat.prompt.about
-    assert SYSTEMS["named"] in tokenizer.decode(chat.encode([user("Hi")]))
+    assert SYSTEMS["named"] in prompt_of(chat)
     folder_with(tmp_path, template_of("qwen2"), "llama")  # its own template, whoever it is
-    assert SYSTEMS["helpful"] in tokenizer.decode(chat_of(tokenizer, folder).encode([user("Hi")]))
+    assert SYSTEMS["helpful"] in prompt_of(chat_of(tokenizer, folder))
     wished = chat_of(tokenizer, folder, family="qwen3")
     assert "as asked for" in wished.prompt.about
-    assert tokenizer.decode(wished.encode([user("Hi")])).startswith("<|im_start|>user")
+    assert prompt_of(wished).startswith("<|im_start|>user")
     (folder / "chat_template.jinja").unlink()
     one_sentence("model_type is 'llama'", lambda: chat_of(tokenizer, folder))
 
@@ -263,8 +269,7 @@ def test_preserved_thoughts(tmp_path, tokenizer):
             list(chat.say("a")), list(chat.say("b"))
             kept = "Hm." in tokenizer.decode(chat.model.prompts[1])
             assert kept == (unsaid if keep is None else keep), (family, keep)
-    low = chat_of(tokenizer, folder, reasoning_effort="low").encode([user("Hi")])
-    assert "set to low" in tokenizer.decode(low)
+    assert "set to low" in prompt_of(chat_of(tokenizer, folder, reasoning_effort="low"))
 
 
 # ---- thoughts that do not end
