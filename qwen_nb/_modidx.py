@@ -118,7 +118,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qwen_nb.cases.written_text': ('cases.html#written_text', 'qwen_nb/cases.py')},
             'qwen_nb.chat': { 'qwen_nb.chat.Chat': ('talk.html#chat', 'qwen_nb/chat.py'),
                               'qwen_nb.chat.Chat.__init__': ('talk.html#chat.__init__', 'qwen_nb/chat.py'),
-                              'qwen_nb.chat.Chat.encode': ('talk.html#chat.encode', 'qwen_nb/chat.py'),
                               'qwen_nb.chat.Chat.reset': ('talk.html#chat.reset', 'qwen_nb/chat.py'),
                               'qwen_nb.chat.Chat.say': ('talk.html#chat.say', 'qwen_nb/chat.py'),
                               'qwen_nb.chat.Scripted': ('talk.html#scripted', 'qwen_nb/chat.py'),

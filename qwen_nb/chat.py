@@ -18,17 +18,9 @@ from .chatml import json_text
 from .folder_prompt import PromptWriter
 from .generation import generate, max_positions
 from .model import Qwen
-from .prompt import has_small_template
 from .sampling import sampling_for
 from .template import read_content
-from qwen_nb.thinking import (
-    STOP_THINKING,
-    THOUGHT_END,
-    check_budget,
-    cut_off_note,
-    opens_thinking,
-    write_within,
-)
+from .thinking import check_budget, cut_off_note, ending_of, opens_thinking, write_within
 from .tokenizer import Tokenizer
 from .tools import ChatParts, Tools, as_message, split_thinking
 from .writing import pad_left
@@ -76,8 +68,11 @@ def write_message(
     """Yield one message of the assistant as it comes; return its calls.
 
     It is in the history from the first word on, also when nobody wants to hear more."""
+    def encode(messages):
+        return chat.prompt.encode(chat.tokenizer, messages, chat.tools,
+                                  enable_thinking=chat.enable_thinking, **chat.wishes)
     known, longest = max_positions(chat.model.config), chat.max_new_tokens
-    ids, left_out = fit(chat.messages, known, min(longest or known, known // 4), chat.encode)
+    ids, left_out = fit(chat.messages, known, min(longest or known, known // 4), encode)
     room = known - len(ids) + 1
     room = min(longest or room, room)
     stops = chat_stop_ids(chat.model, chat.tokenizer, **chat.sampling)
@@ -85,7 +80,8 @@ def write_message(
     settings = chat.sampling | dict(seed=seed, stop_ids=stops)
     parts = ChatParts(chat.tokenizer, opens_thinking(chat.tokenizer, ids))
     writing = write_within(
-        chat.model, ids, room, parts, chat.thinking_budget, chat.thought_end, **settings)
+        chat.model, ids, room, parts, chat.thinking_budget, ending_of(chat.prompt.folder),
+        **settings)
     message, id = dict(role="assistant", content=""), None
     chat.messages.append(message)
     try:
@@ -135,24 +131,15 @@ class Chat:
         sampling_for(model, **sampling)  # ValueError now, not at the first word
         check_budget(thinking_budget)
         self.model, self.tokenizer = model, tokenizer
-        self.prompt = PromptWriter(model, family)
+        self.prompt, self.thinking_budget = PromptWriter(model, family), thinking_budget
         self.family = self.prompt.family                # how calls are read if they are unclear
         self.enable_thinking = enable_thinking          # may be changed at any time
-        self.thinking_budget, self.preserve_thinking = thinking_budget, preserve_thinking
-        self.reasoning_effort = reasoning_effort
-        is_small = self.prompt.folder and has_small_template(self.prompt.folder)
-        self.thought_end = THOUGHT_END if is_small else STOP_THINKING   # where a budget is spent
+        self.wishes = dict(preserve_thinking=preserve_thinking, reasoning_effort=reasoning_effort)
         is_ready = tools is None or isinstance(tools, Tools)
         self.system, self.tools = system, tools if is_ready else Tools(*tools)
         self.max_new_tokens, self.seed, self.max_rounds = max_new_tokens, seed, max_rounds
         self.sampling = sampling
         self.reset()
-
-    def encode(self, messages:list) -> list:
-        "The prompt of these messages, as ids."
-        return self.prompt.encode(
-            self.tokenizer, messages, self.tools, enable_thinking=self.enable_thinking,
-            preserve_thinking=self.preserve_thinking, reasoning_effort=self.reasoning_effort)
 
     def reset(self):
         "Forget all but the system message."

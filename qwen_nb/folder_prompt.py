@@ -168,7 +168,7 @@ def choose_template(
     model:object,     # as for `family_of`
     family:str=None,  # that family's, whatever the folder has
 ) -> tuple:
-    "(folder, family, a sentence about it). Without a folder the family's written template is meant."
+    "(folder, family, a sentence about it). No folder: the family's written template is meant."
     if family: return None, check_family(family), f"The prompt is {family}'s, as asked for."
     folder, has_template = folder_of(model), False
     try: has_template = folder and folder_template(folder)
@@ -181,7 +181,7 @@ def choose_template(
     except ValueError: family = "qwen3"      # it only says how to read what the model writes
     return folder, family, "The prompt is written by the chat template in the model's folder."
 
-# %% ../nbs/10ba_folder.ipynb #4e823f98
+# %% ../nbs/10ba_folder.ipynb #4215d839
 def opens_thought(
     pieces:list,  # of a prompt
 ) -> bool:

@@ -164,7 +164,7 @@ def chat_of(tokenizer, folder, *texts, **kw):
 
 def prompt_of(chat):
     "The text of its prompt for one question."
-    ids = chat.prompt.encode(chat.tokenizer, [user("Hi")], **chat.settings)
+    ids = chat.prompt.encode(chat.tokenizer, [user("Hi")], **chat.wishes)
     return chat.tokenizer.decode(ids)
 
 
