@@ -132,8 +132,7 @@ class Chat:
         check_budget(thinking_budget)
         self.model, self.tokenizer = model, tokenizer
         self.prompt, self.thinking_budget = PromptWriter(model, family), thinking_budget
-        self.family = self.prompt.family                # how calls are read if they are unclear
-        self.enable_thinking = enable_thinking          # may be changed at any time
+        self.family, self.enable_thinking = self.prompt.family, enable_thinking  # may change
         self.wishes = dict(preserve_thinking=preserve_thinking, reasoning_effort=reasoning_effort)
         is_ready = tools is None or isinstance(tools, Tools)
         self.system, self.tools = system, tools if is_ready else Tools(*tools)
@@ -150,8 +149,7 @@ class Chat:
             text:str):  # the question
         """Yield (kind, piece): "thinking" and "answer" in pieces, "call", "result", "note" whole.
 
-        A note is a sentence about something to know. Closed early or interrupted, what was written
-        stays. ValueError for a question that does not fit; the history is then as it was."""
+        Interrupted, what was written stays. ValueError for a question that does not fit: no change."""
         before = len(self.messages)
         self.messages.append(dict(role="user", content=text))
         try: yield from write_turn(self)
