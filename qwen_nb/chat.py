@@ -149,7 +149,7 @@ class Chat:
             text:str):  # the question
         """Yield (kind, piece): "thinking" and "answer" in pieces, "call", "result", "note" whole.
 
-        Interrupted, what was written stays. ValueError for a question that does not fit: no change."""
+        What was written before an interrupt stays. ValueError if the question does not fit."""
         before = len(self.messages)
         self.messages.append(dict(role="user", content=text))
         try: yield from write_turn(self)
