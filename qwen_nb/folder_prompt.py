@@ -32,7 +32,7 @@ class Cover:
     "Puts a placeholder in place of each text that is not the template's, and remembers the text."
     def __init__(self,
                  texts:str,   # all that the placeholders must not occur in
-                 names=CONTROLS):  # of control tokens
+                 names:tuple=CONTROLS):  # of control tokens
         self.mark, self.words = "word", []
         while self.mark in texts: self.mark += "d"
         self.edges = set("".join(names)) - set("abcdefghijklmnopqrstuvwxyz_/ ")
@@ -72,7 +72,7 @@ def put_back(
     covered:str,   # what the template makes of placeholders
     wanted:str,    # and of the words
     cover:Cover,
-    names=CONTROLS,
+    names:tuple=CONTROLS,
 ) -> list:
     "`wanted` in pieces, each with its writer. None if the two texts do not agree."
     mark, (opened, closed) = cover.mark, ANSWER_TAGS
@@ -115,7 +115,7 @@ def may_join(text:str, name:str) -> bool:
     return name in text or any(
         text.endswith(name[:n]) or text.startswith(name[n:]) for n in sizes)
 
-def without_writers(wanted:str, words:list, names=CONTROLS) -> list:
+def without_writers(wanted:str, words:list, names:tuple=CONTROLS) -> list:
     "The prompt in pieces, all of them the template's. ValueError if a control token may be none."
     for word in words:
         found = next((name for name in names if may_join(word, name)), None)
@@ -138,7 +138,7 @@ def folder_pieces(
     messages:list,      # these and the rest as for `render_folder`
     tools:object=None,
     add_generation_prompt:bool=True,
-    names=CONTROLS,     # of control tokens
+    names:tuple=CONTROLS,     # of control tokens
     **variables,
 ) -> list:
     """What the folder's template makes of the messages, in pieces that know their writer.
@@ -198,7 +198,7 @@ class PromptWriter:
         self.folder, self.family, self.about = choose_template(model, family)
 
     def pieces(self, messages:list, tools:object=None, add_generation_prompt:bool=True,
-               names=CONTROLS, **settings) -> list:
+               names:tuple=CONTROLS, **settings) -> list:
         "The prompt in pieces. ValueError if the template refuses the messages."
         said = {name: value for name, value in settings.items() if value is not None}
         more = dict(tools=tools, add_generation_prompt=add_generation_prompt)
