@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'ROLES', 'DEFAULT_SYSTEM', 'THINKING', 'FORMS', 'CHAT_FAMILIES', 'WRITERS', 'Control', 'Said', 'written',
-           'Message', 'ChatForm', 'check_family', 'last_query', 'assistant_pieces', 'generation_pieces', 'tool_pieces',
-           'turn_pieces', 'json_text', 'call_pieces', 'plot_prompt']
+           'Message', 'ChatForm', 'check_family', 'json_text', 'call_pieces', 'last_query', 'assistant_pieces',
+           'generation_pieces', 'tool_pieces', 'turn_pieces', 'plot_prompt']
 
 # %% ../nbs/10_chat.ipynb #dfb531fd
 import json
@@ -85,6 +85,30 @@ def check_family(family:str) -> str:
         raise ValueError(f"family is {family!r}; expected one of {', '.join(FORMS)}")
     return family
 
+# %% ../nbs/10_chat.ipynb #3eaeda05
+def json_text(value:object) -> str:
+    "JSON as the templates write it: letters stay letters."
+    return json.dumps(value, ensure_ascii=False)
+
+def call_pieces(name:str, arguments:dict, family:str):
+    "One tool call, as JSON, or as Qwen3.5's XML."
+    form = FORMS[family]
+    yield Control("<tool_call>")
+    if form.calls == "xml":
+        yield from ("\n<function=", Said(name, "assistant"), ">\n")
+        for key, value in arguments.items():
+            is_nested = isinstance(value, (dict, list, tuple))
+            as_json = is_nested or form.json_values and not isinstance(value, str)
+            value = Said(json_text(value) if as_json else str(value), "assistant")
+            key = Said(key, "assistant")
+            yield from ("<parameter=", key, ">\n", value, "\n</parameter>\n")
+        yield "</function>\n"
+    else:
+        arguments = arguments if isinstance(arguments, str) else json_text(arguments)
+        yield from ('\n{"name": "', Said(name, "assistant"), '", "arguments": ')
+        yield from (Said(arguments, "assistant"), "}\n")
+    yield Control("</tool_call>")
+
 # %% ../nbs/10_chat.ipynb #9bcb0f78
 def last_query(
     messages:list,  # a list of `Message`
@@ -155,30 +179,6 @@ def turn_pieces(
         elif m.role == "user" or i:
             yield from (Control("<|im_start|>"), m.role, "\n", Said(m.content, m.role))
             yield from written("<|im_end|>\n")
-
-# %% ../nbs/10_chat.ipynb #3eaeda05
-def json_text(value:object) -> str:
-    "JSON as the templates write it: letters stay letters."
-    return json.dumps(value, ensure_ascii=False)
-
-def call_pieces(name:str, arguments:dict, family:str):
-    "One tool call, as JSON, or as Qwen3.5's XML."
-    form = FORMS[family]
-    yield Control("<tool_call>")
-    if form.calls == "xml":
-        yield from ("\n<function=", Said(name, "assistant"), ">\n")
-        for key, value in arguments.items():
-            is_nested = isinstance(value, (dict, list, tuple))
-            as_json = is_nested or form.json_values and not isinstance(value, str)
-            value = Said(json_text(value) if as_json else str(value), "assistant")
-            key = Said(key, "assistant")
-            yield from ("<parameter=", key, ">\n", value, "\n</parameter>\n")
-        yield "</function>\n"
-    else:
-        arguments = arguments if isinstance(arguments, str) else json_text(arguments)
-        yield from ('\n{"name": "', Said(name, "assistant"), '", "arguments": ')
-        yield from (Said(arguments, "assistant"), "}\n")
-    yield Control("</tool_call>")
 
 # %% ../nbs/10_chat.ipynb #a1c1f0e1
 WRITERS = dict(
