@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import __version__
 from .commands import run_data, run_train
-from .conversation import run_chat
+from .conversation import add_prompt_options, run_chat
 from .terminal import choose_model, run_generate
 
 # %% ../nbs/90c_cli.ipynb #142e8230
@@ -162,6 +162,8 @@ def add_generate(commands):
                    help=r"stop before this text; \n is a line end; may be given several times")
     p.add_argument("--allow-special", action="store_true", help="names of special tokens, such as "
                    "<|im_start|>, are those tokens and not text")
+    p.add_argument("--chat", action="store_true", help="TEXT is a question: the prompt is written "
+                   "by the model's chat template")
     add_shared(p)
     p.set_defaults(run=run_generate, parser=p)
 
@@ -173,9 +175,7 @@ def add_chat(commands):
         description="Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the\n"
         "rest. From a pipe every line is a question, and only what the model writes\n"
         "is written, its thoughts between <think> and </think>.")
-    p.add_argument("--system", metavar="TEXT", help="the system message: who the model is to be")
-    p.add_argument("--think", action=argparse.BooleanOptionalAction, help="think before answering, "
-                   "or do not (default: as the model's template has it)")
+    add_prompt_options(p)
     p.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="the longest "
                    "answer, thinking included (default: 2048, or what there is room for)")
     add_shared(p)

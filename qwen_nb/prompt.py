@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SMALL_TEMPLATE', 'FAMILY_OF', 'runs', 'encode_pieces', 'encode_chat', 'token_writers', 'draw_writers', 'svg_page',
-           'read_tokenizer_config', 'folder_template', 'sandbox', 'special_names', 'render_folder', 'folder_of',
-           'has_small_template', 'family_of', 'default_thinking']
+           'read_tokenizer_config', 'named_templates', 'folder_template', 'sandbox', 'compiled', 'special_names',
+           'render_folder', 'folder_of', 'has_small_template', 'family_of']
 
 # %% ../nbs/10b_prompt.ipynb #c1c1f002
 from typing import TYPE_CHECKING
 import html, json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from .chatml import Control, WRITERS
@@ -54,11 +55,13 @@ def encode_chat(
     tools:object=None,
     add_generation_prompt:bool=True,
     enable_thinking:bool=None,
+    **settings,
 ) -> list:
     """The conversation as ids. ValueError as `render_chat`.
 
     A control token comes from the template alone: in a message its letters are ordinary tokens."""
-    pieces = chat_pieces(messages, family, tools, add_generation_prompt, enable_thinking)
+    pieces = chat_pieces(
+        messages, family, tools, add_generation_prompt, enable_thinking, **settings)
     if family != "qwen1": return encode_pieces(tokenizer, pieces)
     ids = []                                      # Qwen1's code encoded each piece by itself
     for piece in pieces: ids += encode_pieces(tokenizer, [piece])
@@ -127,23 +130,35 @@ def read_tokenizer_config(folder:str|Path) -> dict:
     is_there = Path(folder, "tokenizer_config.json").is_file()
     return read_json(folder, "tokenizer_config.json") if is_there else {}
 
+def named_templates(folder:str|Path) -> dict:
+    "The folder's templates by name, of all the places where programs have put them."
+    folder, found = Path(folder), {}
+    said = read_tokenizer_config(folder).get("chat_template")
+    older = folder / "chat_template.json"                    # beside processors of pictures
+    if said is None and older.is_file(): said = read_json(folder, older.name).get("chat_template")
+    if isinstance(said, str): found["default"] = said
+    elif isinstance(said, list):                             # several, by name
+        found = {t.get("name"): t.get("template") for t in said if isinstance(t, dict)}
+    for path in (folder / "additional_chat_templates").glob("*.jinja"):
+        found[path.stem] = path.read_text(encoding="utf-8")
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file(): found["default"] = jinja.read_text(encoding="utf-8")
+    return found
+
 def folder_template(
     folder:str|Path,
     tools:object=None,  # with tools, a template named `tool_use` is taken if there is one
 ) -> str:
     "`chat_template.jinja`, or what `tokenizer_config.json` says. ValueError if there is none."
-    jinja = Path(folder) / "chat_template.jinja"
-    if jinja.is_file(): return jinja.read_text(encoding="utf-8")
-    said = read_tokenizer_config(folder).get("chat_template")
-    if isinstance(said, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in said if isinstance(t, dict)}
-        said = named.get("tool_use" if tools and "tool_use" in named else "default")
+    named = named_templates(folder)
+    said = named.get("tool_use" if tools and "tool_use" in named else "default")
     if not isinstance(said, str):
         raise ValueError(f"there is no chat template in {folder}: expected chat_template.jinja, "
                          "or chat_template in tokenizer_config.json")
     return said
 
 # %% ../nbs/10b_prompt.ipynb #880198dd
+@cache
 def sandbox():
     "Jinja as `transformers` sets it up for chat templates, able to change nothing."
     from datetime import datetime
@@ -151,15 +166,27 @@ def sandbox():
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(jinja2.ext.Extension):
+        "Marks for training around what the assistant says: here only what is in them."
+        tags = {"generation"}
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
     def refuse(message): raise jinja2.TemplateError(message)
     def tojson(value, **kw): return json.dumps(value, **({"ensure_ascii": False} | kw))
 
     jinja = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     jinja.filters["tojson"] = tojson
     jinja.globals["raise_exception"] = refuse
     jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return jinja
+
+@cache
+def compiled(template:str):
+    "A template, ready to run."
+    return sandbox().from_string(template)
 
 def special_names(folder:str|Path) -> dict:
     "What templates may ask for by name: `eos_token` and its like."
@@ -188,7 +215,7 @@ def render_folder(
         messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt)
     template = folder_template(folder, tools)
     try:
-        return sandbox().from_string(template).render(**given | variables)
+        return compiled(template).render(**given | variables)
     except wrong as e:
         raise ValueError(f"the chat template in {folder} does not take this: "
                          f"{type(e).__name__}: {e}") from None
@@ -230,9 +257,11 @@ m.content.endswith('</tool_response>')) %}
 # %% ../nbs/10b_prompt.ipynb #79225453
 FAMILY_OF = dict(
     qwen="qwen1", qwen2="qwen2.5", qwen2_moe="qwen2.5",
+    qwen2_vl="qwen2", qwen2_5_vl="qwen2",
     qwen3="qwen3", qwen3_moe="qwen3", qwen3_next="qwen3",
-    qwen3_5="qwen3.5", qwen3_5_text="qwen3.5", qwen3_5_moe="qwen3.5", qwen3_5_moe_text="qwen3.5",
-)
+    qwen3_vl="qwen3-vl", qwen3_vl_moe="qwen3-vl",
+    qwen3_5="qwen3.5", qwen3_5_moe="qwen3.5", qwen4_exp="qwen3.8",
+)   # the text part of a model of pictures has a `_text` more
 
 def folder_of(model:object):
     "The folder a model came from, None if it came from none."
@@ -256,20 +285,8 @@ def family_of(
     if isinstance(config, dict): kind = config.get("model_type")
     else: kind = getattr(config, "model_type", None)
     if kind is None and hasattr(config, "qk_norm"): kind = "qwen3" if config.qk_norm else "qwen2"
-    if kind not in FAMILY_OF:
+    family = FAMILY_OF.get(str(kind).removesuffix("_text"))
+    if family is None:
         raise ValueError(f"model_type is {kind!r}, whose chat template is not known here; "
                          f"expected one of {', '.join(FAMILY_OF)}, or say family=…")
-    return FAMILY_OF[kind]
-
-# %% ../nbs/10b_prompt.ipynb #c1c1f010
-def default_thinking(
-    model:object,  # as for `family_of`
-):
-    """What a model's own template does when nobody says whether to think, for `enable_thinking`.
-
-    False if it writes the empty thought, as Qwen3.5's does up to 2B. None if it leaves it open,
-    or if there is no template to ask."""
-    folder = folder_of(model)
-    try: text = render_folder(folder, [dict(role="user", content="Hi")]) if folder else ""
-    except ValueError: return None
-    return False if text.endswith("<think>\n\n</think>\n\n") else None
+    return family

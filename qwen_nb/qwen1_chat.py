@@ -6,11 +6,11 @@
 __all__ = ['SYSTEM', 'chatml_prompt', 'qwen1_stop_ids']
 
 # %% ../nbs/11c_qwen1_chat.ipynb #cmimp001
-from .template import SYSTEMS
+from .template import HELPFUL
 from .tokenizer import Tokenizer
 
 # %% ../nbs/11c_qwen1_chat.ipynb #eb4efdd6
-SYSTEM = SYSTEMS["qwen1"]  # "You are a helpful assistant."
+SYSTEM = HELPFUL  # "You are a helpful assistant."
 
 def chatml_prompt(
     tokenizer:Tokenizer,  # a `Tokenizer`

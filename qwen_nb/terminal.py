@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEERING', 'EXAMPLE_TEXT', 'SAMPLING', 'visible', 'has_colours', 'Screen', 'check_utf8', 'read_text', 'resolve',
-           'choose_model', 'load', 'sampling_of', 'run_generate']
+           'choose_model', 'load', 'sampling_of', 'as_question', 'run_generate']
 
 # %% ../nbs/90_terminal.ipynb #31b1c281
 import os
@@ -138,6 +138,15 @@ def sampling_of(args:Namespace) -> dict:
     return {name: getattr(args, name) for name in SAMPLING}
 
 # %% ../nbs/90_terminal.ipynb #932601d0
+def as_question(model, tokenizer, text:str) -> tuple:
+    "The ids of a prompt in which the text is a user's question, and the ids that end an answer."
+    from qwen_nb.chat import chat_stop_ids
+    from qwen_nb.folder_prompt import PromptWriter
+    writer = PromptWriter(model)
+    print(writer.about, file=sys.stderr)
+    prompt = writer.encode(tokenizer, [dict(role="user", content=text)])
+    return prompt, chat_stop_ids(model, tokenizer)
+
 def run_generate(args:Namespace) -> int:
     "Write what a model writes after a text. The exit status."
     text = read_text(args.text)
@@ -146,7 +155,10 @@ def run_generate(args:Namespace) -> int:
 
     from qwen_nb.generation import max_positions, stream
     model, tokenizer = load(args)
-    ids = torch.tensor([tokenizer.encode(text, allow_special=args.allow_special)])   # (1, tokens)
+    sampling = sampling_of(args)
+    if args.chat: prompt, sampling["stop_ids"] = as_question(model, tokenizer, text)
+    else: prompt = tokenizer.encode(text, allow_special=args.allow_special)
+    ids = torch.tensor([prompt])                                                # (1, tokens)
     new = args.max_new_tokens
     if new is None:
         room = max_positions(model.config) - ids.shape[1] + 1

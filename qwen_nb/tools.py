@@ -13,7 +13,7 @@ import json
 import re
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from .chatml import check_family, json_text
+from .chatml import FORMS, check_family, json_text
 from .generation import TextStream
 from .tokenizer import Tokenizer
 
@@ -80,7 +80,7 @@ def describe(
 
 # %% ../nbs/10c_tools.ipynb #7bad4f7f
 def parse_xml_call(text:str) -> dict:
-    "Qwen3.5's form of a call: {'name', 'arguments'}. ValueError if it cannot be read."
+    "Qwen3-Coder's and Qwen3.5's form: {'name', 'arguments'}. ValueError if it cannot be read."
     found = re.search(r"<function=([^>\n]+)>(.*?)(?:</function>|$)", text, re.S)
     if not found: raise ValueError("expected <function=name> … </function>")
     name, inside = found[1].strip(), found[2]
@@ -102,12 +102,16 @@ def parse_json_call(text:str) -> dict:
 
 def parse_call(
     text:str,    # between <tool_call> and </tool_call>
-    family:str,  # Qwen3.5 writes calls as XML, the others as JSON
+    family:str,  # which form is meant, if the text itself does not show it
 ) -> dict:
     """One call: {'name', 'arguments'}.
 
     If it cannot be read, {'error', 'text'}, with a sentence for the model."""
-    try: return parse_xml_call(text) if family == "qwen3.5" else parse_json_call(text)
+    begin = text.lstrip()
+    is_xml = begin.startswith("<function=")
+    is_unclear = not is_xml and not begin.startswith("{")
+    if is_unclear: is_xml = FORMS[family].calls == "xml"
+    try: return parse_xml_call(text) if is_xml else parse_json_call(text)
     except ValueError as e:
         return dict(error=f"Error: this tool call could not be read: {e}.", text=text)
 

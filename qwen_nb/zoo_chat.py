@@ -126,7 +126,7 @@ assistant_piece = Piece(
     ),
     shapes="""
     m              a Message: content, thinking, calls
-    asked_before   whether the last question came before this message
+    of_use         whether its thought is kept, as after the last question
     last           whether it is the last message
     yields         Control and text from `written`, Said(…, "assistant"), pieces of `call_pieces`
     """,
@@ -168,34 +168,34 @@ def _(f):
 # %% ../nbs/10e_mistakes.ipynb #0bdb497a
 assistant_piece.mistake(
     "thoughts of earlier turns kept",
-    {"asked_before and has_place": "has_place"},
+    {"of_use and has_place": "has_place"},
     why="What was thought before the last question has done its work.",
     does="The prompt grows by all old thoughts, and the model was never trained on such ones.",
     public="ollama#10448",
 )
 assistant_piece.mistake(
     "no thought ever kept",
-    {"keep = asked_before and has_place": "keep = False"},
+    {"keep = of_use and has_place": "keep = False"},
     why="Between a call and its answer the model is still at work on the same question.",
     does="In a chat nothing. With tools it begins each step without knowing why it took the last.",
 )
 assistant_piece.mistake(
     "an empty thought in every message of Qwen3's",
-    {'family == "qwen3" and (last or m.thinking)': 'family == "qwen3"'},
+    {"form.thinks and (last or m.thinking)": "form.thinks"},
     why="Qwen3 writes an empty thought only into the last message.",
     does="After a call without a thought, the model reads that it has decided not to think.",
     public="mattn/tensai#175",
 )
 assistant_piece.mistake(
     "Qwen3.5's empty thoughts left out",
-    {'is_35 or family == "qwen3" and': "family in THINKS and"},
+    {"form.every_place or ": ""},
     why="Qwen3.5 gives every message after the question a place for a thought, be it empty.",
     does="The prompt is shorter than in training at each step of a tool's use.",
     public="QwenLM/Qwen3.8#131",
 )
 assistant_piece.mistake(
     "the thought's line breaks not cut off",
-    {'m.thinking.strip() if is_35 else m.thinking.strip("\\n")': "m.thinking"},
+    {'m.thinking.strip() if form.strips else m.thinking.strip("\\n")': "m.thinking"},
     why="Splitting an answer leaves line breaks at the thought, and the template adds its own.",
     does="Two or three line breaks where training had one, and more of them with every turn.",
     public="llama.cpp#24985",
@@ -216,7 +216,7 @@ assistant_piece.mistake(
 )
 assistant_piece.mistake(
     "one line break before Qwen3.5's calls",
-    {'"\\n\\n" if is_35 and i == 0 else "\\n"': '"\\n"'},
+    {'"\\n\\n" if form.calls == "xml" and i == 0 else "\\n"': '"\\n"'},
     why="In Qwen3.5 an empty line stands between words and the first call.",
     does="One token differs before each call.",
 )

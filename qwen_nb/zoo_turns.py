@@ -42,27 +42,27 @@ def _(f):
 # %% ../nbs/10f_mistakes.ipynb #1102336d
 generation_piece.mistake(
     "no empty thought when thinking is off",
-    {"if enable_thinking is False and": "if False and"},
+    {"form.thinks and not to_think": "False"},
     why="Nothing inside the model is switched off. It has to read that the thinking is over.",
     does="Asked not to think, the model thinks.",
     public="LlamaFactory#9092",
 )
 generation_piece.mistake(
     "the switch the other way round",
-    {"enable_thinking is False": "enable_thinking is True"},
+    {"and not to_think": "and to_think"},
     why="The empty thought stands for thinking *off*, odd as it looks.",
     does="Asked to think, the model answers at once, and asked not to, it thinks.",
     public="transformers#37949",
 )
 generation_piece.mistake(
     "None taken for off",
-    {"enable_thinking is False": "not enable_thinking"},
+    {"form.thinks_unasked if enable_thinking is None else enable_thinking": "enable_thinking"},
     why="None means that nobody said anything, and Qwen3 then thinks if it likes.",
     does="A thinking model never thinks unless told to. Its answers are quick and worse.",
 )
 generation_piece.mistake(
     "an empty thought for Qwen2.5 too",
-    {" and family in THINKS": ""},
+    {"form.thinks and not": "not"},
     why="Qwen2.5 has never seen a thought.",
     does="Its answer begins after four strange tokens.",
 )
@@ -70,13 +70,13 @@ generation_piece.mistake(
 # %% ../nbs/10f_mistakes.ipynb #4c421342
 generation_piece.mistake(
     "the thought opened for Qwen3 too",
-    {'elif family == "qwen3.5"': "elif family in THINKS"},
+    {"elif form.opens_thought": "elif form.thinks"},
     why="Qwen3 opens its thought itself, or does not.",
     does="It thinks about everything, and programs that look for the opening tag find none.",
 )
 generation_piece.mistake(
     "Qwen3.5's thought not opened",
-    {'elif family == "qwen3.5"': "elif False"},
+    {"elif form.opens_thought": "elif False"},
     why="Qwen3.5 was trained with the opening tag in the prompt.",
     does="It may think or not, which training never left open.",
 )
@@ -222,7 +222,7 @@ turn_piece.mistake(
 )
 turn_piece.mistake(
     "thoughts kept where nobody asks",
-    {"question is not None and i > question": "question is None or i > question"},
+    {"question is not None and i > question": "(question is None or i > question)"},
     why="Without a question there is none for a thought to come after: all thoughts go.",
     does="A conversation that was cut in the middle keeps its old thoughts.",
     public="LlamaFactory#10773",

@@ -10,6 +10,7 @@ from test_generate import one_sentence
 from test_tools import shop
 
 import qwen_nb.chat as c
+from qwen_nb import thinking
 from qwen_nb.chat import Chat, Scripted, chat_widget, draw_transcript
 from qwen_nb.model import Qwen
 from qwen_nb.prompt import encode_chat
@@ -298,9 +299,9 @@ def test_room_and_seed(tokenizer, monkeypatch):
         return [[piece for _, piece in chat.say("Where is Max?")] for _ in range(2)]
 
     assert run(1) == run(1) != run(2) and run(1)[0] != run(1)[1]
-    seeds, stream = [], c.stream
+    seeds, stream = [], thinking.stream
     monkeypatch.setattr(
-        c, "stream", lambda *a, seed, **kw: seeds.append(seed) or stream(*a, seed=seed, **kw)
+        thinking, "stream", lambda *a, seed, **kw: seeds.append(seed) or stream(*a, seed=seed, **kw)
     )
     run(1)
     run(1)
@@ -357,7 +358,7 @@ def test_who_thinks_by_default(tokenizer, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}', encoding="utf-8")
         chat = Chat(model, tokenizer)
         assert chat.family == "qwen3.5", chat.family
-        assert chat.enable_thinking is (None if thinks else False), name
+        assert chat.enable_thinking is None and chat.prompt.thinks() == thinks, name
         heard = list(chat.say("Hi"))
         opened = tokenizer.decode(model.prompts[-1]).endswith("<think>\n")
         assert opened == thinks == (said(heard, "thinking") == "Hm."), name

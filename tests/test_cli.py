@@ -1049,6 +1049,8 @@ def test_chat_through_a_pipe(folders):
         line for line in err.splitlines() if "cut off" not in line and "no longer fits" not in line
     ]
     assert notes == [
+        "The model brings no chat template: its prompt is written as qwen2.5's, "
+        "going by its model_type.",
         "This model has not learnt to think before it answers.",
         "There is no command /foo; /help lists them.",
     ]

@@ -7,11 +7,12 @@ import torch
 from test_model import random_checkpoint
 
 from qwen_nb import finetune as ft
+from qwen_nb.chatml import DEFAULT_SYSTEM
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
 from qwen_nb.prompt import encode_chat
 from qwen_nb.rows import IGNORED
-from qwen_nb.template import DEFAULT_SYSTEM, render_chat
+from qwen_nb.template import render_chat
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.train import forward, next_token_loss
 from qwen_nb.world import Chooser, conversation

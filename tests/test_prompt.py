@@ -21,11 +21,11 @@ from test_generate import one_sentence
 from tokenizers import Tokenizer as Library
 
 from qwen_nb.chatml import CHAT_FAMILIES, CONTROLS, WRITERS, Control
+from qwen_nb.folder_prompt import default_thinking
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
 from qwen_nb.prompt import (
     SMALL_TEMPLATE,
-    default_thinking,
     draw_writers,
     encode_chat,
     encode_pieces,
@@ -281,6 +281,9 @@ def test_family_of(tmp_path):
         qwen3_5="qwen3.5",
         qwen3_5_text="qwen3.5",
         qwen3_5_moe="qwen3.5",
+        qwen2_5_vl="qwen2",
+        qwen3_vl="qwen3-vl",
+        qwen4_exp="qwen3.8",
     )
     for kind, family in kinds.items():
         (tmp_path / "config.json").write_text(json.dumps(dict(model_type=kind)))

@@ -4,7 +4,7 @@ import pytest
 from chats import ADD, NEWER, RENDERED, assistant, newer, official, settings, user
 from test_generate import one_sentence
 
-from qwen_nb.chatml import CHAT_FAMILIES, Control, Said
+from qwen_nb.chatml import CHAT_FAMILIES, FORMS, Control, Said
 from qwen_nb.template import chat_pieces, render_chat
 from qwen_nb.tools import Tools
 
@@ -230,20 +230,32 @@ def test_what_becomes_of_thoughts():
 
 
 @newer
-def test_equals_the_templates_of_qwen35_in_both_sizes():
-    "2B and smaller: the same with thinking off, unless it is turned on."
-    count = 0
+def test_equals_the_official_templates_of_later_releases():
     for case in NEWER:
-        thinks = dict(case["settings"])
-        if case["family"] == "qwen3.5-nothink":
-            thinks.setdefault("enable_thinking", False)
-        elif case["family"] != "qwen3.5":
-            continue
         said = dict(tools=case["tools"], add_generation_prompt=case["add_generation_prompt"])
-        ours = render_chat(case["messages"], "qwen3.5", **said, **thinks)
+        ours = render_chat(case["messages"], case["family"], **said, **case["settings"])
         assert ours == case["rendered"], (case["family"], case["name"], case["settings"])
-        count += 1
-    assert count == 104
+    assert len(NEWER) == 403
+
+
+def test_settings():
+    "What a release does not know changes nothing; an effort that does not exist is refused."
+    talk = [user("q"), assistant("a", reasoning_content="Hm."), user("r")]
+    for family in FORMS:
+        form, plain = FORMS[family], render_chat(talk, family)
+        assert ("Hm." in plain) == bool(form.keeps_old), family
+        kept = render_chat(talk, family, preserve_thinking=True)
+        assert ("Hm." in kept) == (form.keeps_old is not None), family
+        low = render_chat(talk, family, reasoning_effort="low")
+        assert (low != plain) == ("set to low" in low) == bool(form.efforts), family
+    assert render_chat(talk, "qwen3.8", reasoning_effort="xhigh") == render_chat(talk, "qwen3.8")
+    one_sentence(
+        "reasoning_effort is 'huge'; expected one of xhigh, medium, low",
+        lambda: render_chat(talk, "qwen3.8", reasoning_effort="huge"),
+    )
+    one_sentence(
+        "Qwen2's prompt has no place for tools", lambda: render_chat(talk, "qwen2", tools=[ADD])
+    )
 
 
 def test_nobody_asked():
