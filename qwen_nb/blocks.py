@@ -7,12 +7,12 @@ __all__ = ['BLOCK_TYPES', 'OTHER_BLOCKS', 'float16_at', 'unpack_q8_0', 'unpack_q
            'scaled_k', 'low_then_high', 'unpack_q4_k', 'unpack_q5_k', 'unpack_q6_k', 'BlockType', 'plain_view',
            'block_type', 'pack_q8_0']
 
-# %% ../nbs/02e_blocks.ipynb #928bfb9e
+# %% ../nbs/02e_blocks.ipynb #a424749d
 from typing import NamedTuple
 
 import torch
 
-# %% ../nbs/02e_blocks.ipynb #d0531913
+# %% ../nbs/02e_blocks.ipynb #4e205291
 def float16_at(
     blocks:torch.Tensor,  # (n, bytes) uint8
     at:int,               # where in each block the two bytes begin
@@ -28,7 +28,7 @@ def unpack_q8_0(
     d, q = float16_at(blocks, 0), blocks[:, 2:].view(torch.int8)
     return d * q.float()
 
-# %% ../nbs/02e_blocks.ipynb #164c5cf1
+# %% ../nbs/02e_blocks.ipynb #c26e6ea8
 def unpack_q4_0(
     blocks:torch.Tensor,  # (n, 18) uint8
 ) -> torch.Tensor:
@@ -46,7 +46,7 @@ def unpack_q5_0(
     q = torch.cat([pairs & 15, pairs >> 4], dim=1) | fifth.flatten(1) << 4
     return d * (q.float() - 16)
 
-# %% ../nbs/02e_blocks.ipynb #9caa5a2e
+# %% ../nbs/02e_blocks.ipynb #ea6094af
 def unpack_k_scales(
     raw:torch.Tensor,  # (n, 12) uint8
 ) -> tuple:
@@ -73,7 +73,7 @@ def low_then_high(
     pairs = pairs.unflatten(1, (4, 32))
     return torch.stack([pairs & 15, pairs >> 4], dim=2).flatten(1, 2)
 
-# %% ../nbs/02e_blocks.ipynb #a0b72567
+# %% ../nbs/02e_blocks.ipynb #774befa8
 def unpack_q4_k(
     blocks:torch.Tensor,  # (n, 144) uint8
 ) -> torch.Tensor:
@@ -87,7 +87,7 @@ def unpack_q5_k(
     fifth = blocks[:, None, 16:48] >> torch.arange(8)[:, None] & 1   # (n, 8, 32)
     return scaled_k(blocks, low_then_high(blocks[:, 48:]) | fifth << 4)
 
-# %% ../nbs/02e_blocks.ipynb #0706b76a
+# %% ../nbs/02e_blocks.ipynb #f3c2fdb5
 def unpack_q6_k(
     blocks:torch.Tensor,  # (n, 210) uint8
 ) -> torch.Tensor:
@@ -101,7 +101,7 @@ def unpack_q6_k(
     x = s[:, :, None] * (q.float() - 32).unflatten(1, (16, 16))
     return x.flatten(1)
 
-# %% ../nbs/02e_blocks.ipynb #105c3d67
+# %% ../nbs/02e_blocks.ipynb #e9f6197e
 class BlockType(NamedTuple):
     "How a tensor's numbers are stored."
     name: str
@@ -139,7 +139,7 @@ def block_type(
         raise ValueError(f"{name} is of the type {found}; covered are {covered}")
     return BLOCK_TYPES[number]
 
-# %% ../nbs/02e_blocks.ipynb #e46edd90
+# %% ../nbs/02e_blocks.ipynb #df0cbaab
 def pack_q8_0(
     x:torch.Tensor,  # its rows are multiples of 32
 ) -> torch.Tensor:

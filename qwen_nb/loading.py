@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .hub import find_model, open_weights, read_json
 from .model import Qwen, QwenConfig
+from .quantised import dequantised
 
 # %% ../nbs/08a_loading.ipynb #5f1a7502
 FAMILIES = {  # model_type → what the family fixes in its code and does not say in its config
@@ -140,7 +141,9 @@ def open_model(
     config = QwenConfig.from_pretrained(folder)
     with torch.device("meta"), SkipInit():
         model = kind(config)                              # shapes without numbers
-    stored = config.rename(open_weights(folder))          # the file's tensors under our names
+    tensors = open_weights(folder, dtype)
+    plain = dequantised(tensors, read_json(folder, "config.json"), dtype)
+    stored = config.rename(plain)                         # the file's tensors under our names
     weights = match_weights(stored, model.state_dict(), config.tie_word_embeddings)
     placed = {name: t.to(device, dtype) for name, t in progress(weights.items())}
     model.load_state_dict(placed, strict=True, assign=True)

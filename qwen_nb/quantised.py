@@ -7,12 +7,12 @@ __all__ = ['BYTES', 'SCALE_NAMES', 'AWQ_PLACES', 'QKV', 'OPENS', 'BYTE_FORMATS',
            'unpack_gptq', 'unpack_awq', 'open_packed', 'left_after', 'quantisation_of', 'check_quantisation',
            'dequantised']
 
-# %% ../nbs/02g_quantised.ipynb #6e0bac15
+# %% ../nbs/02g_quantised.ipynb #dffae3ac
 import sys
 
 import torch
 
-# %% ../nbs/02g_quantised.ipynb #5df6b2a3
+# %% ../nbs/02g_quantised.ipynb #57012d7a
 def spread_scale(
     scale:torch.Tensor,  # of the whole, (1,); of each row, (rows, 1); or of each block
     shape:tuple,         # (…, rows, columns) of the weight
@@ -32,7 +32,7 @@ def spread_scale(
     wide = scale.float().repeat_interleave(down, -2).repeat_interleave(right, -1)
     return wide[..., :rows, :columns]
 
-# %% ../nbs/02g_quantised.ipynb #adc921a8
+# %% ../nbs/02g_quantised.ipynb #0ca39e5e
 BYTES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 SCALE_NAMES = ("_scale_inv", "_scale")
 
@@ -56,7 +56,7 @@ def open_scaled(
         found[name] = q.float() * spread_scale(scale[0], q.shape, block)
     return found
 
-# %% ../nbs/02g_quantised.ipynb #bebe4f45
+# %% ../nbs/02g_quantised.ipynb #4f934603
 def unpack_bits(
     packed:torch.Tensor,  # (rows, columns) int32
     bits:int,             # of one number: 2, 4 or 8
@@ -84,7 +84,7 @@ def unpack_gptq(
     groups = g_idx.long()
     return scales.float()[groups].T * (q - zeros[groups].T)
 
-# %% ../nbs/02g_quantised.ipynb #11a5bd5f
+# %% ../nbs/02g_quantised.ipynb #503049d3
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in the int32 each of eight outputs lies
 
 def unpack_awq(
@@ -98,7 +98,7 @@ def unpack_awq(
     groups = torch.arange(len(q)) // (len(q) // len(scales))
     return (scales.float()[groups] * (q - zeros[groups])).T
 
-# %% ../nbs/02g_quantised.ipynb #64563d2a
+# %% ../nbs/02g_quantised.ipynb #50b14e6e
 QKV = ("q_proj", "k_proj", "v_proj")
 
 def open_packed(
@@ -128,7 +128,7 @@ def open_packed(
             raise ValueError(f"{layer}: qweight, qzeros and scales do not fit: {error}") from None
     return found
 
-# %% ../nbs/02g_quantised.ipynb #8ab36396
+# %% ../nbs/02g_quantised.ipynb #62cfd39e
 def left_after(
     tensors:dict,  # name → tensor, of the checkpoint
     opened:dict,   # name → tensor, made of some of them
@@ -157,7 +157,7 @@ def quantisation_of(
                 return known | said
     return {}
 
-# %% ../nbs/02g_quantised.ipynb #814ee499
+# %% ../nbs/02g_quantised.ipynb #d4b25028
 OPENS = {"fp8": open_scaled, "compressed-tensors": open_scaled,
          "gptq": open_packed, "awq": open_packed}
 BYTE_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
