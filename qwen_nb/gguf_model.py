@@ -7,7 +7,7 @@ __all__ = ['OUTER_NAMES', 'LAYER_NAMES', 'EXPERT_NAMES', 'ARCHITECTURES', 'SETTI
            'BY_USER', 'UNUSED', 'renamed', 'settled_dtype', 'open_gguf', 'kind_of_gguf', 'rope_settings', 'gguf_config',
            'gguf_vocabulary', 'token_settings', 'ending_ids', 'unpacked_once', 'unpacked']
 
-# %% ../nbs/08f_gguf_model.ipynb #5e6ba63a
+# %% ../nbs/08f_gguf_model.ipynb #0a760a3b
 import atexit
 import json
 import os
@@ -23,7 +23,7 @@ from .gguf import GGUF, gguf_tensor, read_gguf
 from .tokenizer import tokenizer_json
 from .vocabulary import Added, Vocabulary, check_vocabulary
 
-# %% ../nbs/08f_gguf_model.ipynb #6bb53f01
+# %% ../nbs/08f_gguf_model.ipynb #93246c28
 OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm",
                "output": "lm_head"}  # GGUF's name → ours
 LAYER_NAMES = {
@@ -55,7 +55,7 @@ def renamed(
             return f"{where}.mlp.experts.{{}}.{EXPERT_NAMES[part]}.{kind}"
     raise ValueError(f"the tensor {name} belongs to no Qwen that is known here")
 
-# %% ../nbs/08f_gguf_model.ipynb #421d0d2a
+# %% ../nbs/08f_gguf_model.ipynb #55d8a9e1
 def settled_dtype(
     file:GGUF,
 ) -> torch.dtype:
@@ -81,7 +81,7 @@ def open_gguf(
             found[ours] = x
     return found
 
-# %% ../nbs/08f_gguf_model.ipynb #6c1e827c
+# %% ../nbs/08f_gguf_model.ipynb #fa2abbdf
 ARCHITECTURES = dict(qwen2="qwen2", qwen3="qwen3", qwen2moe="qwen2_moe", qwen3moe="qwen3_moe")
 SETTING_NAMES = {
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
@@ -120,7 +120,7 @@ def rope_settings(
     original = metadata.get(f"{kind}.rope.scaling.original_context_length")
     return found | dict(original_max_position_embeddings=original)
 
-# %% ../nbs/08f_gguf_model.ipynb #18807e52
+# %% ../nbs/08f_gguf_model.ipynb #c49fabd6
 def gguf_config(
     file:GGUF,
 ) -> dict:
@@ -134,7 +134,7 @@ def gguf_config(
     found["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     found["tie_word_embeddings"] = "output.weight" not in file.tensors
     found["rope_scaling"] = rope_settings(file.metadata, kind)
-    if "num_experts" in found:
+    if kind.endswith("moe"):
         units = found.get("moe_intermediate_size")
         found = dict(intermediate_size=units) | found
         found["norm_topk_prob"] = kind == "qwen3moe"
@@ -148,7 +148,7 @@ def gguf_config(
     return found | ids | dict(model_type=name, architectures=[f"{title}ForCausalLM"],
                               hidden_act="silu", torch_dtype=dtype)
 
-# %% ../nbs/08f_gguf_model.ipynb #e93eaded
+# %% ../nbs/08f_gguf_model.ipynb #cdbced2e
 PRE_PATTERNS = {"qwen2": SPLIT, "qwen35": SPLIT_MARKS}
 ORDINARY, CONTROL, BY_USER, UNUSED = 1, 3, 4, 5
 
@@ -176,7 +176,7 @@ def gguf_vocabulary(
     pairs = [tuple(str(merge).split(" ")) for merge in merges]
     return check_vocabulary(Vocabulary(known, pairs, added, PRE_PATTERNS[pre]), path)
 
-# %% ../nbs/08f_gguf_model.ipynb #ee62fc11
+# %% ../nbs/08f_gguf_model.ipynb #6dac184d
 def token_settings(
     metadata:dict,
     tokens:list,
@@ -199,7 +199,7 @@ def ending_ids(metadata:dict) -> dict:
              if f"general.sampling.{theirs}" in metadata}
     return found | (dict(eos_token_id=known) if known else {})
 
-# %% ../nbs/08f_gguf_model.ipynb #cfc055fd
+# %% ../nbs/08f_gguf_model.ipynb #be87820d
 @cache
 def unpacked_once(path:Path, size:int, changed:int) -> Path:
     "As `unpacked`, for this state of the file."

@@ -196,8 +196,7 @@ def find_model(
         return packaged_model()
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if gguf := gguf_at(path):
-        later = importlib.import_module("qwen_nb.gguf_model")  # of a later lesson
-        return later.unpacked(gguf)
+        return importlib.import_module("qwen_nb.gguf_model").unpacked(gguf)  # a later lesson
     if path.is_dir():
         return path
     if path.exists():
