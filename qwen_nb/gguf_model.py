@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTER_NAMES', 'LAYER_NAMES', 'EXPERT_NAMES', 'ARCHITECTURES', 'SETTING_NAMES', 'PRE_PATTERNS', 'ORDINARY', 'CONTROL',
-           'BY_USER', 'UNUSED', 'renamed', 'settled_dtype', 'open_gguf', 'kind_of_gguf', 'rope_settings', 'gguf_config',
-           'gguf_vocabulary', 'token_settings', 'ending_ids', 'unpacked_once', 'unpacked']
+           'BY_USER', 'UNUSED', 'renamed', 'settled_dtype', 'open_gguf', 'kind_of_gguf', 'rope_settings', 'as_written',
+           'gguf_config', 'gguf_vocabulary', 'token_settings', 'ending_ids', 'unpacked_once', 'unpacked']
 
-# %% ../nbs/08f_gguf_model.ipynb #0a760a3b
+# %% ../nbs/08f_gguf_model.ipynb #4d66ba1a
 import atexit
 import json
 import os
@@ -23,7 +23,7 @@ from .gguf import GGUF, gguf_tensor, read_gguf
 from .tokenizer import tokenizer_json
 from .vocabulary import Added, Vocabulary, check_vocabulary
 
-# %% ../nbs/08f_gguf_model.ipynb #93246c28
+# %% ../nbs/08f_gguf_model.ipynb #ea1c5df9
 OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm",
                "output": "lm_head"}  # GGUF's name → ours
 LAYER_NAMES = {
@@ -55,13 +55,14 @@ def renamed(
             return f"{where}.mlp.experts.{{}}.{EXPERT_NAMES[part]}.{kind}"
     raise ValueError(f"the tensor {name} belongs to no Qwen that is known here")
 
-# %% ../nbs/08f_gguf_model.ipynb #55d8a9e1
+# %% ../nbs/08f_gguf_model.ipynb #42350cd9
 def settled_dtype(
     file:GGUF,
 ) -> torch.dtype:
     "What all tensors of the file are opened as, if nobody asks for another."
     plain = {"F16": torch.float16, "BF16": torch.bfloat16}
-    names = {t.type.name for t in file.tensors.values() if len(t.shape) > 1}
+    names = {t.type.name for name, t in file.tensors.items()
+             if len(t.shape) > 1 and "ffn_gate_inp" not in name}
     return plain.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
 
 def open_gguf(
@@ -81,7 +82,7 @@ def open_gguf(
             found[ours] = x
     return found
 
-# %% ../nbs/08f_gguf_model.ipynb #fa2abbdf
+# %% ../nbs/08f_gguf_model.ipynb #cbbce901
 ARCHITECTURES = dict(qwen2="qwen2", qwen3="qwen3", qwen2moe="qwen2_moe", qwen3moe="qwen3_moe")
 SETTING_NAMES = {
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
@@ -116,11 +117,16 @@ def rope_settings(
         return None
     if scaling != "yarn":
         raise ValueError(f"{kind}.rope.scaling.type is {scaling!r}; only 'yarn' is supported")
-    found = dict(rope_type="yarn", factor=metadata.get(f"{kind}.rope.scaling.factor"))
+    factor = as_written(metadata.get(f"{kind}.rope.scaling.factor"))
+    found = dict(rope_type="yarn", factor=factor)
     original = metadata.get(f"{kind}.rope.scaling.original_context_length")
     return found | dict(original_max_position_embeddings=original)
 
-# %% ../nbs/08f_gguf_model.ipynb #c49fabd6
+def as_written(value:object) -> object:
+    "A float32 as it was meant: 1e-05, not 9.999999747378752e-06."
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+# %% ../nbs/08f_gguf_model.ipynb #c85fed20
 def gguf_config(
     file:GGUF,
 ) -> dict:
@@ -129,8 +135,8 @@ def gguf_config(
     missing = [n for n in ("token_embd.weight", "output_norm.weight") if n not in file.tensors]
     if missing:
         raise ValueError(f"it lacks the tensor {missing[0]}")
-    found = {ours: file.metadata[f"{kind}.{theirs}"] for ours, theirs in SETTING_NAMES.items()
-             if f"{kind}.{theirs}" in file.metadata}
+    found = {ours: as_written(file.metadata[f"{kind}.{theirs}"])
+             for ours, theirs in SETTING_NAMES.items() if f"{kind}.{theirs}" in file.metadata}
     found["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     found["tie_word_embeddings"] = "output.weight" not in file.tensors
     found["rope_scaling"] = rope_settings(file.metadata, kind)
@@ -148,7 +154,7 @@ def gguf_config(
     return found | ids | dict(model_type=name, architectures=[f"{title}ForCausalLM"],
                               hidden_act="silu", torch_dtype=dtype)
 
-# %% ../nbs/08f_gguf_model.ipynb #cdbced2e
+# %% ../nbs/08f_gguf_model.ipynb #a47f9b07
 PRE_PATTERNS = {"qwen2": SPLIT, "qwen35": SPLIT_MARKS}
 ORDINARY, CONTROL, BY_USER, UNUSED = 1, 3, 4, 5
 
@@ -176,7 +182,7 @@ def gguf_vocabulary(
     pairs = [tuple(str(merge).split(" ")) for merge in merges]
     return check_vocabulary(Vocabulary(known, pairs, added, PRE_PATTERNS[pre]), path)
 
-# %% ../nbs/08f_gguf_model.ipynb #6dac184d
+# %% ../nbs/08f_gguf_model.ipynb #febdbf3e
 def token_settings(
     metadata:dict,
     tokens:list,
@@ -199,7 +205,7 @@ def ending_ids(metadata:dict) -> dict:
              if f"general.sampling.{theirs}" in metadata}
     return found | (dict(eos_token_id=known) if known else {})
 
-# %% ../nbs/08f_gguf_model.ipynb #be87820d
+# %% ../nbs/08f_gguf_model.ipynb #44a010d2
 @cache
 def unpacked_once(path:Path, size:int, changed:int) -> Path:
     "As `unpacked`, for this state of the file."

@@ -6,20 +6,29 @@
 __all__ = ['NORMALISED', 'FILE_TYPES', 'check_fit', 'gguf_names', 'stored_as', 'settings_of', 'words_of', 'said_in', 'ends_of',
            'save_gguf']
 
-# %% ../nbs/08g_to_gguf.ipynb #a008131c
+# %% ../nbs/08g_to_gguf.ipynb #33f4f081
 from pathlib import Path
 
 import torch
 
 from .gguf import write_gguf
-from .gguf_model import (
-    ARCHITECTURES, BY_USER, CONTROL, EXPERT_NAMES, LAYER_NAMES, ORDINARY, OUTER_NAMES,
-    PRE_PATTERNS, SETTING_NAMES, UNUSED)
+from qwen_nb.gguf_model import (
+    ARCHITECTURES,
+    BY_USER,
+    CONTROL,
+    EXPERT_NAMES,
+    LAYER_NAMES,
+    ORDINARY,
+    OUTER_NAMES,
+    PRE_PATTERNS,
+    SETTING_NAMES,
+    UNUSED,
+)
 from .hub import find_model, read_json
 from .model import Qwen
 from .vocabulary import Vocabulary, read_vocabulary
 
-# %% ../nbs/08g_to_gguf.ipynb #67a76797
+# %% ../nbs/08g_to_gguf.ipynb #d453d5d4
 NORMALISED = dict(qwen3moe=True, qwen2moe=False)  # what llama.cpp does with experts' weights
 
 def check_fit(
@@ -41,7 +50,7 @@ def check_fit(
             raise ValueError("some layers have no experts; llama.cpp wants them in every layer")
     return kind
 
-# %% ../nbs/08g_to_gguf.ipynb #ef7e4824
+# %% ../nbs/08g_to_gguf.ipynb #831601fc
 def gguf_names(
     weights:dict,  # name → tensor, ours
 ) -> dict:
@@ -74,7 +83,7 @@ def stored_as(
         return w, "F32"
     return w, "F16" if kind == "Q8_0" and w.shape[-1] % 32 else kind
 
-# %% ../nbs/08g_to_gguf.ipynb #ea450411
+# %% ../nbs/08g_to_gguf.ipynb #7b629c68
 def settings_of(
     raw:dict,  # what config.json holds
     kind:str,  # the architecture
@@ -115,7 +124,7 @@ def words_of(
             key + "token_type": kinds, key + "merges": [" ".join(p) for p in vocabulary.merges],
             key + "add_bos_token": False}
 
-# %% ../nbs/08g_to_gguf.ipynb #faa96cd6
+# %% ../nbs/08g_to_gguf.ipynb #dd67d445
 def said_in(folder:Path, name:str) -> dict:
     "What a JSON file of the model says, {} if it is not there."
     return read_json(folder, name) if (folder / name).is_file() else {}
