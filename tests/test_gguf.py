@@ -216,7 +216,8 @@ def test_chat_and_verify(tmp_path, capsys):
     path = tmp_path / "m.gguf"
     save_gguf(None, path, "Q8_0")
     model, tokenizer = Qwen.from_pretrained(path), Tokenizer.from_pretrained(path)
-    answer = "".join(text for text in Chat(model, tokenizer).say("Max has the ball. Who has it?"))
+    said = Chat(model, tokenizer).say("Max has the ball. Who has the ball?")
+    answer = "".join(text for _, text in said)
     assert "Max" in answer
     assert verify_model(path)
 
