@@ -21,8 +21,9 @@ from .zoo_batches import longer_piece, pad_piece
 from .zoo_block import block_piece, swiglu_piece
 from .zoo_chat import assistant_piece, query_piece
 from .zoo_choosing import min_p_piece, top_p_piece
-from .zoo_decoder import decoder_piece, head_piece, positions_piece
+from .zoo_decoder import decoder_piece, positions_piece
 from .zoo_encode import encode_piece, ordinary_piece
+from .zoo_loading import head_piece
 from .zoo_masks import mask_piece
 from .zoo_order import keep_piece
 from .zoo_positions import norm_piece

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'ROLES', 'CHAT_FAMILIES', 'THINKS', 'WRITERS', 'Control', 'Said', 'written', 'Message', 'check_family',
-           'last_query', 'assistant_pieces', 'generation_pieces', 'tool_pieces', 'turn_pieces', 'json_text',
-           'call_pieces', 'plot_prompt']
+           'json_text', 'call_pieces', 'last_query', 'assistant_pieces', 'generation_pieces', 'tool_pieces',
+           'turn_pieces', 'plot_prompt']
 
 # %% ../nbs/10_chat.ipynb #dfb531fd
 import json
@@ -55,6 +55,28 @@ def check_family(family:str) -> str:
         known = ", ".join(CHAT_FAMILIES)
         raise ValueError(f"family is {family!r}; expected one of {known}, qwen1")
     return family
+
+# %% ../nbs/10_chat.ipynb #3eaeda05
+def json_text(value:object) -> str:
+    "JSON as the templates write it: letters stay letters."
+    return json.dumps(value, ensure_ascii=False)
+
+def call_pieces(name:str, arguments:dict, family:str):
+    "One tool call, as JSON, or as Qwen3.5's XML."
+    yield Control("<tool_call>")
+    if family == "qwen3.5":
+        yield from ("\n<function=", Said(name, "assistant"), ">\n")
+        for key, value in arguments.items():
+            is_nested = isinstance(value, (dict, list, tuple))
+            value = Said(json_text(value) if is_nested else str(value), "assistant")
+            key = Said(key, "assistant")
+            yield from ("<parameter=", key, ">\n", value, "\n</parameter>\n")
+        yield "</function>\n"
+    else:
+        arguments = arguments if isinstance(arguments, str) else json_text(arguments)
+        yield from ('\n{"name": "', Said(name, "assistant"), '", "arguments": ')
+        yield from (Said(arguments, "assistant"), "}\n")
+    yield Control("</tool_call>")
 
 # %% ../nbs/10_chat.ipynb #9bcb0f78
 def last_query(
@@ -121,28 +143,6 @@ def turn_pieces(messages:list, family:str):
         elif m.role == "user" or i:
             yield from (Control("<|im_start|>"), m.role, "\n", Said(m.content, m.role))
             yield from written("<|im_end|>\n")
-
-# %% ../nbs/10_chat.ipynb #3eaeda05
-def json_text(value:object) -> str:
-    "JSON as the templates write it: letters stay letters."
-    return json.dumps(value, ensure_ascii=False)
-
-def call_pieces(name:str, arguments:dict, family:str):
-    "One tool call, as JSON, or as Qwen3.5's XML."
-    yield Control("<tool_call>")
-    if family == "qwen3.5":
-        yield from ("\n<function=", Said(name, "assistant"), ">\n")
-        for key, value in arguments.items():
-            is_nested = isinstance(value, (dict, list, tuple))
-            value = Said(json_text(value) if is_nested else str(value), "assistant")
-            key = Said(key, "assistant")
-            yield from ("<parameter=", key, ">\n", value, "\n</parameter>\n")
-        yield "</function>\n"
-    else:
-        arguments = arguments if isinstance(arguments, str) else json_text(arguments)
-        yield from ('\n{"name": "', Said(name, "assistant"), '", "arguments": ')
-        yield from (Said(arguments, "assistant"), "}\n")
-    yield Control("</tool_call>")
 
 # %% ../nbs/10_chat.ipynb #a1c1f0e1
 WRITERS = dict(

@@ -268,6 +268,8 @@ def parse(argv:list=None):
 def sentence(error:Exception, command:str) -> str:
     "What to say of an error. If it names no command that helps, the help to read is added."
     text = str(error)
+    if isinstance(error, RuntimeError):
+        text = f"PyTorch stopped: {text.strip().partition(chr(10))[0]}"
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"     # without its number
     asked_wrongly = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError))
@@ -290,7 +292,7 @@ def main(argv:list=None):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())            # for Python's last flush
         status = 141
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as e:
         print(f"qwen-nb: {sentence(e, args.parser.prog)}", file=sys.stderr)
     except KeyboardInterrupt as e:
         print(f"qwen-nb: {str(e) or 'stopped'}", file=sys.stderr)

@@ -88,8 +88,10 @@ def max_positions(
 
     What its config says, or what its rope scaling stretches the original context to."""
     scaling = config.rope_scaling or {}
-    original = scaling.get("original_max_position_embeddings", 0)
-    stretched = int(scaling.get("factor", 0) * original)
+    original = scaling.get("original_max_position_embeddings")
+    if original is None and "yarn" in scaling.values():  # YaRN stretches what is known
+        original = config.max_position_embeddings
+    stretched = int((scaling.get("factor") or 0) * (original or 0))
     return max(config.max_position_embeddings, stretched)
 
 # %% ../nbs/09c_stream.ipynb #fd24eada

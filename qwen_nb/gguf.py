@@ -7,7 +7,7 @@ __all__ = ['VALUE_FORMS', 'VALUE_TEXT', 'VALUE_LIST', 'GGUFBytes', 'take_value',
            'GGUF', 'take_header', 'take_settings', 'take_gguf', 'read_gguf', 'gguf_tensor', 'gguf_text', 'gguf_value',
            'packed_bytes', 'write_gguf']
 
-# %% ../nbs/02f_gguf.ipynb #f7a1411a
+# %% ../nbs/02f_gguf.ipynb #37df2875
 import os
 import struct
 from math import prod
@@ -18,7 +18,7 @@ import torch
 
 from .blocks import BLOCK_TYPES, BlockType, block_type, pack_q8_0
 
-# %% ../nbs/02f_gguf.ipynb #03ff05c9
+# %% ../nbs/02f_gguf.ipynb #b188c20a
 VALUE_FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?",
                10: "Q", 11: "q", 12: "d"}  # as `struct` calls them
 VALUE_TEXT, VALUE_LIST = 8, 9
@@ -43,7 +43,7 @@ class GGUFBytes:
     def text(self) -> str:
         return self.take(*self.numbers("Q")).decode("utf-8")
 
-# %% ../nbs/02f_gguf.ipynb #050b2e04
+# %% ../nbs/02f_gguf.ipynb #30dfc4f4
 def take_value(
     f:GGUFBytes,
     kind:int,  # of the value, a number from the file
@@ -62,7 +62,7 @@ def take_value(
         raise ValueError(f"a list holds the unknown kind {inner}")
     return [f.text() for _ in range(n)]
 
-# %% ../nbs/02f_gguf.ipynb #de726552
+# %% ../nbs/02f_gguf.ipynb #df8d35cb
 class GGUFTensor(NamedTuple):
     "What the header says of one tensor; `start` and `end` count bytes of the file."
     type: BlockType
@@ -95,7 +95,7 @@ def take_tensor(
     size = prod(shape) // kind.numbers * kind.bytes
     return name, GGUFTensor(kind, shape, start, start + size)
 
-# %% ../nbs/02f_gguf.ipynb #0b1584da
+# %% ../nbs/02f_gguf.ipynb #eb1ee02b
 class GGUF(NamedTuple):
     "An open GGUF file."
     metadata: dict      # the settings by name
@@ -122,7 +122,7 @@ def take_settings(f:GGUFBytes, n:int) -> dict:
         found[name] = take_value(f, kind)
     return found
 
-# %% ../nbs/02f_gguf.ipynb #f1266883
+# %% ../nbs/02f_gguf.ipynb #2e466d54
 def take_gguf(
     f:GGUFBytes,
 ) -> tuple:
@@ -159,7 +159,7 @@ def read_gguf(
     except (ValueError, struct.error) as error:
         raise ValueError(f"{path} is not a GGUF file that can be opened: {error}") from None
 
-# %% ../nbs/02f_gguf.ipynb #58b11703
+# %% ../nbs/02f_gguf.ipynb #5a655176
 def gguf_tensor(
     file:GGUF,
     name:str,
@@ -171,7 +171,7 @@ def gguf_tensor(
     blocks = file.data[t.start:t.end].view(n, t.type.bytes)
     return t.type.unpack(blocks).reshape(t.shape).to(dtype)
 
-# %% ../nbs/02f_gguf.ipynb #6053f0bf
+# %% ../nbs/02f_gguf.ipynb #282fa6f4
 def gguf_text(text:str) -> bytes:
     raw = text.encode()
     return struct.pack("<Q", len(raw)) + raw
@@ -192,7 +192,7 @@ def gguf_value(
     kind = kinds[type(value)]
     return struct.pack("<I" + VALUE_FORMS[kind], kind, value)
 
-# %% ../nbs/02f_gguf.ipynb #116c203e
+# %% ../nbs/02f_gguf.ipynb #43f03209
 def packed_bytes(
     x:torch.Tensor,
     kind:str,  # F32, F16, BF16 or Q8_0
@@ -208,7 +208,7 @@ def packed_bytes(
                          "BF16, or Q8_0 for multiples of 32")
     return packed.numpy().tobytes()
 
-# %% ../nbs/02f_gguf.ipynb #169dbec1
+# %% ../nbs/02f_gguf.ipynb #932cf75f
 def write_gguf(
     path:str|Path,
     metadata:dict,  # the settings by name

@@ -234,7 +234,7 @@ def read_lora(folder:str|Path) -> tuple:
     for name, tensor in open_file(path).items():
         layer, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
         if not name.startswith(PREFIX) or kind not in ("A.weight", "B.weight"):
-            raise ValueError(f"{path}: {name} is no adapter of a linear layer")
+            raise ValueError(f"{path}: {name} is no adapter of a linear layer; merge it with PEFT")
         found.setdefault(layer, {})[kind[0]] = tensor
     if not found:
         raise ValueError(f"{path} holds no adapters")

@@ -13,7 +13,7 @@ import torch
 from .deltanet import GatedDeltaNet
 from .mixture import MoEConfig, dense_layers
 from .moe import unfuse
-from .qwen3_5 import HybridConfig, text_only
+from .qwen3_5 import HybridConfig
 
 # %% ../nbs/15d_qwen3_next.ipynb #74ccb756
 class NextDeltaNet(GatedDeltaNet):
@@ -51,7 +51,8 @@ class NextConfig(HybridConfig, MoEConfig):
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
     unsaid = HybridConfig.unsaid | dict(num_key_value_heads=2)
-    model_type = "qwen3_next"
+    model_type, whole_type = "qwen3_next", None
+    architecture = "Qwen3NextForCausalLM"
 
     @classmethod
     def read(cls, raw:dict):
@@ -63,6 +64,6 @@ class NextConfig(HybridConfig, MoEConfig):
         return super().read(raw)
 
     def delta_net(self, layer_idx:int): return super().delta_net(layer_idx, NextDeltaNet)
-    def rename(self, stored:dict): return unfuse(text_only(stored))
+    def rename(self, stored:dict): return unfuse(stored)
 
 CONFIGS = {"qwen3_next": NextConfig}

@@ -21,7 +21,14 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 
 from .bpe import BYTE_OF, CHAR_OF, SPLIT, learn_merges, split, unspell
 from .encode import library_kinds, library_nfc, merge_piece
-from .vocabulary import QWEN_ADDED, Added, Vocabulary, check_vocabulary, read_vocabulary
+from qwen_nb.vocabulary import (
+    QWEN_ADDED,
+    Added,
+    NameCutter,
+    Vocabulary,
+    check_vocabulary,
+    read_vocabulary,
+)
 
 # %% ../nbs/03c_special.ipynb #5c5f50fd
 class TokenTable:
@@ -135,16 +142,13 @@ def names_pattern(
     either = "|".join(re.escape(name) for name in longest_first)
     return re.compile(f"({either})" if names else "(?!)")
 
+# %% ../nbs/03c_special.ipynb #73a2cc33
 class PlainTokenizer(OrdinaryEncoder):
     "Qwen's tokenizer in plain Python, as the notebooks build it. `Tokenizer` is the same, faster."
     @cached_property
     def _cut(self):
-        "A pattern that finds the names of added tokens."
-        loose = [t.name for t in self.vocabulary.added if not t.exact]
-        if loose:
-            raise ValueError(f"the added token {loose[0]!r} may swallow blanks, or is looked for "
-                             "after NFC; no Qwen's does, and it is not supported")
-        return names_pattern(list(self.special))
+        "What finds the names of added tokens."
+        return NameCutter(self.vocabulary.added, names_pattern)
 
     def encode(self,
                text:str,
@@ -250,8 +254,9 @@ def tokenizer_json(
     v:Vocabulary,
 ) -> dict:
     "The contents of a `tokenizer.json`, as Qwen's repositories have it."
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-    added = [dict(id=t.id, content=t.name, **flags, special=t.control) for t in v.added]
+    flags = dict(single_word=False, lstrip=False, rstrip=False)
+    added = [dict(id=t.id, content=t.name, **flags, normalized=t.after_nfc, special=t.control)
+             for t in v.added]
     cut = dict(type="Split", pattern=dict(Regex=v.pattern), behavior="Isolated", invert=False)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
     model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,

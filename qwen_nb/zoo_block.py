@@ -134,6 +134,7 @@ block_piece = Piece(
     x after one addition     the same
     x after two              the same
     """,
+    keeps=("x",),
 )
 
 def _zoo_config():
@@ -224,6 +225,34 @@ block_piece.mistake(
 )
 
 # %% ../nbs/08c_mistakes.ipynb #86bfa5df
+block_piece.mistake(
+    "the two norms exchanged",
+    {"self.input_layernorm": "self.swapped", "self.post_attention_layernorm":
+     "self.input_layernorm", "self.swapped": "self.post_attention_layernorm"},
+    why="Each norm has its own weight, trained for the branch that it stands before.",
+    does="Quiet with fresh weights, which are all ones; pretrained weights give worse text.",
+)
+block_piece.mistake(
+    "the second addition made to the block's input",
+    {"x = x + self.self": "first, x = x, x + self.self", "return x +": "return first +"},
+    why="The stream goes on: the MLP's output is added to what stands there after attention.",
+    does="What attention found reaches the MLP only, and is lost to all later layers.",
+)
+block_piece.mistake(
+    "norms on what the branches give, not on what they read",
+    {"= self.input_layernorm(x)": "= x",
+     "self.self_attn(normed, cos, sin, mask, cache)":
+     "self.input_layernorm(self.self_attn(normed, cos, sin, mask, cache))",
+     "= self.post_attention_layernorm(x)": "= x",
+     "self.mlp(normed)": "self.post_attention_layernorm(self.mlp(normed))"},
+    why="Each norm stands before its branch, so that the branch reads vectors of one size.",
+    does="It trains (other models are built so); pretrained weights give nonsense.",
+)
+block_piece.mistake(
+    "an addition in place, `x += …`", {"x = x + self.self": "x += self.self"},
+    why="`x += y` writes into the caller's tensor; `x = x + y` makes a new one.",
+    does="Text is right; recorded streams show later numbers, and training stops with an error.",
+)
 block_piece.mistake(
     "the first norm used twice", {"self.post_attention_layernorm": "self.input_layernorm"},
     why="Each norm has its own weight, and these were trained for different readers.",

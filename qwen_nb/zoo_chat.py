@@ -16,7 +16,8 @@ def who_wrote(
     "The text of a prompt, and its parts with their writers; neighbours by one writer are joined."
     pieces, parts = list(pieces), []
     for piece in pieces:
-        who = "control" if isinstance(piece, Control) else getattr(piece, "role", "template")
+        is_control = type(piece).__name__ == "Control"     # the package's, or a notebook's
+        who = "control" if is_control else getattr(piece, "role", "template")
         if parts and parts[-1][0] == who and who != "control":
             parts[-1][1] += piece
         elif piece:

@@ -170,8 +170,7 @@ qkv_piece.mistake(
     public="x-transformers#182",
 )
 qkv_piece.mistake(
-    "only the queries turned",
-    {"apply_rope(k, cos, sin)": "k"},
+    "only the queries turned", {"apply_rope(k, cos, sin)": "k"},
     why="The score knows the distance only if both are turned.",
     does="Scores depend on where the query stands and not on how far away the key is.",
 )
@@ -223,6 +222,7 @@ class _SlotsOfKeys:      # a cache in the smallest size
 @module_piece.probe("a whole text")
 def _(f):
     layer, x = _gqa_layer(hidden_size=48), torch.randn(2, 5, 48)    # as wide as its heads
+    torch.nn.init.eye_(layer.o_proj.weight)                        # shows the heads as they are
     return f(layer, x, *_gqa_tables([[0, 1, 2, 3, 4]]))
 
 @module_piece.probe("a padded batch")

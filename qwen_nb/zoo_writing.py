@@ -118,6 +118,11 @@ greedy_piece.mistake(
     does="The last position never changes, so one token comes again and again.",
 )
 greedy_piece.mistake(
+    "new tokens never added", {"input_ids = torch.cat": "longer = torch.cat"},
+    why="The choice must join the text, or the next step reads the same text again.",
+    does="It works as long as any, and the prompt comes back as it was.",
+)
+greedy_piece.mistake(
     "one token too many", {"range(max_new_tokens)": "range(max_new_tokens + 1)"},
     why="A range that ends one too late.",
     does="Quiet, until a cache has room for just so many.",

@@ -162,6 +162,83 @@ def qwen3_next(rng):
     return transformers.Qwen3NextConfig(**size)
 
 
+def qwen3_5_moe(rng):
+    size = {k: v for k, v in hybrid(rng).items() if k != "intermediate_size"}
+    n = rng.choice([2, 3, 5, 8])
+    return transformers.Qwen3_5MoeTextConfig(
+        **size,
+        num_experts=n,
+        num_experts_per_tok=rng.randint(1, n),
+        moe_intermediate_size=rng.choice([12, 24, 40]),
+        shared_expert_intermediate_size=rng.choice([16, 48]),
+    )
+
+
+# ---- files with a vision tower, whose text part is opened
+
+
+def with_tower(rng, kind, text):
+    "A nested config: the text's settings, a small tower, and the tie flag at both levels."
+    tower = dict(depth=1, hidden_size=16, num_heads=2, patch_size=4)
+    if kind == "Qwen2VL":
+        tower |= dict(embed_dim=16, hidden_size=text["hidden_size"])
+    else:
+        tower |= dict(intermediate_size=16, out_hidden_size=text["hidden_size"])
+    if kind.startswith("Qwen3"):
+        tower |= dict(num_position_embeddings=16)
+    if kind.startswith("Qwen3VL"):
+        tower |= dict(deepstack_visual_indexes=[0])
+    tied = rng.random() < 0.5
+    return getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=tower, tie_word_embeddings=tied
+    )
+
+
+def three_axes(rng, size, head_dim):
+    "The text's settings with sections for time, row and column."
+    half = head_dim // 2
+    section = [half - 2 * (half // 3), half // 3, half // 3]
+    return size | dict(rope_parameters=size["rope_parameters"] | dict(mrope_section=section))
+
+
+def qwen2_vl(rng, kind="Qwen2VL"):
+    size = sizes(rng)
+    head_dim = rng.choice([8, 16])
+    size["hidden_size"] = size["num_attention_heads"] * head_dim
+    size = three_axes(rng, size, head_dim) | windows(rng, size["num_hidden_layers"])
+    return with_tower(rng, kind, size)
+
+
+def qwen2_5_vl(rng):
+    return qwen2_vl(rng, "Qwen2_5_VL")
+
+
+def qwen3_vl(rng):
+    head_dim = rng.choice([8, 16, 32])
+    size = sizes(rng) | dict(
+        hidden_size=rng.choice([20, 48, 64]), head_dim=head_dim, attention_bias=rng.random() < 0.5
+    )
+    return with_tower(rng, "Qwen3VL", three_axes(rng, size, head_dim))
+
+
+def qwen3_vl_moe(rng):
+    head_dim = rng.choice([8, 16, 32])
+    size = sizes(rng)
+    size |= experts(rng, size) | dict(
+        hidden_size=rng.choice([20, 48, 64]), head_dim=head_dim, attention_bias=rng.random() < 0.5
+    )
+    del size["norm_topk_prob"]
+    return with_tower(rng, "Qwen3VLMoe", three_axes(rng, size, head_dim))
+
+
+def qwen3_5_seeing(rng):
+    return with_tower(rng, "Qwen3_5", hybrid(rng))
+
+
+def qwen3_5_moe_seeing(rng):
+    return with_tower(rng, "Qwen3_5Moe", qwen3_5_moe(rng).to_dict())
+
+
 FAMILIES = {
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
@@ -169,6 +246,13 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": qwen3_moe,
     "Qwen3_5ForCausalLM": qwen3_5,
     "Qwen3NextForCausalLM": qwen3_next,
+    "Qwen3_5MoeForCausalLM": qwen3_5_moe,
+    "Qwen2VLForConditionalGeneration": qwen2_vl,
+    "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl,
+    "Qwen3VLForConditionalGeneration": qwen3_vl,
+    "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe,
+    "Qwen3_5ForConditionalGeneration": qwen3_5_seeing,
+    "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe_seeing,
 }  # class in transformers → rng → one of its configs
 
 
@@ -180,8 +264,9 @@ def checkpoint(folder, family, seed):
     rng = random.Random(f"{family} {seed}")
     torch.manual_seed(seed)
     config = FAMILIES[family](rng)
-    config.initializer_range = (
-        rng.choice([1, 1.5]) / config.hidden_size**0.5
+    text = config.get_text_config()
+    text.initializer_range = config.initializer_range = (
+        rng.choice([1, 1.5]) / text.hidden_size**0.5
     )  # with the usual 0.02 a tiny model hardly looks at its input
     reference = getattr(transformers, family)(config).float().eval()
     remembers = family == "Qwen3NextForCausalLM" or seed % 4 == 0
@@ -195,7 +280,7 @@ def checkpoint(folder, family, seed):
                 p.uniform_(-5, 0)
     reference.save_pretrained(folder)
     reference.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
-    return reference, rng, config
+    return reference, rng, text
 
 
 def can_cache(config):
@@ -241,7 +326,7 @@ def cases(n):
     return [([*FAMILIES][i % len(FAMILIES)], i) for i in range(n)]  # the families in turn
 
 
-@pytest.mark.parametrize("family, seed", cases(10))
+@pytest.mark.parametrize("family, seed", cases(len(FAMILIES)))
 def test_equals_transformers(tmp_path, family, seed):
     compare(tmp_path, family, seed)
 
@@ -263,9 +348,9 @@ def test_the_comparison_can_fail(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_equals_transformers_on_many_configs(tmp_path):
     failed = []
-    for family, seed in cases(210):
+    for family, seed in cases(300):
         try:
             compare(tmp_path / f"{seed}", family, seed)
         except AssertionError as e:
             failed.append(str(e))
-    assert not failed, f"{len(failed)} of 210 failed\n" + "\n".join(failed)
+    assert not failed, f"{len(failed)} of 300 failed\n" + "\n".join(failed)

@@ -19,6 +19,7 @@ from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.moe import unfuse
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.qwen3_5 import HybridConfig
+from qwen_nb.qwen3_5_moe import MoEHybridConfig
 from qwen_nb.qwen3_next import NextConfig
 from qwen_nb.resume import OneProcess, Run
 from qwen_nb.rows import IGNORED
@@ -114,6 +115,26 @@ GENERATIONS = dict(
         97,
         32,
         48,
+        4,
+        2,
+        1,
+        16,
+        64,
+        1e4,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        router_aux_loss_coef=0.1,
+    ),
+    qwen3_5_moe=MoEHybridConfig(
+        97,
+        32,
+        512,  # of a dense MLP: there is none, and no file says it
         4,
         2,
         1,

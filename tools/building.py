@@ -2,7 +2,8 @@
 """Make the building edition: building/*.ipynb from nbs/*.ipynb.
 
 `--check` only says whether it is out of date, and whether a solution can be read in it.
-`--run NAME` runs a lesson as it stands; with `--solved`, with the package's code in the stubs.
+`--run NAME …` runs lessons as they stand, each in a process of its own, on the packaged model or
+on $QWEN_NB_MODEL; with `--solved`, with the package's code in the stubs.
 """
 
 import argparse
@@ -10,8 +11,11 @@ import ast
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,14 +127,13 @@ def run(name, solved):
     nb = read(FOLDER / f"{name}.ipynb")
     if solved:
         solve(nb)
-    skip = re.compile(r"^#\|\s*(eval:\s*false|slow|real_weights)\s*$", re.M)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MY_QWEN"] = str(Path(folder) / "my_qwen")
         os.chdir(ROOT / "nbs")
         shell = CaptureShell(ROOT / f"building/{name}.ipynb", mpl_format="png")
         for number, cell in enumerate(nb["cells"]):
             text = "".join(cell["source"])
-            if cell["cell_type"] != "code" or skip.search(text):
+            if cell["cell_type"] != "code":
                 continue
             outputs = shell.run(text)
             if shell.exc:
@@ -139,14 +142,61 @@ def run(name, solved):
                 print(said(outputs), end="")
 
 
+def warm_up():
+    "Import what every lesson needs, once for all of them."
+    import execnb.shell  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+    from qwen_nb import build, mine  # noqa: F401
+
+    mine.all_pieces()
+
+
+def in_a_process(name, solved):
+    "Run a lesson in a process that is a copy of this one: nothing it does is seen by the next."
+    if not hasattr(os, "fork") or sys.platform == "darwin":  # there a copy may not be used
+        command = [sys.executable, __file__, "--run", name, *["--solved"] * solved]
+        return subprocess.run(command).returncode
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        run(name, solved)
+        status = 0
+    except SystemExit as stopped:
+        print(stopped)
+        status = 1
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def run_all(names, solved):
+    "Run lessons one after the other, each under a line with its name; exit with those that failed."
+    warm_up()
+    failed = []
+    for name in names:
+        print(f"== {name}", flush=True)
+        began = time.time()
+        if in_a_process(name, solved):
+            failed.append(name)
+        print(f"-- {time.time() - began:.1f} s{', FAILED' * (name in failed)}", flush=True)
+    if failed:
+        sys.exit(f"these lessons do not run to their end: {', '.join(failed)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="say whether it is out of date")
-    parser.add_argument("--run", metavar="NAME", help="run a lesson")
+    parser.add_argument("--run", metavar="NAME", nargs="+", help="run lessons")
     parser.add_argument("--solved", action="store_true", help="with the package's code in it")
     args = parser.parse_args()
     if args.run:
-        return run(args.run, args.solved)
+        one = len(args.run) == 1
+        return run(args.run[0], args.solved) if one else run_all(args.run, args.solved)
     if args.check:
         return check()
     FOLDER.mkdir(exist_ok=True)
