@@ -161,12 +161,13 @@ def test_a_quantised_folder_is_verified(tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (dict(quant_method="bitsandbytes"), "quantised by bitsandbytes"),
-        (dict(quant_method="gptq", bits=3), "gptq with 3 bits"),
-        (dict(quant_method="awq", version="gemv"), "version gemv"),
-        (dict(quant_method="compressed-tensors", format="pack-quantized"), "as pack-quantized"),
+        (dict(quant_method="bitsandbytes"), r"quantised \(bitsandbytes"),
+        (dict(quant_method="gptq", bits=3), r"quantised \(GPTQ\): 3 bits"),
+        (dict(quant_method="awq", version="gemv"), r"quantised \(AWQ\): 4 bits, version gemv"),
+        (dict(quant_method="compressed-tensors", format="pack-quantized"), "compressed-tensors"),
+        (dict(quant_method="fp8"), "weight_block_size"),
         (dict(quant_method="fp8", weight_block_size=[128, 128]), "does not fit"),
-        (None, "does not fit"),
+        (None, "weight_block_size"),
     ],
 )
 def test_refused_by_name(change, said, tmp_path):
@@ -179,7 +180,7 @@ def test_refused_by_name(change, said, tmp_path):
 
 
 def test_fp8_without_scales_is_refused():
-    with pytest.raises(ValueError, match="float8_e4m3fn without w.weight_scale"):
+    with pytest.raises(ValueError, match=r"quantised \(FP8\): w.weight has no w.weight_scale"):
         dequantised({"w.weight": torch.ones(2, 2).to(FP8)}, {})
 
 
