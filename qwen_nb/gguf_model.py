@@ -7,7 +7,7 @@ __all__ = ['OUTER_NAMES', 'LAYER_NAMES', 'EXPERT_NAMES', 'ARCHITECTURES', 'SETTI
            'BY_USER', 'UNUSED', 'renamed', 'settled_dtype', 'open_gguf', 'kind_of_gguf', 'gguf_rope', 'as_written',
            'gguf_config', 'gguf_vocabulary', 'token_settings', 'ending_ids', 'unpacked_once', 'unpacked']
 
-# %% ../nbs/08f_gguf_model.ipynb #7bd440d6
+# %% ../nbs/08f_gguf_model.ipynb #91a0c17a
 import atexit
 import json
 import os
@@ -23,7 +23,7 @@ from .gguf import GGUF, gguf_tensor, read_gguf
 from .tokenizer import tokenizer_json
 from .vocabulary import Added, Vocabulary, check_vocabulary
 
-# %% ../nbs/08f_gguf_model.ipynb #44bbc891
+# %% ../nbs/08f_gguf_model.ipynb #e98a3e8d
 OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm",
                "output": "lm_head"}  # GGUF's name → ours
 LAYER_NAMES = {
@@ -55,7 +55,7 @@ def renamed(
             return f"{where}.mlp.experts.{{}}.{EXPERT_NAMES[part]}.{kind}"
     raise ValueError(f"the tensor {name} belongs to no Qwen that is known here")
 
-# %% ../nbs/08f_gguf_model.ipynb #638adea6
+# %% ../nbs/08f_gguf_model.ipynb #1066e7ee
 def settled_dtype(
     file:GGUF,
 ) -> torch.dtype:
@@ -82,7 +82,7 @@ def open_gguf(
             found[ours] = x
     return found
 
-# %% ../nbs/08f_gguf_model.ipynb #80791764
+# %% ../nbs/08f_gguf_model.ipynb #f4f838ce
 ARCHITECTURES = dict(qwen2="qwen2", qwen3="qwen3", qwen2moe="qwen2_moe", qwen3moe="qwen3_moe")
 SETTING_NAMES = {
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
@@ -126,7 +126,7 @@ def as_written(value:object) -> object:
     "A float32 as it was meant: 1e-05, not 9.999999747378752e-06."
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
-# %% ../nbs/08f_gguf_model.ipynb #f61464b8
+# %% ../nbs/08f_gguf_model.ipynb #99e1424e
 def gguf_config(
     file:GGUF,
 ) -> dict:
@@ -154,7 +154,7 @@ def gguf_config(
     return found | ids | dict(model_type=name, architectures=[f"{title}ForCausalLM"],
                               hidden_act="silu", torch_dtype=dtype)
 
-# %% ../nbs/08f_gguf_model.ipynb #bf05d4a1
+# %% ../nbs/08f_gguf_model.ipynb #f4474d05
 PRE_PATTERNS = {"qwen2": SPLIT, "qwen35": SPLIT_MARKS}
 ORDINARY, CONTROL, BY_USER, UNUSED = 1, 3, 4, 5
 
@@ -182,7 +182,7 @@ def gguf_vocabulary(
     pairs = [tuple(str(merge).split(" ")) for merge in merges]
     return check_vocabulary(Vocabulary(known, pairs, added, PRE_PATTERNS[pre]), path)
 
-# %% ../nbs/08f_gguf_model.ipynb #03135ccf
+# %% ../nbs/08f_gguf_model.ipynb #fa26ed71
 def token_settings(
     metadata:dict,
     tokens:list,
@@ -205,7 +205,7 @@ def ending_ids(metadata:dict) -> dict:
              if f"general.sampling.{theirs}" in metadata}
     return found | (dict(eos_token_id=known) if known else {})
 
-# %% ../nbs/08f_gguf_model.ipynb #13ba8496
+# %% ../nbs/08f_gguf_model.ipynb #44c880c9
 @cache
 def unpacked_once(path:Path, size:int, changed:int) -> Path:
     "As `unpacked`, for this state of the file."

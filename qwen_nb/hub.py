@@ -162,26 +162,26 @@ def open_weights(
         tensors |= open_file(Path(folder) / shard, names)
     return tensors
 
+# %% ../nbs/02b_hub.ipynb #e602c66e
+def gguf_at(
+    path:Path,  # a file or a folder
+) -> Path:
+    "The GGUF file there, None without one. ValueError if there are several."
+    is_gguf = path.is_file() and path.suffix.lower() == ".gguf"
+    if is_gguf or not path.is_dir() or (path / "config.json").is_file():
+        return path if is_gguf else None
+    found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found[:4])
+        raise ValueError(f"{path} holds {len(found)} GGUF files, {names}: name one of them")
+    return found[0] if found else None
+
 # %% ../nbs/02b_hub.ipynb #7d9e5a6b
 WANTED = [
     "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "qwen.tiktoken",
     "chat_template*",
 ]
-
-def gguf_at(
-    path:Path,  # a file or a folder
-) -> Path:
-    "The GGUF file there, None without one. ValueError if there are several."
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        return path
-    if not path.is_dir() or (path / "config.json").is_file():
-        return None
-    found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
-    if len(found) > 1:
-        names = ", ".join(p.name for p in found[:4])
-        raise ValueError(f"{path} holds {len(found)} GGUF files, {names}: name one of them")
-    return found[0] if found else None
 
 def find_model(
     name_or_path:str|Path=None,  # None: the packaged model; a folder; a .gguf file; or a hub id
@@ -203,8 +203,7 @@ def find_model(
         expected = "expected the folder that holds config.json and the weights"
         raise FileNotFoundError(f"{name} is a file; {expected}")
     looks_like_a_path = name[0] in ".~/\\" or "\\" in name or name.count("/") > 1
-    looks_like_a_path |= path.suffix.lower() == ".gguf"
-    if looks_like_a_path or path.is_absolute():
+    if looks_like_a_path or path.is_absolute() or path.suffix.lower() == ".gguf":
         hint = "a model on the hub is written organisation/name"
         raise FileNotFoundError(f"there is no folder {name} (looked for {path.absolute()}); {hint}")
     return download(name)

@@ -7,12 +7,12 @@ __all__ = ['FORM_NAMES', 'FP8_TYPES', 'BYTES', 'SCALE_NAMES', 'AWQ_PLACES', 'QKV
            'refusal_of', 'open_scaled', 'unpack_bits', 'unpack_gptq', 'unpack_awq', 'open_packed', 'left_after',
            'quantisation_of', 'dequantised']
 
-# %% ../nbs/02h_quantised.ipynb #218870a3
+# %% ../nbs/02h_quantised.ipynb #57d6a95c
 import sys
 
 import torch
 
-# %% ../nbs/02h_quantised.ipynb #9d5e6d6e
+# %% ../nbs/02h_quantised.ipynb #1906fb3b
 def spread_scale(
     scale:torch.Tensor,  # of the whole, (1,); of each row, (rows, 1); or of each block
     shape:tuple,         # (…, rows, columns) of the weight
@@ -32,7 +32,7 @@ def spread_scale(
     wide = scale.float().repeat_interleave(down, -2).repeat_interleave(right, -1)
     return wide[..., :rows, :columns]
 
-# %% ../nbs/02h_quantised.ipynb #8dfbced7
+# %% ../nbs/02h_quantised.ipynb #f9957097
 FORM_NAMES = {"fp8": "FP8", "gptq": "GPTQ", "awq": "AWQ"}
 
 def refusal_of(
@@ -69,7 +69,7 @@ def open_scaled(
         found[name] = q.float() * spread_scale(tensors[name + ends[0]], q.shape, block)
     return found
 
-# %% ../nbs/02h_quantised.ipynb #a09f00b7
+# %% ../nbs/02h_quantised.ipynb #e6e7c19b
 def unpack_bits(
     packed:torch.Tensor,  # (rows, columns) int32
     bits:int,             # of one number: 2, 4 or 8
@@ -97,7 +97,7 @@ def unpack_gptq(
     groups = g_idx.long().flatten()
     return scales.float()[groups].T * (q - zeros[groups].T)
 
-# %% ../nbs/02h_quantised.ipynb #f738f075
+# %% ../nbs/02h_quantised.ipynb #03e57b6f
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in the int32 each of eight outputs lies
 
 def unpack_awq(
@@ -111,7 +111,7 @@ def unpack_awq(
     groups = torch.arange(len(q)) // (len(q) // len(scales))
     return (scales.float()[groups] * (q - zeros[groups])).T
 
-# %% ../nbs/02h_quantised.ipynb #d62cb23f
+# %% ../nbs/02h_quantised.ipynb #ee006c60
 QKV = ("q_proj", "k_proj", "v_proj")
 
 def open_packed(
@@ -141,7 +141,7 @@ def open_packed(
             raise refusal_of(settings, f"the parts of {layer} do not fit: {error}") from None
     return found
 
-# %% ../nbs/02h_quantised.ipynb #a76d9771
+# %% ../nbs/02h_quantised.ipynb #ab3778a0
 def left_after(
     tensors:dict,  # name → tensor, of the checkpoint
     opened:dict,   # name → tensor, made of some of them
@@ -170,7 +170,7 @@ def quantisation_of(
                 return known | said
     return {}
 
-# %% ../nbs/02h_quantised.ipynb #456971bd
+# %% ../nbs/02h_quantised.ipynb #fd5568c9
 OPENS = {"fp8": open_scaled, "compressed-tensors": open_scaled,
          "gptq": open_packed, "awq": open_packed}
 BYTE_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
