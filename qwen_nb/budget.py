@@ -82,6 +82,8 @@ def cast_once(
         return out.to(torch.get_autocast_dtype(device))
 
     for layer in model.model.layers:
+        if not hasattr(layer, "input_layernorm"):        # 17_next has no such norms
+            continue
         if hasattr(layer, "self_attn"):
             layer.input_layernorm.register_forward_hook(cast)
         layer.post_attention_layernorm.register_forward_hook(cast)

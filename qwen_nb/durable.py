@@ -135,7 +135,8 @@ def config_json(
     turn = special.get("<|im_end|>", end)
     rest = dict(torch_dtype=dtype, bos_token_id=end, eos_token_id=turn)
     if hasattr(config, "as_json"):
-        return config.as_json() | rest
+        about = config.as_json()                         # 17c's says itself where a text ends
+        return rest | about if "eos_token_id" in about else about | rest
     families = {(False, True): "qwen3", (True, False): "qwen2"}
     family = families.get((config.qkv_bias, config.qk_norm))
     if family is None or config.o_bias:
@@ -194,7 +195,8 @@ def model_files(
         generation |= dict(bos_token_id=stops[-1], eos_token_id=stops, pad_token_id=stops[-1])
     tensors = {}
     for name, t in config.original(weights).items():     # named as in its generation's files
-        tensors[name] = t.detach().to("cpu", dtype).contiguous()
+        kept_in = dtype if t.is_floating_point() else t.dtype
+        tensors[name] = t.detach().to("cpu", kept_in).contiguous()
     about = config_json(config, special, str(dtype).removeprefix("torch."))
     return files | {
         "config.json": json_bytes(about),

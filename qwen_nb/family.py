@@ -86,7 +86,8 @@ def layers_of(
     mixers, alike = getattr(config, "layer_types", None), {}
     for i in range(config.num_hidden_layers):
         sparse = hasattr(config, "is_sparse") and config.is_sparse(i)
-        kind = mixers and mixers[i], sparse
+        with_ngrams = i + 1 in getattr(config, "ple_layer_ids", ())      # 17b
+        kind = mixers and mixers[i], sparse, with_ngrams
         alike.setdefault(kind, []).append(i)
     with torch.device("meta"), SkipInit():
         return [(config.block(same[0]), len(same)) for same in alike.values()]
@@ -97,10 +98,12 @@ def size(module:torch.nn.Module): return sum(p.numel() for p in module.parameter
 def resting(
     block:torch.nn.Module,  # from `layers_of`
 ) -> int:
-    "Parameters of the experts that a token does not use."
-    experts = getattr(block.mlp, "experts", ())
-    if not experts: return 0
-    return size(experts) // len(experts) * (len(experts) - block.mlp.k)
+    "Parameters of the experts, and of a table of n-grams, that a token does not use."
+    experts, ngrams = getattr(block.mlp, "experts", ()), getattr(block, "ple", None)
+    rests = 0
+    if experts: rests += size(experts) // len(experts) * (len(experts) - block.mlp.k)
+    if ngrams is not None: rests += ngrams.ple_embedding.resting()
+    return rests
 
 # %% ../nbs/16_family.ipynb #ab1fc63f
 def count(
@@ -108,7 +111,7 @@ def count(
 ) -> tuple:
     "Parameters: all, and those that one token uses."
     embedding = config.vocab_size * config.hidden_size
-    total = embedding + size(config.norm())
+    total = embedding + size(config.last_norm())
     if not config.tie_word_embeddings: total += embedding
     at_rest = 0
     for block, n in layers_of(config):
@@ -179,7 +182,10 @@ def traits(
             "past the training length": past_training(c),
             "a norm's neutral weight": int(c.norm().weight[0]),
             "head is the embedding": c.tie_word_embeddings,
-            "experts": experts_of(c)}
+            "experts": experts_of(c),
+            "residual streams": getattr(c, "hc_count", 1),
+            "keys that a token may choose": str(getattr(c, "indexer_budget", "all")),
+            "layers with n-grams": len(getattr(c, "ple_layer_ids", ()))}
 
 # %% ../nbs/16_family.ipynb #4f0fd41b
 def find_config(

@@ -184,4 +184,9 @@ def cache_parts(
     if "linear_attention" not in kinds: return each_token, 0
     recent, state = memory_shapes(config, 1)["linear_attention"]
     once = math.prod(recent) * bytes_per_number + math.prod(state) * 4
-    return each_token, once * kinds.count("linear_attention")
+    once *= kinds.count("linear_attention")
+    if hasattr(config, "kept_beside"):               # 17c
+        beside, beside_once = config.kept_beside()
+        each_token += beside * bytes_per_number
+        once += beside_once * bytes_per_number
+    return each_token, once

@@ -61,6 +61,9 @@ class Parts:
     def block(self, layer_idx:int):
         return Block(self, layer_idx)
 
+    def decoder(self): return Decoder(self)
+    def last_norm(self): return self.norm()  # between the last block and the head
+
     def rotary(self):
         return Rotary(self.head_dim, self.rope_theta, self.rope_scaling,
                       self.max_position_embeddings)
@@ -68,13 +71,10 @@ class Parts:
     def mask(self, q_len:int, k_len:int, is_real:torch.Tensor, device:str|torch.device):
         return causal_mask(q_len, k_len, is_real, device)
 
-    def rename(self, stored:dict):
-        "A checkpoint's tensors, under our names."
-        return stored
+    def rename(self, stored:dict): return stored     # a checkpoint's tensors, under our names
+    def original(self, weights:dict): return weights  # and the way back
 
-    def original(self, weights:dict):
-        "And the way back."
-        return weights
+    def place(self, name, t, device, dtype): return t.to(device, dtype)  # a stored tensor
 
     def extra_loss(self, model:nn.Module):
         "Around a pass in training: nothing here; or it gives a function, for a loss to add."
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         blocks = [config.block(i) for i in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(blocks)
-        self.norm = config.norm()
+        self.norm = config.last_norm()
         self.rotary = config.rotary()
 
     def forward(self, input_ids:torch.Tensor, position_ids:torch.Tensor,
@@ -189,7 +189,7 @@ class Qwen(nn.Module):
     def __init__(self,
                  config:QwenConfig):  # the numbers of config.json
         super().__init__()
-        self.config, self.model = config, Decoder(config)
+        self.config, self.model = config, config.decoder()
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 

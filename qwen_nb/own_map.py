@@ -9,8 +9,8 @@ __all__ = ['MAP', 'GREY', 'boxes', 'draw_box', 'draw_map', 'read_progress', 'not
 import json
 
 from .inspect import OURS
-from .mine import IN_USE, all_pieces, my_folder
-from .pieces import Piece
+from .mine import all_pieces, my_folder
+from .pieces import IN_USE, Piece
 
 # %% ../nbs/80a_map.ipynb #61576a42
 # Rows of the map from top to bottom: title → {module of the package: label of its box}

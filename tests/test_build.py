@@ -13,17 +13,17 @@ from lessons_built import LESSONS, check_empty, check_solved, run_lessons
 
 from qwen_nb import build, mine
 from qwen_nb.diagnose import diagnose
-from qwen_nb.edition import (
-    build_lesson,
-    keep_work,
-    key_of,
-    lessons_with_pieces,
-    seal,
-    text_of,
-    unsealed,
-)
+from qwen_nb.edition import build_lesson, keep_work, key_of, seal, text_of, unsealed
 from qwen_nb.inspect import packaged_model
-from qwen_nb.mine import all_pieces, keep_cell, load_mine, pieces_of, use_mine, use_package
+from qwen_nb.mine import (
+    all_pieces,
+    keep_cell,
+    lessons_with_pieces,
+    load_mine,
+    pieces_of,
+    use_mine,
+    use_package,
+)
 from qwen_nb.pieces import IN_USE, edited
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -276,7 +276,7 @@ def test_a_broken_file_is_told_and_the_package_stands_in(folder, tmp_path, capsy
     names = use_mine(broken)
     said = capsys.readouterr().err
     assert "RMSNorm.forward" not in names and "rotate_half" not in names
-    assert "rotate_half, not yet. This is" in said and "package's stands in" in said
+    assert "rotate_half, not yet. The mistake:" in said and "package's stands in" in said
     assert "Attention.forward" in names
 
 
@@ -303,7 +303,7 @@ def test_grade_gives_what_to_go_on_with(tmp_path, monkeypatch, capsys):
     given = build.grade(wrong)
     x = torch.arange(4.0)
     assert given is not wrong and torch.equal(given(x), piece.right(x))
-    assert not IN_USE and "This is" in capsys.readouterr().out
+    assert not IN_USE and "The mistake:" in capsys.readouterr().out
     build.grade(given)
     assert "This is the package's own rotate_half" in capsys.readouterr().out
     assert build.read_progress()["rotate_half"] == {"hints": 0, "tries": 1, "right": False}

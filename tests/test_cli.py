@@ -20,8 +20,8 @@ from qwen_nb import cli
 from qwen_nb.chat import Chat, Scripted
 from qwen_nb.conversation import COMMANDS, EXAMPLE
 from qwen_nb.conversation import talk as talk_with
+from qwen_nb.files import DTYPE_NAMES as DTYPES
 from qwen_nb.inspect import packaged_model
-from qwen_nb.loading import DTYPE_NAMES as DTYPES
 from qwen_nb.model import Qwen
 from qwen_nb.settings import last_model
 from qwen_nb.terminal import SAMPLING, Screen

@@ -239,6 +239,42 @@ def qwen3_5_moe_seeing(rng):
     return with_tower(rng, "Qwen3_5Moe", qwen3_5_moe(rng).to_dict())
 
 
+def qwen4_exp(rng):
+    "Budgets and blocks shorter and longer than the 40 tokens, n-grams in some layer or in none."
+    size = hybrid(rng)
+    turned = int(size["head_dim"] * size["rope_parameters"]["partial_rotary_factor"])
+    block, heads, order = rng.choice([1, 2, 3, 4, 7]), rng.choice([1, 2]), rng.choice([2, 3, 4])
+    kinds = size["layer_types"] or ["linear_attention"] * 3 + ["full_attention"]
+    linear = [i + 1 for i, kind in enumerate(kinds) if kind == "linear_attention"]
+    mixture = {k: v for k, v in experts(rng, size).items() if k not in DENSE}
+    return transformers.Qwen4ExpTextConfig(
+        **{k: v for k, v in size.items() if k not in ("intermediate_size", "eos_token_id")},
+        **mixture,
+        shared_expert_intermediate_size=rng.choice([16, 48]),
+        output_gate_type=rng.choice(["sigmoid", "silu", None]),
+        hc_count=rng.choice([2, 3, 4]),
+        hc_lowrank=rng.choice([3, 8]),
+        indexer_n_heads=rng.choice([1, 2, 4]),
+        indexer_kv_heads=1,
+        indexer_head_dim=max(turned, rng.choice([4, 16])),
+        indexer_compress_ratio=block,
+        indexer_budget=block * rng.choice([1, 2, 3, 20]),
+        ple_layer_ids=sorted(rng.sample(linear, rng.randint(0, min(2, len(linear))))),
+        ple_embed_dim=(order - 1) * heads * rng.choice([3, 8]),
+        ple_conv_kernel_size=rng.choice([2, 3, 4]),
+        ngram_size=order,
+        heads_per_ngram=heads,
+        ngram_vocab_size_base=rng.choice([20, 300]),
+        make_ngram_vocab_size_divisible_by=rng.choice([1, 16]),
+        split_ngram_parts=rng.choice([1, 2, 5]),
+        seed=rng.choice([0, 1234]),
+        eos_token_id=rng.choice([3, [5, 7]]),
+    )
+
+
+DENSE = "decoder_sparse_step", "mlp_only_layers"  # in Qwen4-exp every layer is a mixture
+
+
 FAMILIES = {
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
@@ -253,6 +289,7 @@ FAMILIES = {
     "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe,
     "Qwen3_5ForConditionalGeneration": qwen3_5_seeing,
     "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe_seeing,
+    "Qwen4ExpForCausalLM": qwen4_exp,
 }  # class in transformers → rng → one of its configs
 
 

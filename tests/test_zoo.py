@@ -6,16 +6,23 @@ That each mistake is called by its name, and that pairs are, the pages of mistak
 import ast
 import inspect
 import linecache
+import math
 import textwrap
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
+from qwen_nb.alike import alike
 from qwen_nb.build import help_steps
-from qwen_nb.diagnose import diagnose
+from qwen_nb.code_story import unread
+from qwen_nb.diagnose import diagnose, exercise
 from qwen_nb.edition import body_lines, is_comment
 from qwen_nb.mine import ZOO, all_pieces
-from qwen_nb.pieces import edited
+from qwen_nb.pieces import Probe, edited
+from qwen_nb.values import asked_text, value_story
 
 PIECES = list(all_pieces().values())
 each_piece = pytest.mark.parametrize("piece", PIECES, ids=lambda p: p.name)
@@ -109,9 +116,9 @@ def _norm(source, **outside):
 HEAD = "def forward(self, x):\n    h = x.float()\n"
 ROOT = "torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)"
 SAID = {
-    "keepdim": (f"    h = h * {ROOT.replace(', keepdim=True', '')}", "This is `keepdim` forgotten"),
-    "axis 0": (f"    h = h * {ROOT.replace('-1', '0')}", "This is the mean taken over the batch"),
-    "axis 1": (f"    h = h * {ROOT.replace('-1', '1')}", "This is the mean taken over axis 1"),
+    "keepdim": (f"    h = h * {ROOT.replace(', keepdim=True', '')}", ": `keepdim` forgotten."),
+    "axis 0": (f"    h = h * {ROOT.replace('-1', '0')}", "mistake: the mean taken over the batch"),
+    "axis 1": (f"    h = h * {ROOT.replace('-1', '1')}", "mistake: the mean taken over axis 1"),
     "outside": (f"    h = h * {ROOT.replace('self.eps', 'eps')}", "Your code reads `eps` (0.1)"),
     "unknown": (f"    h = h * {ROOT.replace('self.eps', 'EPS')}", "Did you mean `self.eps`?"),
     "print": (f"    print(h * {ROOT})\n    return", "`print` only shows a value"),
@@ -177,3 +184,213 @@ def test_a_lost_gradient_is_refused(name):
 
     verdict = diagnose(piece, cut)
     assert verdict.kind == "cut" and "gradient" in verdict.text, verdict.text
+
+
+def _graded(solution, *probes, **known):
+    "What the grader says of answers to a small exercise, by name; with wrong answers it knows."
+    graded = exercise(solution, "A small exercise, for this test alone.")
+    for number, run in enumerate(probes):
+        graded.probe(f"input {number}, of {len(probes)}")(run)
+    for name, wrong in known.items():
+        graded.knows(name.replace("_", " "), wrong, "It is.")
+    return lambda answer: diagnose(graded, answer)
+
+
+def add_solution(x, y):
+    return x + y
+
+
+def _caught(f):
+    try:
+        return f(5, 6)
+    except Exception:
+        return "it raised something"
+
+
+def _wrapped(f):
+    try:
+        return f(7, 8)
+    except Exception as error:
+        raise AssertionError("your file cannot be read") from error
+
+
+def _raising(error):
+    def stops(x, y):
+        raise error
+    return stops
+
+
+@pytest.mark.parametrize("run", [lambda f: f(1, 2), _caught, _wrapped], ids=["", "kept", "other"])
+@pytest.mark.parametrize("error", [ValueError("oh"), AssertionError("oh"), KeyboardInterrupt("oh"),
+                                   SystemExit("oh")], ids=lambda e: type(e).__name__)
+def test_the_real_error_is_told(run, error):
+    said = _graded(add_solution, run)(_raising(error)).text
+    assert f"stopped at `raise error` with {type(error).__name__}: oh" in said, said
+    assert "Nothing came back" not in said, said
+    is_kept = run is not _wrapped or not isinstance(error, Exception)
+    assert is_kept or "your file cannot be read." in said, said
+
+
+def test_an_error_inside_a_generator_is_told():
+    def letters_solution(text):
+        yield from text
+
+    def letters(text):
+        yield from text[:1]
+        raise KeyError("b")
+
+    def run(f):
+        try:
+            return list(f("ab"))
+        except KeyError:
+            return []
+
+    assert "KeyError: 'b'" in _graded(letters_solution, run)(letters).text
+
+
+def test_ctrl_c_stops_the_grader():
+    import _thread
+
+    def interrupted(x, y):
+        _thread.interrupt_main()
+        return sum(range(10**7))
+
+    with pytest.raises(KeyboardInterrupt):
+        _graded(add_solution, lambda f: f(1, 2))(interrupted)
+
+
+def test_what_was_seen_of_a_known_mistake_is_told_whole():
+    def parts_solution(x):
+        return {"w": (x, [x, x])}
+
+    def wrong(x):
+        return {"w": (x, [x, 2 * x])}
+
+    said = _graded(parts_solution, lambda f: f(torch.randn(3, 5)), the_second_doubled=wrong)(wrong)
+    assert "The mistake: the second doubled." in said.text, said
+    assert "At 'w': 1 of 2 entries are right.\nEntry 1: " in said.text, said
+    assert "Every value is 2 times the right one." in said.text, said
+    assert not any(line.endswith(":") for line in said.text.splitlines()), said
+
+
+@pytest.mark.parametrize("answer", [len, math.log, partial(max, 1), max, Probe("", None), print])
+def test_an_answer_without_code_is_graded(answer):
+    assert not _graded(add_solution, lambda f: f(5, 6))(answer).right
+
+
+def test_a_solution_without_source_is_enough():
+    names = {}
+    exec("def add_solution(x, y):\n    return x + y", names)
+    graded = _graded(names["add_solution"], lambda f: f(5, 6), lambda f: f(7, 8))
+    assert graded(add_solution).right and graded(partial(add_solution)).right
+    for wrong in (lambda x, y: x, _raising(NameError("name 'X' is not")), 3):
+        assert not graded(wrong).right
+    assert not _graded(max, lambda f: f(5, 6))(min).right
+
+
+@pytest.mark.parametrize("right, same", [
+    (3, np.int64(3)), (3, torch.tensor(3)), (6, 6.0), (0.5, np.float32(0.5)), (True, np.True_),
+    (0.5, torch.tensor(0.5)), ([3, 4], (3.0, np.int64(4))), ({"a": (1, 2)}, {"a": [1.0, 2]})])
+def test_the_same_number_of_another_type_is_right(right, same):
+    assert alike(same, right)
+
+
+@pytest.mark.parametrize("right, other", [
+    (1, True), (True, 1), (3, "3"), (6, 6.5), (3, torch.tensor([3])), (0, None), (0, False),
+    (torch.tensor(0.5), 0.5), (torch.zeros(2), torch.zeros(2).double()), ([1, 0], [True, False])])
+def test_another_value_is_not(right, other):
+    assert not alike(other, right)
+
+
+@dataclass
+class _Config:
+    width: int = 64
+    words: tuple = ("a", "b")
+
+
+WORDS = [
+    (torch.zeros(2, dtype=torch.int64), 3, "Yours is an int64 tensor (2,), expected 3."),
+    (torch.zeros(2, 0, 3), torch.zeros(2, 3), "The shape is (2, 0, 3), expected (2, 3)."),
+    ([torch.zeros(2, 0)], [3], "Entry 0: Yours is a float32 tensor (2, 0), expected 3."),
+    (595_991_552, 596_049_920, "595,991,552, expected 596,049,920. That is 58,368 too low."),
+    ((True, 0.5), (True, 2.0), "Entry 1 is 0.25 times the right one, that is 1/4."),
+    ([[301, 67], [1]], [[304], [1]], "Yours is [[301, 67], [1]], expected [[304], [1]]."),
+    ([301, 67], [304], "The length is 2, expected 1. Yours is [301, 67], expected [304]."),
+    (_Config(63), _Config(64), "At 'width': The number is 63, expected 64."),
+    ({1, 2}, {1}, "Yours is {1, 2}, expected {1}."),
+    ({"a": 1, "c": 2}, {"a": 1, "b": 2}, "The keys differ: missing ['b'], too many ['c']."),
+    ([*"abcdefghijklmno", ("<end>", False)], ["abcdef", ("ghiJklmno", True), ("<end>", False)],
+     "The length is 16, expected 3. They part at character 9"),
+]
+
+
+@pytest.mark.parametrize("ours, theirs, words", WORDS)
+def test_words_for_a_difference(ours, theirs, words):
+    assert words in " ".join(value_story(ours, theirs))
+
+
+def test_an_argument_is_shown_shortly():
+    many = {f"x{i}": torch.zeros(2, 70) for i in range(12)}
+    asked = asked_text({"c": {"width": 64, "depth": 4}, "w": _Config(), "x": torch.zeros(0)})
+    assert asked == ("c {'width': 64, 'depth': 4}, w _Config(width=64, words=('a', 'b')), "
+                     "x a float32 tensor (0,)")
+    assert asked_text(many).startswith("x0 (2, 70), x1 (2, 70)") and len(asked_text(many)) < 105
+
+
+def test_of_several_calls_the_wrong_one_is_named():
+    def run(f):
+        return [f(1, 1), f(2, 5), f(3, 1)]
+
+    graded = _graded(add_solution, run, lambda f: f(0, 0), lambda f: f(1, 0))
+    said = graded(lambda x, y: x + y + (y == 5)).text
+    assert "with x 2, y 5.\nThe number is 8, expected 7." in said, said
+    assert "Right on: input 1, of 3 · input 2, of 3." in said, said
+    said = graded(lambda x, y: None if x < 3 else x + y).text
+    assert "with x 1, y 1.\nNothing came back, expected 2" in said, said
+
+
+def test_what_a_probe_says_keeps_its_first_letter():
+    def run(f):
+        if f(1, 2) != 3:
+            raise AssertionError("embed.weight is missing")
+
+    assert "\nembed.weight is missing." in _graded(add_solution, run)(lambda x, y: 4).text
+
+
+def test_small_errors_here_and_there_are_sized():
+    right = torch.linspace(1, 2, 40).view(20, 2)
+    wrong = right.clone()
+    wrong[[0, 3, 4, 7, 9, 12, 13, 16, 18]] *= 1.02
+    said = " ".join(value_story(wrong, right))
+    assert "only entries" not in said and "The largest error is 0.0" in said, said
+
+
+def test_two_values_tell_no_factor():
+    said = " ".join(value_story(torch.tensor([[1.0, 4.0]]), torch.tensor([[2.0, 3.0]])))
+    assert "factor of its own" not in said, said
+
+
+class _Scaled:
+    def half(self, x):
+        return x / 2 * self.scale
+
+    def right(self, x):
+        return self.half(x) + self.bias
+
+    def by_hand(self, x):
+        return x * self.scale / 2 + self.bias + 1
+
+    def helped(self, x):
+        return other(self, x)                                              # noqa: F821
+
+    def forgetful(self, x):
+        return self.half(x)
+
+
+@pytest.mark.parametrize("name, missing", [("by_hand", []), ("helped", []), ("forgetful", [])])
+def test_what_may_be_done_in_another_way_is_not_missed(name, missing):
+    assert unread(getattr(_Scaled, name), _Scaled.right, _Scaled) == missing
+
+
+def test_a_part_that_nothing_reads_is_missed():
+    assert unread(lambda self, x: x, _Scaled.right, _Scaled) == ["self.bias"]

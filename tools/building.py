@@ -43,7 +43,8 @@ def written(nb):
 
 def make():
     "Every lesson with pieces: name → its building edition as text."
-    from qwen_nb.edition import build_lesson, lessons_with_pieces
+    from qwen_nb.edition import build_lesson
+    from qwen_nb.mine import lessons_with_pieces
 
     return {
         name: written(build_lesson(read(ROOT / f"nbs/{name}.ipynb"), name))
@@ -73,7 +74,8 @@ def telling_lines(piece):
 
 def leaks(editions):
     "Lines of solutions that can be read in the building edition of their own lesson."
-    from qwen_nb.edition import lessons_with_pieces, text_of
+    from qwen_nb.edition import text_of
+    from qwen_nb.mine import lessons_with_pieces
 
     found = []
     for name, pieces in lessons_with_pieces().items():
@@ -101,7 +103,8 @@ def check():
 
 def solve(nb):
     "The lesson with the package's own code in its stubs."
-    from qwen_nb.edition import lessons_with_pieces, pieces_in, text_of, without_directives
+    from qwen_nb.edition import pieces_in, text_of, without_directives
+    from qwen_nb.mine import lessons_with_pieces
 
     sources = {}
     for name, pieces in lessons_with_pieces().items():

@@ -175,7 +175,7 @@ if __name__ == "__main__":
             command.add_argument(
                 "--sibling",
                 default="",
-                choices=["qwen1", "qwen2", "qwen3_moe", "qwen3_5", "qwen3_5_moe"],
+                choices=["qwen1", "qwen2", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"],
                 help="the sibling of that generation, in place of the small model",
             )
         command.add_argument(
