@@ -104,7 +104,8 @@ LATER = {  # model_type → the module that knows it
     "qwen3_vl": "qwen_nb.pictures", "qwen3_vl_text": "qwen_nb.pictures",
     "qwen3_vl_moe": "qwen_nb.pictures", "qwen3_vl_moe_text": "qwen_nb.pictures",
     "qwen3_5": "qwen_nb.qwen3_5", "qwen3_5_text": "qwen_nb.qwen3_5",
-    "qwen3_5_moe": "qwen_nb.qwen3_5_moe", "qwen3_5_moe_text": "qwen_nb.qwen3_5_moe"}
+    "qwen3_5_moe": "qwen_nb.qwen3_5_moe", "qwen3_5_moe_text": "qwen_nb.qwen3_5_moe",
+    "qwen4_exp": "qwen_nb.qwen4_exp", "qwen4_exp_text": "qwen_nb.qwen4_exp"}
 
 def family_config(
     raw:dict,  # what config.json holds
@@ -209,7 +210,8 @@ def open_model(
         model = kind(config)                              # shapes without numbers
     weights = read_weights(folder, config, model.state_dict(), raw, dtype)
     dtype = dtype or one_dtype(weights, raw)
-    placed = {name: t.to(device, dtype) for name, t in progress(weights.items())}
+    placed = {name: config.place(name, t, device, dtype)
+              for name, t in progress(weights.items())}
     model.load_state_dict(placed, strict=True, assign=True)
     model.folder = folder                                 # where the rest of its files are
     return model.eval()
