@@ -20,7 +20,7 @@ from torch import nn
 
 from .alike import kind_text
 from .pieces import Piece, Probe, as_method_of, new_methods, package_class, run_probe
-from .values import Outcome, parameters, tensors_in
+from .values import Outcome, parameters_of, tensors_in
 from .verify import told
 
 # %% ../nbs/01e_code.ipynb #fb45c6b6
@@ -145,7 +145,7 @@ def sizes_hint(text:str, function:object):
 # %% ../nbs/01e_code.ipynb #27dcf648
 def error_hint(error:Exception, function:object, right:object):
     "What an error means here, in one sentence; empty if there is no more to say than it says."
-    text, taken = str(error), parameters(right)
+    text, taken = str(error), parameters_of(right)
     if isinstance(error, NameError) and (named := re.search(r"name '(\w+)' is not", text)):
         name = named[1]
         if f"self.{name.lower()}" in source_of(right):
@@ -221,7 +221,7 @@ def sent_back(value:object, leaves:dict):
 # %% ../nbs/01e_code.ipynb #0c2c8428
 def gradients(piece:Piece, function:object, probe:Probe):
     "For each call on a probe: the gradients that come back, by name. Or the error on the way."
-    names, calls = list(parameters(piece.right)), []
+    names, calls = list(parameters_of(piece.right)), []
 
     def watched(*args, **kw):
         leaves = {}

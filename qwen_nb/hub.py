@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WANTED', 'open_file', 'cut_into_shards', 'save_shards', 'files_found', 'read_json', 'read_index', 'open_weights',
-           'find_model', 'verify_download', 'hub_error', 'download']
+           'gguf_at', 'find_model', 'verify_download', 'hub_error', 'download']
 
 # %% ../nbs/02b_hub.ipynb #a847d182
+import importlib
 import json
 import os
 from pathlib import Path
@@ -137,6 +138,7 @@ def read_index(
 # %% ../nbs/02b_hub.ipynb #aeb3a7ed
 def open_weights(
     folder:str|Path,  # from `find_model`
+    dtype=None,       # of a GGUF file's tensors, which are unpacked; None: as they are
 ) -> dict:
     """Every tensor of the checkpoint by name.
 
@@ -147,6 +149,9 @@ def open_weights(
     not fit)."""
     whole = Path(folder) / "model.safetensors"
     index = Path(folder) / "model.safetensors.index.json"
+    if (Path(folder) / "gguf.json").is_file():
+        later = importlib.import_module("qwen_nb.gguf_model")  # of a later lesson
+        return later.open_gguf(read_json(folder, "gguf.json")["path"], dtype)
     if whole.is_file():
         return open_file(whole)
     if not index.is_file():
@@ -157,6 +162,20 @@ def open_weights(
         tensors |= open_file(Path(folder) / shard, names)
     return tensors
 
+# %% ../nbs/02b_hub.ipynb #e602c66e
+def gguf_at(
+    path:Path,  # a file or a folder
+) -> Path:
+    "The GGUF file there, None without one. ValueError if there are several."
+    is_gguf = path.is_file() and path.suffix.lower() == ".gguf"
+    if is_gguf or not path.is_dir() or (path / "config.json").is_file():
+        return path if is_gguf else None
+    found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found[:4])
+        raise ValueError(f"{path} holds {len(found)} GGUF files, {names}: name one of them")
+    return found[0] if found else None
+
 # %% ../nbs/02b_hub.ipynb #7d9e5a6b
 WANTED = [
     "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
@@ -165,9 +184,10 @@ WANTED = [
 ]
 
 def find_model(
-    name_or_path:str|Path=None, # None: the packaged model; a folder; or a hub id, "Qwen/Qwen3-0.6B"
+    name_or_path:str|Path=None,  # None: the packaged model; a folder; a .gguf file; or a hub id
 ) -> Path:
     """The folder that holds the model's files. A hub id is downloaded once, into the hub's cache.
+    A GGUF file is unpacked into a folder for the time being, all but its weights.
 
     Raises FileNotFoundError (no such folder or model), PermissionError (the hub wants a login or
     consent), ConnectionError (no network, or the download broke off: call again) or ValueError (a
@@ -175,13 +195,15 @@ def find_model(
     if not name_or_path:
         return packaged_model()
     name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if gguf := gguf_at(path):
+        return importlib.import_module("qwen_nb.gguf_model").unpacked(gguf)  # a later lesson
     if path.is_dir():
         return path
     if path.exists():
         expected = "expected the folder that holds config.json and the weights"
         raise FileNotFoundError(f"{name} is a file; {expected}")
     looks_like_a_path = name[0] in ".~/\\" or "\\" in name or name.count("/") > 1
-    if looks_like_a_path or path.is_absolute():
+    if looks_like_a_path or path.is_absolute() or path.suffix.lower() == ".gguf":
         hint = "a model on the hub is written organisation/name"
         raise FileNotFoundError(f"there is no folder {name} (looked for {path.absolute()}); {hint}")
     return download(name)

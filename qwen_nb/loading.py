@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from .files import DTYPE_NAMES, check_heads, check_plain, left_aside, one_dtype, text_only
 from .hub import find_model, open_weights, read_json
 from .model import Qwen, QwenConfig
+from .quantised import dequantised
 
 # %% ../nbs/08a_loading.ipynb #7b5423ed
 def text_settings(
@@ -183,9 +184,10 @@ def read_weights(
     config:QwenConfig,
     planned:dict,       # name → tensor of the right shape, from the model
     raw:dict,           # what config.json holds
+    dtype:torch.dtype=None,  # of what has to be unpacked; None: as the rest of the file
 ) -> dict:
     "The file's tensors that the model needs. ValueError, in a sentence, if it has others."
-    stored = open_weights(folder)
+    stored = dequantised(open_weights(folder, dtype), raw, dtype)
     check_plain(stored, raw)
     if aside := left_aside(stored): print(aside, file=sys.stderr)
     own = config.rename(text_only(stored))                # under our names
@@ -206,7 +208,7 @@ def open_model(
     config = family_config(raw)
     with torch.device("meta"), SkipInit():
         model = kind(config)                              # shapes without numbers
-    weights = read_weights(folder, config, model.state_dict(), raw)
+    weights = read_weights(folder, config, model.state_dict(), raw, dtype)
     dtype = dtype or one_dtype(weights, raw)
     placed = {name: config.place(name, t, device, dtype)
               for name, t in progress(weights.items())}

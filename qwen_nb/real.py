@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['IDS', 'TESTS', 'QWEN3_TESTS', 'QWEN2_TESTS', 'EXPECTED', 'LOGIT_TOLERANCE', 'logit_gap', 'check_logits',
-           'check_continuation', 'check_tensor', 'check_count', 'against_reference', 'check_fact', 'verify_model']
+           'check_continuation', 'check_tensor', 'check_count', 'plain_folder', 'against_reference', 'check_fact',
+           'verify_model']
 
 # %% ../nbs/08b_real.ipynb #d33e4f77
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from .hub import find_model, open_weights, read_json
 from .model import Qwen
+from .quantised import quantisation_of
 from .verify import rounding_steps
 
 # %% ../nbs/08b_real.ipynb #7bf62947
@@ -106,6 +111,24 @@ def check_count(weights:dict, fact:dict):
     return (tensors, numbers) == (fact["count"], fact["parameters"]), said
 
 # %% ../nbs/08b_real.ipynb #15934644
+def plain_folder(
+    model:Qwen,
+    folder:str|Path,   # it came from
+    scratch:str|Path,  # an empty folder
+) -> Path:
+    """The folder, or, if it holds a GGUF file or a quantised checkpoint, the scratch folder with
+    the model as it was opened: then both compute with the same weights."""
+    raw = read_json(folder, "config.json")
+    if not quantisation_of(raw) and not (Path(folder) / "gguf.json").is_file():
+        return folder
+    for key in ("quantization_config", "compression_config", "quantization"):
+        raw.pop(key, None)
+    (Path(scratch) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    weights = {name: w.contiguous().clone() for name, w in model.state_dict().items()}
+    save_file(weights, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
+    return Path(scratch)
+
+# %% ../nbs/08b_real.ipynb #6af2d0e0
 @torch.no_grad()
 def against_reference(model:Qwen, folder:str|Path, ids:list):
     """(holds, sentence) for our logits and those of `transformers`, on the same weights.
@@ -116,8 +139,10 @@ def against_reference(model:Qwen, folder:str|Path, ids:list):
                          "the notebook 11_qwen1 checks this decoder against numbers of the "
                          "original code")
     from transformers import AutoModelForCausalLM
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs = reference(torch.tensor([ids])).logits
+    with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        same = plain_folder(model, folder, scratch)
+        reference = AutoModelForCausalLM.from_pretrained(same, dtype=torch.float32).eval()
+        theirs = reference(torch.tensor([ids])).logits
     worst = rounding_steps(model(torch.tensor([ids])), theirs).max().item()
     return worst <= 256, f"transformers: logits within {worst:.2g} rounding steps (256 allowed)"
 
