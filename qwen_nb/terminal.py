@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEERING', 'EXAMPLE_TEXT', 'SAMPLING', 'EMBED_EXAMPLES', 'visible', 'has_colours', 'Screen', 'check_utf8',
-           'read_text', 'resolve', 'choose_model', 'load', 'sampling_of', 'run_generate', 'add_embed', 'read_lines',
+           'read_text', 'resolve', 'choose_model', 'load', 'sampling_of', 'run_generate', 'add_embed', 'text_lines',
            'save_vectors', 'run_embed', 'show_nearest', 'show_neighbours']
 
 # %% ../nbs/90_terminal.ipynb #31b1c281
@@ -162,7 +162,7 @@ def run_generate(args:Namespace) -> int:
         screen.end_line()                                # also after Ctrl-C
     return 0
 
-# %% ../nbs/90_terminal.ipynb #aa3331e2
+# %% ../nbs/90_terminal.ipynb #ce38db43
 EMBED_EXAMPLES = """examples:
   qwen-nb embed stories.txt --query "ask Anna for the key"
   qwen-nb embed notes.txt --model Qwen/Qwen3-Embedding-0.6B --query "who pays?" -n 3
@@ -190,7 +190,7 @@ def add_embed(commands):
         ".safetensors file")
     p.set_defaults(run=run_embed, parser=p)
 
-def read_lines(file:str) -> list:
+def text_lines(file:str) -> list:
     "The lines of a file, or with `-` of stdin, that are not empty. ValueError if there are none."
     text = sys.stdin.read() if file == "-" else Path(file).read_bytes().decode(
         errors="surrogateescape")
@@ -200,7 +200,7 @@ def read_lines(file:str) -> list:
         raise ValueError(f"{name} has no text; expected one text a line")
     return lines
 
-# %% ../nbs/90_terminal.ipynb #fd7a0b67
+# %% ../nbs/90_terminal.ipynb #43db4479
 def save_vectors(vectors, out:str):
     "Write them as .npy or .safetensors."
     if out.endswith(".npy"):
@@ -219,7 +219,7 @@ def run_embed(args:Namespace) -> int:
         raise ValueError("--instruction is for a question: add --query TEXT")
     if args.query is not None and not args.query.strip():
         raise ValueError("--query is empty; expected what to look for")
-    lines = read_lines(args.file)
+    lines = text_lines(args.file)
     choose_model(args)
     from qwen_nb.embed import Embedder
     embedder = Embedder.from_pretrained(args.model)

@@ -29,7 +29,7 @@ from qwen_nb.train import learning_rate, parameter_groups
 
 TASK = "Who is where?"
 DIMS = 128, 32  # the loss is the mean over vectors of these lengths
-PAIRS, TEMPERATURE = 24, 0.05
+TEMPERATURE = 0.05
 
 
 def beginning():
@@ -65,7 +65,9 @@ def train(args):
     for step in trange(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, warmup=20)
-        loss = loss_of(embedder, some_tales(PAIRS, f"{args.seed}/{step}"), args.false_negatives)
+        loss = loss_of(
+            embedder, some_tales(args.pairs, f"{args.seed}/{step}"), args.false_negatives
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
@@ -95,9 +97,8 @@ def save(args, decoder, lines):
     about = dict(prompts=prompts, default_prompt_name=None, similarity_fn_name="cosine")
     text = json.dumps(about, indent=2) + "\n"
     (args.out / "config_sentence_transformers.json").write_text(text, encoding="utf-8")
-    settings = dict(
-        steps=args.steps, lr=args.lr, pairs=PAIRS, temperature=TEMPERATURE, dims=DIMS, task=TASK
-    )
+    settings = dict(steps=args.steps, lr=args.lr, pairs=args.pairs, temperature=TEMPERATURE)
+    settings |= dict(dims=DIMS, task=TASK)
     log = "".join(json.dumps(line) + "\n" for line in [settings, *lines])
     (args.out / "training_log.jsonl").write_text(log, encoding="utf-8")
 
@@ -136,6 +137,7 @@ if __name__ == "__main__":
     one.add_argument("out", type=Path, metavar="FOLDER")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--steps", type=int, default=300)
+    one.add_argument("--pairs", type=int, default=16, help="of twins in a batch")
     one.add_argument("--every", type=int, default=50)
     one.add_argument("--lr", type=float, default=1e-3)
     one.add_argument("--false-negatives", action="store_true", help="take them as wrong")
