@@ -1,4 +1,4 @@
-"""Embedder and reranker against transformers, the contrastive loss, the sibling, and the command."""
+"""Embedder and reranker against transformers, the contrastive loss, the sibling, the command."""
 
 import io
 import json
