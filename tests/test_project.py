@@ -213,7 +213,7 @@ def test_wheel(wheel, settings):
         if p.is_file()
     }
     assert {n for n in names if n.startswith("qwen_nb/pretrained/")} == pretrained
-    for sibling in ("", "qwen1/", "qwen2/", "qwen3_moe/", "qwen3_5/"):
+    for sibling in ("", "qwen1/", "qwen2/", "qwen3_moe/", "qwen3_5/", "qwen3_embed/"):
         assert {
             f"qwen_nb/pretrained/{sibling}{name}"
             for name in ("config.json", "model.safetensors", "tokenizer_config.json")
