@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """The small embedder that ships inside the package (nbs/18a_contrast). These make it again, each
-run in two minutes on one core:
+run in two minutes on one idle core. The second half of each begins from the first:
 
-    python tools/make_embedder.py train runs/embed-0
-    python tools/make_embedder.py train runs/embed-1 --seed 1
-    python tools/make_embedder.py train runs/embed-2 --seed 2
-    python tools/make_embedder.py train runs/embed-wrong --false-negatives
-    python tools/make_embedder.py install runs/embed-0 runs/embed-1 runs/embed-2 runs/embed-wrong
+    python tools/make_embedder.py train runs/half-0
+    python tools/make_embedder.py train runs/embed-0 --begin runs/half-0
+    python tools/make_embedder.py train runs/half-1 --seed 1
+    python tools/make_embedder.py train runs/embed-1 --seed 1 --begin runs/half-1
+    python tools/make_embedder.py install runs/embed-0 runs/embed-1
 
-The first run that `install` is given is copied into the package; of the others it keeps the log.
+With `--false-negatives` those are taken as wrong answers. The first run that `install` is given is
+copied into the package; of the others it keeps the log.
 """
 
 import argparse
@@ -32,10 +33,13 @@ DIMS = 128, 32  # the loss is the mean over vectors of these lengths
 TEMPERATURE = 0.05
 
 
-def beginning():
-    "The packaged Qwen3, as an embedder."
-    decoder, config = open_decoder(packaged_model(), torch.float32)
-    return Embedder(decoder.train(), config, Tokenizer.from_pretrained(), TASK)
+def beginning(folder):
+    "The model to begin from, as an embedder, and the log of a run that it ended."
+    decoder, config = open_decoder(folder, torch.float32)
+    lines = []
+    if folder != packaged_model():
+        lines = list(map(json.loads, (folder / "training_log.jsonl").read_text().splitlines()))[1:]
+    return Embedder(decoder.train(), config, Tokenizer.from_pretrained(), TASK), lines
 
 
 def pooled(embedder, texts):
@@ -59,8 +63,9 @@ def loss_of(embedder, tales, false_negatives):
 
 def train(args):
     "One run: weights, and how well it searches every `--every` steps."
-    embedder = beginning()
-    decoder, test, lines, losses = embedder.decoder, some_tales(100, UNSEEN_SEED), [], []
+    embedder, lines = beginning(args.begin)
+    done = lines[-1]["step"] if lines else 0
+    decoder, test, losses = embedder.decoder, some_tales(100, UNSEEN_SEED), []
     optimizer = torch.optim.AdamW(parameter_groups(decoder, 0.01), args.lr, betas=(0.9, 0.98))
     for step in trange(args.steps):
         for group in optimizer.param_groups:
@@ -75,7 +80,7 @@ def train(args):
         losses.append(loss.item())
         if (step + 1) % args.every == 0:
             found = dict(loss=sum(losses) / len(losses), **search(embedder, test))
-            about = dict(seed=args.seed, false_negatives=args.false_negatives, step=step + 1)
+            about = dict(seed=args.seed, false_negatives=args.false_negatives, step=done + step + 1)
             lines.append(about | {name: round(value, 4) for name, value in found.items()})
             losses = []
             print(lines[-1], flush=True)
@@ -97,7 +102,8 @@ def save(args, decoder, lines):
     about = dict(prompts=prompts, default_prompt_name=None, similarity_fn_name="cosine")
     text = json.dumps(about, indent=2) + "\n"
     (args.out / "config_sentence_transformers.json").write_text(text, encoding="utf-8")
-    settings = dict(steps=args.steps, lr=args.lr, pairs=args.pairs, temperature=TEMPERATURE)
+    steps = lines[-1]["step"] if lines else args.steps
+    settings = dict(steps=steps, lr=args.lr, pairs=args.pairs, temperature=TEMPERATURE)
     settings |= dict(dims=DIMS, task=TASK)
     log = "".join(json.dumps(line) + "\n" for line in [settings, *lines])
     (args.out / "training_log.jsonl").write_text(log, encoding="utf-8")
@@ -135,6 +141,12 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     one = commands.add_parser("train", help="train one")
     one.add_argument("out", type=Path, metavar="FOLDER")
+    one.add_argument(
+        "--begin",
+        type=Path,
+        default=packaged_model(),
+        help="a run to go on from, for as many steps",
+    )
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--steps", type=int, default=120)
     one.add_argument("--pairs", type=int, default=16, help="of twins in a batch")
