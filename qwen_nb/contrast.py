@@ -6,7 +6,7 @@
 __all__ = ['WORDINGS', 'UNSEEN_SEED', 'true_facts', 'in_other_words', 'Tale', 'twins', 'some_tales', 'answered',
            'contrastive_loss', 'words_of', 'bm25', 'retrieval', 'search']
 
-# %% ../nbs/18a_contrast.ipynb #b0152250
+# %% ../nbs/18a_contrast.ipynb #551ab050
 import math
 import re
 from collections import Counter
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .embed import Embedder, unit
 from .world import Chooser, World, opening, tell
 
-# %% ../nbs/18a_contrast.ipynb #c5fde169
+# %% ../nbs/18a_contrast.ipynb #89f1108f
 WORDINGS = {
     "at": ["{a} can be found in the {b}", "look for {a} in the {b}", "you meet {a} in the {b}",
            "the {b} is where {a} stays", "{a} waits in the {b}"],
@@ -51,7 +51,7 @@ def in_other_words(
         said.append(choose(wordings).format(a=a, b=b))
     return " and ".join(said)
 
-# %% ../nbs/18a_contrast.ipynb #fb639654
+# %% ../nbs/18a_contrast.ipynb #202c6c14
 @dataclass
 class Tale:
     "A story with a question that it answers."
@@ -93,7 +93,7 @@ def some_tales(
         found += twins(choose, unseen)
     return found
 
-# %% ../nbs/18a_contrast.ipynb #f7cbd048
+# %% ../nbs/18a_contrast.ipynb #a44407f4
 def answered(
     tales:list,
 ) -> torch.Tensor:
@@ -117,7 +117,7 @@ def contrastive_loss(
         scores = scores.masked_fill(others, -math.inf)
     return F.cross_entropy(scores, own)
 
-# %% ../nbs/18a_contrast.ipynb #38196f6a
+# %% ../nbs/18a_contrast.ipynb #671bb52c
 def words_of(text:str) -> list: return re.findall(r"\w+", text.lower())
 
 def bm25(
@@ -138,7 +138,7 @@ def bm25(
             scores[i] += rare * f * (k + 1) / (f + long)
     return scores
 
-# %% ../nbs/18a_contrast.ipynb #c6f6f7e4
+# %% ../nbs/18a_contrast.ipynb #671a319f
 def retrieval(
     scores:torch.Tensor,  # (questions, stories), larger is nearer; twins side by side
     right:torch.Tensor,   # the same shape, bool, from `answered`

@@ -6,7 +6,7 @@
 __all__ = ['TEXT_END', 'TASK', 'JUDGE', 'last_token', 'padded', 'open_decoder', 'text_states', 'unit', 'instructed',
            'folder_task', 'Embedder', 'Reranker']
 
-# %% ../nbs/18_embed.ipynb #cddb9389
+# %% ../nbs/18_embed.ipynb #b4aa9879
 import json
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .loading import SkipInit, as_dtype, match_weights
 from .model import Decoder, Qwen, QwenConfig, positions
 from .tokenizer import Tokenizer
 
-# %% ../nbs/18_embed.ipynb #920fca63
+# %% ../nbs/18_embed.ipynb #ca6e4437
 def last_token(
     hidden:torch.Tensor,          # (batch, seq, hidden_size)
     attention_mask:torch.Tensor,  # (batch, seq), 1 for a real token; padding on either side
@@ -31,7 +31,7 @@ def last_token(
     last = (place * attention_mask).argmax(-1)       # (batch,): the largest place that is real
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
-# %% ../nbs/18_embed.ipynb #fe3c6f30
+# %% ../nbs/18_embed.ipynb #9fee82be
 TEXT_END = "<|endoftext|>"
 
 def padded(
@@ -49,7 +49,7 @@ def padded(
         mask.append([0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap)
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-# %% ../nbs/18_embed.ipynb #6b05d1ff
+# %% ../nbs/18_embed.ipynb #8b736f21
 def open_decoder(
     name_or_path:str|Path,         # a folder, or a hub id
     dtype:str|torch.dtype=None,    # None: as stored
@@ -83,7 +83,7 @@ def text_states(
     mask = config.mask(seq, seq, attention_mask, input_ids.device)
     return decoder(input_ids, positions(attention_mask, seq), mask)
 
-# %% ../nbs/18_embed.ipynb #3a753372
+# %% ../nbs/18_embed.ipynb #88e0be98
 def unit(
     vectors:torch.Tensor,  # (…, dims)
     dims:int=None,         # how many to keep, from the front; None: all
@@ -93,7 +93,7 @@ def unit(
         raise ValueError(f"dims is {dims}; expected 1 to {vectors.shape[-1]}, the model's width")
     return F.normalize(vectors[..., :dims].float(), dim=-1)
 
-# %% ../nbs/18_embed.ipynb #cc632f79
+# %% ../nbs/18_embed.ipynb #a435614d
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
 def instructed(
@@ -114,7 +114,7 @@ def folder_task(folder:Path) -> str:
     fits = form.startswith(begin) and form.endswith(end)
     return form[len(begin):-len(end)] if fits else TASK
 
-# %% ../nbs/18_embed.ipynb #62696033
+# %% ../nbs/18_embed.ipynb #47c763af
 class Embedder:
     """Texts to vectors of length 1, as Qwen3-Embedding makes them.
 
@@ -181,7 +181,7 @@ class Embedder:
         "Questions, each with the instruction."
         return self([self.told(text, task) for text in texts], dims, batch_size)
 
-# %% ../nbs/18_embed.ipynb #3f394205
+# %% ../nbs/18_embed.ipynb #9f9f6126
 JUDGE = ("Judge whether the Document meets the requirements based on the Query and the Instruct "
          'provided. Note that the answer can only be "yes" or "no".')
 
