@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEXT_END', 'TASK', 'JUDGE', 'last_token', 'padded', 'open_decoder', 'text_states', 'unit', 'instructed',
-           'folder_task', 'Embedder', 'Reranker']
+           'folder_task', 'LastStates', 'Embedder', 'Judge', 'Reranker']
 
-# %% ../nbs/18_embed.ipynb #b4aa9879
+# %% ../nbs/18_embed.ipynb #cbef0f40
 import json
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .loading import SkipInit, as_dtype, match_weights
 from .model import Decoder, Qwen, QwenConfig, positions
 from .tokenizer import Tokenizer
 
-# %% ../nbs/18_embed.ipynb #ca6e4437
+# %% ../nbs/18_embed.ipynb #00f21116
 def last_token(
     hidden:torch.Tensor,          # (batch, seq, hidden_size)
     attention_mask:torch.Tensor,  # (batch, seq), 1 for a real token; padding on either side
@@ -31,7 +31,7 @@ def last_token(
     last = (place * attention_mask).argmax(-1)       # (batch,): the largest place that is real
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
-# %% ../nbs/18_embed.ipynb #9fee82be
+# %% ../nbs/18_embed.ipynb #200d73f7
 TEXT_END = "<|endoftext|>"
 
 def padded(
@@ -49,7 +49,7 @@ def padded(
         mask.append([0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap)
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-# %% ../nbs/18_embed.ipynb #8b736f21
+# %% ../nbs/18_embed.ipynb #17951cad
 def open_decoder(
     name_or_path:str|Path,         # a folder, or a hub id
     dtype:str|torch.dtype=None,    # None: as stored
@@ -83,7 +83,7 @@ def text_states(
     mask = config.mask(seq, seq, attention_mask, input_ids.device)
     return decoder(input_ids, positions(attention_mask, seq), mask)
 
-# %% ../nbs/18_embed.ipynb #88e0be98
+# %% ../nbs/18_embed.ipynb #621747e6
 def unit(
     vectors:torch.Tensor,  # (…, dims)
     dims:int=None,         # how many to keep, from the front; None: all
@@ -93,7 +93,7 @@ def unit(
         raise ValueError(f"dims is {dims}; expected 1 to {vectors.shape[-1]}, the model's width")
     return F.normalize(vectors[..., :dims].float(), dim=-1)
 
-# %% ../nbs/18_embed.ipynb #a435614d
+# %% ../nbs/18_embed.ipynb #25bcc684
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
 def instructed(
@@ -114,11 +114,9 @@ def folder_task(folder:Path) -> str:
     fits = form.startswith(begin) and form.endswith(end)
     return form[len(begin):-len(end)] if fits else TASK
 
-# %% ../nbs/18_embed.ipynb #47c763af
-class Embedder:
-    """Texts to vectors of length 1, as Qwen3-Embedding makes them.
-
-    Source: Qwen3-Embedding's model card and report, arXiv:2506.05176."""
+# %% ../nbs/18_embed.ipynb #5f0fce2f
+class LastStates:
+    "From texts to one state each."
     pool = staticmethod(last_token)      # which state stands for a text
 
     def __init__(self,
@@ -130,16 +128,6 @@ class Embedder:
         if TEXT_END not in tokenizer.special:
             raise ValueError(f"this tokenizer has no {TEXT_END}, with which each text must end")
         self.end = tokenizer.special[TEXT_END]
-
-    @classmethod
-    def from_pretrained(cls,
-                        name_or_path:str|Path=None,    # None: the packaged sibling
-                        dtype:str|torch.dtype=None,    # None: as stored
-                        device:str|torch.device=None): # None: the CPU
-        "Open a model. Raises what `Qwen.from_pretrained` and `Tokenizer.from_pretrained` raise."
-        folder = find_model(name_or_path or packaged_model("qwen3_embed"))
-        decoder, config = open_decoder(folder, dtype, device)
-        return cls(decoder, config, Tokenizer.from_pretrained(folder), folder_task(folder))
 
     def ids(self, text:str) -> list:
         "A text's ids and the end. ValueError for more than the model was made for."
@@ -159,6 +147,21 @@ class Embedder:
         device = self.decoder.embed_tokens.weight.device
         ids, mask = padded([self.ids(text) for text in texts], self.end, device)
         return self.pool(text_states(self.decoder, self.config, ids, mask), mask)
+
+# %% ../nbs/18_embed.ipynb #86a02789
+class Embedder(LastStates):
+    """Texts to vectors of length 1, as Qwen3-Embedding makes them.
+
+    Source: Qwen3-Embedding's model card and report, arXiv:2506.05176."""
+    @classmethod
+    def from_pretrained(cls,
+                        name_or_path:str|Path=None,    # None: the packaged sibling
+                        dtype:str|torch.dtype=None,    # None: as stored
+                        device:str|torch.device=None): # None: the CPU
+        "Open a model. Raises what `Qwen.from_pretrained` and `Tokenizer.from_pretrained` raise."
+        folder = find_model(name_or_path or packaged_model("qwen3_embed"))
+        decoder, config = open_decoder(folder, dtype, device)
+        return cls(decoder, config, Tokenizer.from_pretrained(folder), folder_task(folder))
 
     @torch.no_grad()
     def __call__(self,
@@ -181,14 +184,12 @@ class Embedder:
         "Questions, each with the instruction."
         return self([self.told(text, task) for text in texts], dims, batch_size)
 
-# %% ../nbs/18_embed.ipynb #9f9f6126
+# %% ../nbs/18_embed.ipynb #5fa036da
 JUDGE = ("Judge whether the Document meets the requirements based on the Query and the Instruct "
          'provided. Note that the answer can only be "yes" or "no".')
 
-class Reranker:
-    """The probability that a document answers a question, from the logits of two words.
-
-    Source: Qwen3-Reranker's model card, arXiv:2506.05176."""
+class Judge:
+    "What a reranker is asked, and the ids of its two answers."
     def __init__(self,
                  model:Qwen,
                  tokenizer:Tokenizer,
@@ -212,6 +213,11 @@ class Reranker:
         said = f"<Instruct>: {self.task}\n<Query>: {query}\n<Document>: {document}"
         return self.opens + self.tokenizer.encode(said) + self.closes
 
+# %% ../nbs/18_embed.ipynb #716c9dff
+class Reranker(Judge):
+    """The probability that a document answers a question, from the logits of two words.
+
+    Source: Qwen3-Reranker's model card, arXiv:2506.05176."""
     @torch.no_grad()
     def __call__(self, query:str, documents:list, batch_size:int=16) -> torch.Tensor:
         "For each document the probability of yes against no, `(documents,)`."

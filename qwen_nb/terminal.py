@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEERING', 'EXAMPLE_TEXT', 'SAMPLING', 'EMBED_EXAMPLES', 'visible', 'has_colours', 'Screen', 'check_utf8',
            'read_text', 'resolve', 'choose_model', 'load', 'sampling_of', 'run_generate', 'add_embed', 'text_lines',
-           'save_vectors', 'run_embed', 'show_nearest', 'show_neighbours']
+           'show_nearest', 'show_neighbours', 'save_vectors', 'run_embed']
 
 # %% ../nbs/90_terminal.ipynb #31b1c281
 import os
@@ -162,7 +162,7 @@ def run_generate(args:Namespace) -> int:
         screen.end_line()                                # also after Ctrl-C
     return 0
 
-# %% ../nbs/90_terminal.ipynb #ce38db43
+# %% ../nbs/90_terminal.ipynb #1dabc9e7
 EMBED_EXAMPLES = """examples:
   qwen-nb embed stories.txt --query "ask Anna for the key"
   qwen-nb embed notes.txt --model Qwen/Qwen3-Embedding-0.6B --query "who pays?" -n 3
@@ -190,6 +190,7 @@ def add_embed(commands):
         ".safetensors file")
     p.set_defaults(run=run_embed, parser=p)
 
+# %% ../nbs/90_terminal.ipynb #a0b5c3df
 def text_lines(file:str) -> list:
     "The lines of a file, or with `-` of stdin, that are not empty. ValueError if there are none."
     text = sys.stdin.read() if file == "-" else Path(file).read_bytes().decode(
@@ -200,8 +201,24 @@ def text_lines(file:str) -> list:
         raise ValueError(f"{name} has no text; expected one text a line")
     return lines
 
-# %% ../nbs/90_terminal.ipynb #43db4479
-def save_vectors(vectors, out:str):
+# %% ../nbs/90_terminal.ipynb #0bce3d37
+def show_nearest(cosines:object, lines:list, n:int):
+    "The n nearest lines, each after its cosine."
+    best = cosines.argsort(descending=True, stable=True)[:n]
+    for i in best.tolist():
+        print(f"{cosines[i]:6.3f}  {visible(lines[i])}")
+
+def show_neighbours(cosines:object, lines:list):
+    "Each line, and the other line that is nearest to it."
+    if len(lines) < 2:
+        raise ValueError("there is one line only, which has no neighbour: add --query TEXT, or -o "
+                         "FILE for its vector")
+    nearest = cosines.fill_diagonal_(-2).argmax(1).tolist()
+    for i, j in enumerate(nearest):
+        print(f"{visible(lines[i])}\n{cosines[i, j]:6.3f}  {visible(lines[j])}")
+
+# %% ../nbs/90_terminal.ipynb #f6ff4b02
+def save_vectors(vectors:object, out:str):
     "Write them as .npy or .safetensors."
     if out.endswith(".npy"):
         import numpy as np
@@ -233,18 +250,3 @@ def run_embed(args:Namespace) -> int:
     elif not args.out:
         show_neighbours(vectors @ vectors.T, lines)
     return 0
-
-def show_nearest(cosines, lines:list, n:int):
-    "The n nearest lines, each after its cosine."
-    best = cosines.argsort(descending=True, stable=True)[:n]
-    for i in best.tolist():
-        print(f"{cosines[i]:6.3f}  {visible(lines[i])}")
-
-def show_neighbours(cosines, lines:list):
-    "Each line, and the other line that is nearest to it."
-    if len(lines) < 2:
-        raise ValueError("there is one line only, which has no neighbour: add --query TEXT, or -o "
-                         "FILE for its vector")
-    nearest = cosines.fill_diagonal_(-2).argmax(1).tolist()
-    for i, j in enumerate(nearest):
-        print(f"{visible(lines[i])}\n{cosines[i, j]:6.3f}  {visible(lines[j])}")
