@@ -15,6 +15,8 @@ the package already:
 
     qwen-nb train configs/qwen3_5.toml
     python tools/make_model.py install runs/qwen3_5 --sibling qwen3_5
+
+The embedder, which begins as the small model, is made by tools/make_embedder.py.
 """
 
 import argparse
