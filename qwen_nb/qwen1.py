@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .attention import attend
-from .gqa import Attention
+from .gqa import Attention, has_numbers, is_exported
 from .cache import KVCache
 from .model import QwenConfig
 from .qwen1_names import original_names, our_names
@@ -76,16 +76,20 @@ class NTKRotary(nn.Module):
         if cache is not None: cache.ntk_alpha = found
         return found
 
+    def looked_up(self, position_ids:torch.Tensor):  # where no number can be read
+        bases = [ntk_frequencies(self.head_dim, self.theta, 2 ** n - 1) for n in range(1, 17)]
+        limits = self.seq_length * 2 ** torch.arange(15, device=position_ids.device)
+        doubled = (position_ids.amax(1, True) >= limits).sum(1)       # (1 or batch,)
+        found = torch.stack(bases).to(position_ids.device)[doubled]   # (1 or batch, head_dim/2)
+        return cos_sin(position_ids, found[:, None])
+
     def forward(self, position_ids:torch.Tensor, dtype:torch.dtype=None, cache=None) -> tuple:
         "cos and sin for `apply_rope`, each `(1 or batch, seq, head_dim)`, float32."
+        chooses = self.dynamic and not self.training and cache is None
+        if chooses and not has_numbers(position_ids): return self.looked_up(position_ids)
         alphas = self.alphas(position_ids, cache)
-        rows = [position_ids] if len(alphas) == 1 else position_ids.split(1)
-        cos, sin = [], []
-        for alpha, row in zip(alphas, rows):
-            table = cos_sin(row, ntk_frequencies(self.head_dim, self.theta, alpha))
-            cos.append(table[0])
-            sin.append(table[1])
-        return torch.cat(cos), torch.cat(sin)
+        found = [ntk_frequencies(self.head_dim, self.theta, alpha) for alpha in alphas]
+        return cos_sin(position_ids, torch.stack(found)[:, None])
 
 # %% ../nbs/11a_long.ipynb #8353fb4d
 def logn_scale(
@@ -115,7 +119,7 @@ class LogNAttention(Attention):
             return super().forward(x, cos, sin, mask, cache)
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None: k, v = cache.update(self.layer_idx, k, v)
-        if k.shape[2] > self.seq_length:
+        if is_exported() or k.shape[2] > self.seq_length:
             scale = logn_scale(self.keys_seen(q, k, mask), self.seq_length)  # (1 or batch, q_len)
             q = q * scale.to(q.dtype)[:, None, :, None]
         mix = attend(q, k, v, mask)                        # (batch, heads, q_len, head_dim)
