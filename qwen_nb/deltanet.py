@@ -131,7 +131,7 @@ class GatedDeltaNet(DeltaNetWeights):
         beta = b.sigmoid().float().transpose(1, 2)
         rule = delta_rule if x.shape[1] == 1 else delta_rule_chunked
         if is_exported(): rule = delta_rule_open
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             read, state = rule(q, k, v, g, beta, state)
         if cache is not None: cache.keep(self.layer_idx, recent, state, x.shape[1])
         read = read.transpose(1, 2).to(x.dtype)                     # (batch, seq, heads, value dim)

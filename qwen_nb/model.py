@@ -181,7 +181,7 @@ def check_inputs(input_ids:torch.Tensor, attention_mask:torch.Tensor, past:int, 
         low, high = torch.stack(input_ids.aminmax()).tolist()
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids go from {low} to {high}; expected 0 to {vocab_size - 1}")
-    expected = len(input_ids), past + input_ids.shape[1]
+    expected = input_ids.shape[0], past + input_ids.shape[1]
     if attention_mask is not None and tuple(attention_mask.shape) != expected:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; "
                          f"expected {expected}")

@@ -27,10 +27,10 @@ def route(
         weights = weights / weights.sum(-1, keepdim=True)
     return weights.to(logits.dtype), chosen
 
-# %% ../nbs/14_moe.ipynb #292aab98
+# %% ../nbs/14_moe.ipynb #6ecdc2db
 def mix_all_experts(experts:list, x:torch.Tensor, weights:torch.Tensor, chosen:torch.Tensor):
     "As `mix_experts` below, but every expert answers every token: nothing needs to be counted."
-    share = weights.new_zeros(len(x), len(experts)).scatter(1, chosen, weights)
+    share = weights.new_zeros(x.shape[0], len(experts)).scatter(1, chosen, weights)
     return sum(expert(x) * share[:, e, None] for e, expert in enumerate(experts))
 
 # %% ../nbs/14_moe.ipynb #66e6e576
@@ -44,7 +44,7 @@ def mix_experts(
 
     Each expert sees its tokens alone. One without tokens is not called, unless gradients are
     wanted: then its own are zeros."""
-    if len(x) and not has_numbers(x): return mix_all_experts(experts, x, weights, chosen)
+    if x.shape[0] and not has_numbers(x): return mix_all_experts(experts, x, weights, chosen)
     k = chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)         # the pairs, expert by expert
     counts = chosen.flatten().bincount(minlength=len(experts)).tolist()

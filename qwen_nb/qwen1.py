@@ -57,6 +57,8 @@ class NTKRotary(nn.Module):
         super().__init__()
         self.head_dim, self.theta, self.seq_length = head_dim, theta, seq_length
         self.dynamic = dynamic
+        bases = [ntk_frequencies(head_dim, theta, 2 ** n - 1) for n in range(1, 33)]
+        self.bases = torch.stack(bases)          # (32, head_dim/2), one for each alpha there can be
 
     def alphas(self,
                position_ids:torch.Tensor,  # (1 or batch, seq)
@@ -70,26 +72,22 @@ class NTKRotary(nn.Module):
         found = [ntk_alpha(n, self.seq_length) for n in lengths]
         if len(set(found)) == 1: found = found[:1]
         if begun and found != kept:
-            raise ValueError(
-                f"dynamic NTK chose its base for the first {cache.length} tokens (alpha {kept}); "
-                f"the whole needs another (alpha {found}): read the prompt in one piece")
+            raise ValueError(f"dynamic NTK chose alpha {kept} for the first {cache.length} tokens; "
+                             f"the whole needs alpha {found}: read the prompt in one piece")
         if cache is not None: cache.ntk_alpha = found
         return found
 
-    def looked_up(self, position_ids:torch.Tensor):  # where no number can be read
-        bases = [ntk_frequencies(self.head_dim, self.theta, 2 ** n - 1) for n in range(1, 17)]
-        limits = self.seq_length * 2 ** torch.arange(15, device=position_ids.device)
-        doubled = (position_ids.amax(1, True) >= limits).sum(1)       # (1 or batch,)
-        found = torch.stack(bases).to(position_ids.device)[doubled]   # (1 or batch, head_dim/2)
-        return cos_sin(position_ids, found[:, None])
+    def doublings(self, position_ids:torch.Tensor, cache=None):
+        "Which of the bases each row has: a list, or a tensor where no number can be read."
+        if self.training or not self.dynamic or cache is not None or has_numbers(position_ids):
+            return [alpha.bit_length() - 1 for alpha in self.alphas(position_ids, cache)]
+        limits = self.seq_length * 2 ** torch.arange(31, device=position_ids.device)
+        return (position_ids.amax(1, True) >= limits).sum(1)
 
     def forward(self, position_ids:torch.Tensor, dtype:torch.dtype=None, cache=None) -> tuple:
         "cos and sin for `apply_rope`, each `(1 or batch, seq, head_dim)`, float32."
-        chooses = self.dynamic and not self.training and cache is None
-        if chooses and not has_numbers(position_ids): return self.looked_up(position_ids)
-        alphas = self.alphas(position_ids, cache)
-        found = [ntk_frequencies(self.head_dim, self.theta, alpha) for alpha in alphas]
-        return cos_sin(position_ids, torch.stack(found)[:, None])
+        bases = self.bases.to(position_ids.device)[self.doublings(position_ids, cache)]
+        return cos_sin(position_ids, bases[:, None])
 
 # %% ../nbs/11a_long.ipynb #8353fb4d
 def logn_scale(
@@ -157,6 +155,7 @@ class Qwen1Config(QwenConfig):
     use_dynamic_ntk: bool = True
     use_logn_attn: bool = True
     use_cache_quantization: bool = False   # write with the int8 cache
+    model_type = "qwen"                    # of config.json
 
     @classmethod
     def read(cls, raw:dict): return cls(**parse_qwen1(raw))
@@ -201,8 +200,7 @@ def parse_qwen1(
     check_qwen1(raw, found)
     stretched = found.get("use_dynamic_ntk", True) or found.get("use_logn_attn", True)
     longest = LOGN_TABLE if stretched else raw["seq_length"]
-    half = raw["intermediate_size"] // 2
-    return found | dict(intermediate_size=half, num_key_value_heads=None,
+    return found | dict(intermediate_size=raw["intermediate_size"] // 2, num_key_value_heads=None,
                         max_position_embeddings=longest)
 
 # %% ../nbs/11a_long.ipynb #g1checkq
@@ -235,8 +233,7 @@ def original_config(
     renamed = {theirs: getattr(config, ours) for theirs, ours in RENAMED.items()}
     fixed = dict(model_type="qwen", architectures=["QWenLMHeadModel"], rotary_pct=1.0, no_bias=True,
                  scale_attn_weights=True, attn_dropout_prob=0.0, emb_dropout_prob=0.0)
-    both = 2 * config.intermediate_size
-    longest = config.seq_length
+    both, longest = 2 * config.intermediate_size, config.seq_length
     return same | renamed | fixed | dict(intermediate_size=both, max_position_embeddings=longest)
 
 # %% ../nbs/11a_long.ipynb #32abd6c6
