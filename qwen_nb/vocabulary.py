@@ -6,7 +6,7 @@
 __all__ = ['ODD_OPTIONS', 'QWENS_WAY', 'QWEN_ADDED', 'Added', 'Vocabulary', 'wrong_tokens', 'wrong_merges', 'wrong_added',
            'check_vocabulary', 'way_of', 'added_token', 'json_merge', 'read_tokenizer_json', 'config_added',
            'read_lines', 'read_vocab_and_merges', 'merges_from_ranks', 'tiktoken_ranks', 'read_tiktoken',
-           'read_vocabulary']
+           'read_vocabulary', 'Roles']
 
 # %% ../nbs/03b_vocabulary.ipynb #01989e2d
 import base64
@@ -270,3 +270,23 @@ def read_vocabulary(
     expected = "expected tokenizer.json, or vocab.json and merges.txt, or qwen.tiktoken"
     found = files_found(folder)
     raise FileNotFoundError(f"there is no tokenizer in {folder}: {expected}{found}")
+
+# %% ../nbs/03b_vocabulary.ipynb #06aa1c6d
+class Roles:
+    "The ids of the tokens that end a text and fill up a batch, for a class with `special`."
+    folder = None  # where the tokenizer was found; None: nowhere, and both are <|endoftext|>
+
+    def with_role(self, role:str):
+        "The id of the token with this role in tokenizer_config.json; None if there is none."
+        from qwen_nb.hub import read_json
+        name = "tokenizer_config.json"
+        there = self.folder is not None and (Path(self.folder) / name).is_file()
+        token = (read_json(Path(self.folder), name) if there else {}).get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        return self.special.get(token or QWEN_ADDED[0])
+
+    @property
+    def eos_token_id(self): return self.with_role("eos_token")
+
+    @property
+    def pad_token_id(self): return self.with_role("pad_token")
