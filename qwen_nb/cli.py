@@ -19,7 +19,7 @@ from pathlib import Path
 from . import __version__
 from .commands import run_data, run_train
 from .conversation import run_chat
-from .terminal import choose_model, run_generate
+from .terminal import add_eval, choose_model, run_generate
 
 # %% ../nbs/90c_cli.ipynb #142e8230
 def run_verify(args:Namespace) -> int:
@@ -251,7 +251,8 @@ def make_parser() -> Parser:
                     "Begin with: qwen-nb chat")
     parser.add_argument("--version", action="version", version=f"qwen-nb {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_chat, add_generate, add_data, add_train, add_verify, add_build):
+    own = add_chat, add_generate, add_data, add_train, add_verify, add_eval, add_build
+    for add in own:
         add(commands)
     return parser
 
