@@ -31,7 +31,8 @@ MIXED = SIZES | dict(
     linear_value_head_dim=8,
 )
 PACKAGED = ["qwen1", "qwen2", "qwen3", "qwen3_moe", "qwen3_5"]
-ALL = [*PACKAGED, "windows", "qwen3_next"]
+SELDOM = [pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2", "windows", "qwen3_next")]
+ALL = [*(name for name in PACKAGED if name != "qwen2"), *SELDOM]
 
 
 def opened(name):
@@ -80,7 +81,15 @@ def test_vmap_and_meta(model):
     assert found.shape == (1, 8, model.config.vocab_size)
 
 
-def test_compiled_in_one_piece(model):
+@torch.no_grad()
+def test_compiled_in_one_piece():
+    model, ids = opened("qwen3"), torch.arange(24)[None]
+    torch._dynamo.reset()
+    close(torch.compile(model, fullgraph=True, backend="eager")(ids), model(ids))
+
+
+@pytest.mark.slow
+def test_each_compiled_in_one_piece(model):
     torch._dynamo.reset()
     ids = ids_of(model, 24)
     close(torch.compile(model, fullgraph=True, backend="eager")(ids), model(ids))
