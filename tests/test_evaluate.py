@@ -121,7 +121,8 @@ def lines(path, *items):
 
 
 def test_the_command(tmp_path, capsys):
-    question = dict(question="Max is in the attic.\nWhere is Max?", choices=["Here.", "In the attic."])
+    choices = ["Here.", "In the attic."]
+    question = dict(question="Max is in the attic.\nWhere is Max?", choices=choices)
     path = lines(
         tmp_path / "q.jsonl",
         question | dict(answer=1),

@@ -191,7 +191,9 @@ def test_variants_of_pefts_are_refused(tmp_path, variant):
     )
 
 
-@pytest.mark.parametrize("targets", [["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]])
+@pytest.mark.parametrize(
+    "targets", [["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]]
+)
 def test_we_open_pefts_adapters_of_all_experts(tmp_path, targets):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     folder, ids = packaged_model("qwen3_moe"), torch.arange(30)[None]
