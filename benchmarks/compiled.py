@@ -41,7 +41,8 @@ def main():
     parser.add_argument("--models", nargs="+", default=["qwen3", "qwen3_moe", "qwen3_5"])
     args = parser.parse_args()
     threads = torch.get_num_threads()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads"
+    print(f"{machine}, torch {torch.__version__}")
     for name in args.models:
         folder = None if name == "qwen3" else packaged_model(name)
         model = Qwen.from_pretrained(folder, torch.float32)

@@ -77,7 +77,7 @@ def delta_rule_open(
     if state is None: state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
 
     def step(state, token):
-        q, k, v, decay, beta = token                            # (batch, heads, dim), (batch, heads)
+        q, k, v, decay, beta = token                 # (batch, heads, dim), (batch, heads)
         state = state * decay[..., None, None]
         known = (k[..., None] * state).sum(-2)
         change = beta[..., None] * (v - known)

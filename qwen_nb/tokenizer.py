@@ -21,7 +21,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 
 from .bpe import BYTE_OF, CHAR_OF, SPLIT, learn_merges, split, unspell
 from .encode import library_kinds, library_nfc, merge_piece
-from .vocabulary import QWEN_ADDED, Added, Roles, Vocabulary, check_vocabulary, read_vocabulary
+from .vocabulary import QWEN_ADDED, Added, Roles, Vocabulary
+from .vocabulary import check_vocabulary, read_vocabulary
 
 # %% ../nbs/03c_special.ipynb #5c5f50fd
 class TokenTable(Roles):
