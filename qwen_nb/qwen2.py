@@ -80,10 +80,10 @@ class WindowAttention(Attention):
         "As `Attention.forward`. `mask` may forbid more, such as padding."
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None: k, v = cache.update(self.layer_idx, k, v)
-        first = max(0, k.shape[2] - q.shape[2] - self.window + 1)     # no query sees further back
-        band = window_mask(q.shape[2], k.shape[2] - first, self.window, q.device)
-        if mask is not None: band = band & mask[..., first:]
-        mix = attend(q, k[:, :, first:], v[:, :, first:], band)  # (batch, heads, q_len, head_dim)
+        near = k.shape[2] - max(0, k.shape[2] - q.shape[2] - self.window + 1)  # none sees further
+        band = window_mask(q.shape[2], near, self.window, q.device)
+        if mask is not None: band = band & mask[..., -near:]
+        mix = attend(q, k[:, :, -near:], v[:, :, -near:], band)  # (batch, heads, q_len, head_dim)
         return self.o_proj(mix.transpose(1, 2).flatten(-2))
 
 # %% ../nbs/12_qwen2.ipynb #5a7170e9
