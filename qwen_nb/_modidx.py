@@ -1070,6 +1070,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'qwen_nb.vocabulary.Roles': ('vocabulary.html#roles', 'qwen_nb/vocabulary.py'),
                                     'qwen_nb.vocabulary.Roles.eos_token_id': ( 'vocabulary.html#roles.eos_token_id',
                                                                                'qwen_nb/vocabulary.py'),
+                                    'qwen_nb.vocabulary.Roles.found_in': ('vocabulary.html#roles.found_in', 'qwen_nb/vocabulary.py'),
                                     'qwen_nb.vocabulary.Roles.pad_token_id': ( 'vocabulary.html#roles.pad_token_id',
                                                                                'qwen_nb/vocabulary.py'),
                                     'qwen_nb.vocabulary.Roles.with_role': ('vocabulary.html#roles.with_role', 'qwen_nb/vocabulary.py'),

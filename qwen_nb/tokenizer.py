@@ -21,8 +21,14 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 
 from .bpe import BYTE_OF, CHAR_OF, SPLIT, learn_merges, split, unspell
 from .encode import library_kinds, library_nfc, merge_piece
-from .vocabulary import QWEN_ADDED, Added, Roles, Vocabulary
-from .vocabulary import check_vocabulary, read_vocabulary
+from qwen_nb.vocabulary import (
+    QWEN_ADDED,
+    Added,
+    Roles,
+    Vocabulary,
+    check_vocabulary,
+    read_vocabulary,
+)
 
 # %% ../nbs/03c_special.ipynb #5c5f50fd
 class TokenTable(Roles):
@@ -44,9 +50,7 @@ class TokenTable(Roles):
         "The tokenizer of a model. Raises what `find_model` and `read_vocabulary` raise."
         from qwen_nb.hub import find_model
         folder = find_model(name_or_path)
-        found = cls(read_vocabulary(folder))
-        found.folder = folder
-        return found
+        return cls(read_vocabulary(folder)).found_in(folder)
 
     @cached_property
     def vocab_size(self) -> int:

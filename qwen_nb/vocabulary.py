@@ -276,6 +276,10 @@ class Roles:
     "The ids of the tokens that end a text and fill up a batch, for a class with `special`."
     folder = None  # where the tokenizer was found; None: nowhere, and both are <|endoftext|>
 
+    def found_in(self, folder:str|Path):
+        self.folder = folder
+        return self
+
     def with_role(self, role:str):
         "The id of the token with this role in tokenizer_config.json; None if there is none."
         from qwen_nb.hub import read_json
