@@ -21,14 +21,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 
 from .bpe import BYTE_OF, CHAR_OF, SPLIT, learn_merges, split, unspell
 from .encode import library_kinds, library_nfc, merge_piece
-from qwen_nb.vocabulary import (
-    QWEN_ADDED,
-    Added,
-    Roles,
-    Vocabulary,
-    check_vocabulary,
-    read_vocabulary,
-)
+from .vocabulary import QWEN_ADDED, Added, Roles, Vocabulary, check_vocabulary
 
 # %% ../nbs/03c_special.ipynb #5c5f50fd
 class TokenTable(Roles):
@@ -49,8 +42,7 @@ class TokenTable(Roles):
                         name_or_path:str|Path=None): # None: the packaged model; a folder; a hub id
         "The tokenizer of a model. Raises what `find_model` and `read_vocabulary` raise."
         from qwen_nb.hub import find_model
-        folder = find_model(name_or_path)
-        return cls(read_vocabulary(folder)).found_in(folder)
+        return cls.read_from(find_model(name_or_path))
 
     @cached_property
     def vocab_size(self) -> int:

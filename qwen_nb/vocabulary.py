@@ -276,9 +276,11 @@ class Roles:
     "The ids of the tokens that end a text and fill up a batch, for a class with `special`."
     folder = None  # where the tokenizer was found; None: nowhere, and both are <|endoftext|>
 
-    def found_in(self, folder:str|Path):
-        self.folder = folder
-        return self
+    @classmethod
+    def read_from(cls, folder:str|Path):
+        found = cls(read_vocabulary(folder))
+        found.folder = folder
+        return found
 
     def with_role(self, role:str):
         "The id of the token with this role in tokenizer_config.json; None if there is none."
