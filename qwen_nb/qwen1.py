@@ -47,7 +47,7 @@ def ntk_frequencies(
 def base_of_each(bases:torch.Tensor, position_ids:torch.Tensor, seq_length:int):
     "Each row's base from a table, one row for each doubling: for a program that is traced."
     limits = seq_length * 2 ** torch.arange(31, device=position_ids.device)
-    return bases.to(position_ids.device)[(position_ids.amax(1, True) >= limits).sum(1)]
+    return bases.to(position_ids.device)[(position_ids.amax(1, True) >= limits).sum(1), None]
 
 # %% ../nbs/11a_long.ipynb #fd841b91
 class NTKRotary(nn.Module):
@@ -84,10 +84,9 @@ class NTKRotary(nn.Module):
 
     def forward(self, position_ids:torch.Tensor, dtype:torch.dtype=None, cache=None) -> tuple:
         "cos and sin for `apply_rope`, each `(1 or batch, seq, head_dim)`, float32."
-        chooses = self.dynamic and not self.training and cache is None
-        if chooses and not has_numbers(position_ids):          # traced
-            found = base_of_each(self.bases, position_ids, self.seq_length)
-            return cos_sin(position_ids, found[:, None])
+        fixed = self.training or not self.dynamic or cache is not None
+        if not (fixed or has_numbers(position_ids)):           # traced
+            return cos_sin(position_ids, base_of_each(self.bases, position_ids, self.seq_length))
         alphas = self.alphas(position_ids, cache)
         found = [ntk_frequencies(self.head_dim, self.theta, alpha) for alpha in alphas]
         return cos_sin(position_ids, torch.stack(found)[:, None])
