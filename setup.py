@@ -25,7 +25,9 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     package_data={cfg["lib_name"]: ["py.typed", "pretrained/*", "pretrained/*/*", "qwen1_tiny/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "browser")},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "browser", "eval")
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

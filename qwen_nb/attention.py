@@ -131,4 +131,4 @@ def attend(
         k, v = repeat_kv(k, group), repeat_kv(v, group)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q_len > 1, enable_gqa=group > 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)

@@ -19,7 +19,7 @@ from pathlib import Path
 from . import __version__
 from .commands import run_data, run_train
 from .conversation import add_prompt_options, run_chat
-from .terminal import add_embed, choose_model, run_generate
+from .terminal import add_embed, add_eval, choose_model, run_generate
 
 # %% ../nbs/90c_cli.ipynb #142e8230
 def run_verify(args:Namespace) -> int:
@@ -245,13 +245,13 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> Parser:
     "All commands with their options."
-    parser = Parser(
-        prog="qwen-nb", epilog="qwen-nb COMMAND -h says more about a command, with examples.",
-        description="Open a Qwen, rebuilt from scratch and checked piece by piece. "
-                    "Begin with: qwen-nb chat")
+    parser = Parser("qwen-nb", description="Open a Qwen, rebuilt from scratch and checked piece by "
+                                           "piece. Begin with: qwen-nb chat",
+                    epilog="qwen-nb COMMAND -h says more about a command, with examples.")
     parser.add_argument("--version", action="version", version=f"qwen-nb {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_chat, add_generate, add_embed, add_data, add_train, add_verify, add_build):
+    talk = add_chat, add_generate, add_embed
+    for add in (*talk, add_data, add_train, add_verify, add_eval, add_build):
         add(commands)
     return parser
 

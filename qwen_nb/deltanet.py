@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .attention import repeat_kv
-from .delta import delta_rule, delta_rule_chunked, l2_norm
+from .delta import delta_rule, delta_rule_chunked, delta_rule_open, l2_norm
+from .gqa import is_exported
 from .norm import RMSNorm
 
 # %% ../nbs/15a_deltanet.ipynb #02c80051
@@ -129,7 +130,8 @@ class GatedDeltaNet(DeltaNetWeights):
         g = log_decay(a, self.A_log, self.dt_bias).transpose(1, 2)  # (batch, heads, seq)
         beta = b.sigmoid().float().transpose(1, 2)
         rule = delta_rule if x.shape[1] == 1 else delta_rule_chunked
-        with torch.autocast(x.device.type, enabled=False):
+        if is_exported(): rule = delta_rule_open
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             read, state = rule(q, k, v, g, beta, state)
         if cache is not None: cache.keep(self.layer_idx, recent, state, x.shape[1])
         read = read.transpose(1, 2).to(x.dtype)                     # (batch, seq, heads, value dim)
@@ -166,6 +168,9 @@ def each_alone(
     behind. ValueError for several documents in a row and a cache."""
     real, first = real_and_first(mask, x.shape[1])
     x = x * real[..., None]
+    if is_exported():  # a program cannot take documents apart: it stops if there are several
+        torch._assert_async((first.sum(1) < 2).all(), "a row holds several documents")
+        return mix(x, cache)
     if (first.sum(1) < 2).all(): return mix(x, cache)
     if cache is not None:
         raise ValueError("a row holds several documents, and the cache has one state for each row: "

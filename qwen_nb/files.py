@@ -5,10 +5,14 @@
 # %% auto #0
 __all__ = ['WRAPPERS', 'DEEPER', 'BARE', 'ASIDE', 'BUFFERS', 'DTYPE_NAMES', 'MARKS', 'PACKED', 'EIGHT_BITS', 'WAYS_OUT', 'OTHERS',
            'own_name', 'kind_aside', 'text_only', 'left_aside', 'one_dtype', 'said_form', 'how_packed', 'check_plain',
-           'check_heads']
+           'check_heads', 'read_metadata']
 
 # %% ../nbs/02g_files.ipynb #9603c3f3
+from pathlib import Path
+
 import torch
+
+from .weights import header_entries, read_header
 
 # %% ../nbs/02g_files.ipynb #f943ddfe
 WRAPPERS = "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"
@@ -163,3 +167,14 @@ def check_heads(
         raise ValueError("the checkpoint has no lm_head.weight, and config.json does not say "
                          "tie_word_embeddings: it gives hidden states, as an embedding model does, "
                          "and no logits; if the head is the embedding, let config.json say so")
+
+# %% ../nbs/02g_files.ipynb #6de11299
+def read_metadata(
+    path:str|Path,  # of a safetensors file
+) -> dict:
+    "The notes in its header, text by name (`__metadata__`). ValueError for a bad file."
+    with open(path, "rb") as f:
+        _, begin = read_header(f)  # which checks it
+        f.seek(8)
+        notes = dict(header_entries(f.read(begin - 8))).get("__metadata__")
+    return dict(notes or ())

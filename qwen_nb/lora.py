@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .durable import write_folder
 from .hub import open_file, read_json
+from .moe import unfuse_adapters
 
 # %% ../nbs/22a_lora.ipynb #0f6b3305
 class LoRALinear(nn.Module):
@@ -196,9 +197,9 @@ def target_names(model:nn.Module) -> list:
 
 # %% ../nbs/22a_lora.ipynb #6c2d9e57
 MUST_BE = dict(
-    peft_type="LORA", bias="none", use_dora=False, use_rslora=False, fan_in_fan_out=False,
+    peft_type="LORA", bias="none", use_dora=False, fan_in_fan_out=False,
     lora_bias=False, modules_to_save=None, alpha_pattern=None, layer_replication=None,
-    target_parameters=None, trainable_token_indices=None, alora_invocation_tokens=None,
+    trainable_token_indices=None, alora_invocation_tokens=None,
     use_qalora=False, use_bdlora=None, arrow_config=None, corda_config=None, eva_config=None,
     lora_ga_config=None, loftq_config=None)
 # Other starts of A and B (PiSSA, OLoRA, …) change the base model's weights too.
@@ -234,10 +235,9 @@ def read_lora(folder:str|Path) -> tuple:
     for name, tensor in open_file(path).items():
         layer, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
         if not name.startswith(PREFIX) or kind not in ("A.weight", "B.weight"):
-            raise ValueError(f"{path}: {name} is no adapter of a linear layer; merge it with PEFT")
+            raise ValueError(f"{path}: {name} adapts no linear layer: use PEFT, merge_and_unload")
         found.setdefault(layer, {})[kind[0]] = tensor
-    if not found:
-        raise ValueError(f"{path} holds no adapters")
+    if not found: raise ValueError(f"{path} holds no adapters")
 
     for layer, pair in found.items():
         if len(pair) < 2:
@@ -248,7 +248,8 @@ def read_lora(folder:str|Path) -> tuple:
             raise ValueError(f"{path}: A and B of {layer} have shapes {shapes}; "
                              "expected two matrices of numbers")
         rank = shapes[0][0]
-        if rank != config["r"] and not config.get("rank_pattern"):
+        differs = config.get("rank_pattern") or config.get("target_parameters")
+        if rank != config["r"] and not differs:
             raise ValueError(f"{path}: {layer} has rank {rank}, adapter_config.json says "
                              f"{config['r']}: the two files do not belong together")
     return config, {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}
@@ -264,7 +265,7 @@ def load_lora(
     config, found = read_lora(folder)
     if lora_layers(model):
         raise ValueError("the model has adapters already: bake them in with bake_lora first")
-    linear = linear_layers(model)
+    linear, found = linear_layers(model), unfuse_adapters(model, found)
     for name, (A, B) in found.items():
         if name not in linear:
             raise ValueError(f"{folder} has an adapter for {name}, a linear layer that this "
@@ -275,7 +276,8 @@ def load_lora(
                              f"this model's is {ours}: it belongs to another model")
     model.requires_grad_(False)
     for name, (A, B) in found.items():
-        layer = LoRALinear(linear[name], len(A), config["lora_alpha"])
+        alpha = config["lora_alpha"] * (math.sqrt(len(A)) if config.get("use_rslora") else 1)
+        layer = LoRALinear(linear[name], len(A), alpha)
         put(model, name, layer)
         with torch.no_grad():
             layer.lora_A.weight.copy_(A)

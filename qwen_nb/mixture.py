@@ -51,6 +51,10 @@ class MoEConfig(WindowConfig):
         self.mlp_only_layers = tuple(self.mlp_only_layers)
         check_experts(self)
 
+    @property
+    def model_type(self):  # of config.json: only a Qwen2 has an expert that all tokens use
+        return "qwen3_moe" if self.shared_expert_intermediate_size is None else "qwen2_moe"
+
     def is_sparse(self, layer_idx:int):
         in_step = (layer_idx + 1) % self.decoder_sparse_step == 0
         return in_step and layer_idx not in self.mlp_only_layers
@@ -134,7 +138,7 @@ def moe_json(
 
     ValueError for settings that neither family has together, or with windows."""
     c, shared = config, config.shared_expert_intermediate_size is not None
-    family = "qwen2_moe" if shared else "qwen3_moe"
+    family = c.model_type
     fits = not c.qk_norm and not c.o_bias if shared else c.qk_norm and c.qkv_bias == c.o_bias
     if not fits or any(c.windows or ()):
         raise ValueError(f"no {family} has qk_norm {c.qk_norm}, qkv_bias {c.qkv_bias}, "

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .attention import causal_mask
-from .gqa import Attention
+from .gqa import Attention, Placed, has_numbers
 from .hub import find_model, open_weights, read_json
 from .mlp import SwiGLU
 from .norm import RMSNorm
@@ -47,6 +47,8 @@ class Parts:
     """What a decoder is made of, from the numbers of its config.
 
     A generation with another part overrides a method."""
+    model_type = property(lambda c: "qwen3" if c.qk_norm else "qwen2")  # of config.json
+
     def norm(self):
         return RMSNorm(self.hidden_size, self.rms_norm_eps)
 
@@ -175,16 +177,17 @@ def check_inputs(input_ids:torch.Tensor, attention_mask:torch.Tensor, past:int, 
     "ValueError for shapes or ids that do not fit; `past` positions are in the cache."
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, seq)")
-    if input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() < vocab_size:
-        raise ValueError(f"input_ids go from {input_ids.min()} to {input_ids.max()}; "
-                         f"expected 0 to {vocab_size - 1}")
-    expected = len(input_ids), past + input_ids.shape[1]
+    if input_ids.numel() and has_numbers(input_ids):
+        low, high = torch.stack(input_ids.aminmax()).tolist()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"input_ids go from {low} to {high}; expected 0 to {vocab_size - 1}")
+    expected = input_ids.shape[0], past + input_ids.shape[1]
     if attention_mask is not None and tuple(attention_mask.shape) != expected:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; "
                          f"expected {expected}")
 
 # %% ../nbs/08_model.ipynb #80758712
-class Qwen(nn.Module):
+class Qwen(Placed):
     "A whole Qwen. Ids `(batch, seq)` in, logits `(batch, seq, vocab_size)` out."
     def __init__(self,
                  config:QwenConfig):  # the numbers of config.json

@@ -80,7 +80,7 @@ class WindowAttention(Attention):
         "As `Attention.forward`. `mask` may forbid more, such as padding."
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None: k, v = cache.update(self.layer_idx, k, v)
-        near = min(k.shape[2], q.shape[2] + self.window - 1)          # no query sees further back
+        near = k.shape[2] - max(0, k.shape[2] - q.shape[2] - self.window + 1)  # none sees further
         band = window_mask(q.shape[2], near, self.window, q.device)
         if mask is not None: band = band & mask[..., -near:]
         mix = attend(q, k[:, :, -near:], v[:, :, -near:], band)  # (batch, heads, q_len, head_dim)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEERING', 'EXAMPLE_TEXT', 'SAMPLING', 'EMBED_EXAMPLES', 'visible', 'has_colours', 'Screen', 'check_utf8',
-           'read_text', 'resolve', 'choose_model', 'load', 'sampling_of', 'as_question', 'run_generate', 'add_embed',
-           'text_lines', 'show_nearest', 'show_neighbours', 'save_vectors', 'run_embed']
+           'read_text', 'resolve', 'choose_model', 'load', 'sampling_of', 'as_question', 'run_generate', 'run_eval',
+           'add_eval', 'add_embed', 'text_lines', 'show_nearest', 'show_neighbours', 'save_vectors', 'run_embed']
 
 # %% ../nbs/90_terminal.ipynb #31b1c281
 import os
@@ -173,6 +173,41 @@ def run_generate(args:Namespace) -> int:
     finally:
         screen.end_line()                                # also after Ctrl-C
     return 0
+
+# %% ../nbs/90_terminal.ipynb #954ee18c
+def run_eval(args:Namespace) -> int:
+    "Print the accuracies of a model on a file of questions. The exit status."
+    from tqdm import tqdm
+
+    from qwen_nb.evaluate import evaluate, read_questions
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; expected a whole number above 0")
+    items = read_questions(args.file)
+    choose_model(args)
+    model, tokenizer = load(args)
+
+    def bar(batches): return tqdm(batches, unit="batch", leave=False, disable=None)
+    for name, found in evaluate(model, tokenizer, items, args.batch_size, bar).items():
+        what = f"{found.share:7.2%} ± {found.error:.2%}"
+        print(f"{name:14} {what} of {found.questions:,} questions")
+    return 0
+
+def add_eval(commands):
+    p = commands.add_parser(
+        "eval", help="how often a model is right, on a file of questions",
+        usage="qwen-nb eval FILE [--model MODEL] [options]",
+        description="Ask the questions of a file, one JSON object a line: question, choices and "
+        "answer (a choice or its number), or prompt and answer (to be written, up to the end of "
+        "the line). Of choices the likeliest counts, by the sum of its tokens and per character. "
+        "Behind each accuracy stands its standard error.")
+    p.add_argument("file", metavar="FILE", help="a .jsonl file")
+    p.add_argument("--model", metavar="MODEL", help="a hub id, a folder, or the folder of a "
+                   "training run (default: the small model in the package)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"],
+                   help="of weights and computation (default: as stored)")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N",
+                   help="texts that are read together (default: 16)")
+    p.set_defaults(run=run_eval, parser=p)
 
 # %% ../nbs/90_terminal.ipynb #1dabc9e7
 EMBED_EXAMPLES = """examples:

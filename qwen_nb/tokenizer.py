@@ -19,19 +19,13 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from .added import NameCutter, Roles
 from .bpe import BYTE_OF, CHAR_OF, SPLIT, learn_merges, split, unspell
 from .encode import library_kinds, library_nfc, merge_piece
-from qwen_nb.vocabulary import (
-    QWEN_ADDED,
-    Added,
-    NameCutter,
-    Vocabulary,
-    check_vocabulary,
-    read_vocabulary,
-)
+from .vocabulary import QWEN_ADDED, Added, Vocabulary, check_vocabulary, read_vocabulary
 
 # %% ../nbs/03c_special.ipynb #5c5f50fd
-class TokenTable:
+class TokenTable(Roles):
     """From ids to tokens.
 
     `special` has the id of each added token by name; `control` holds the ids of those that
@@ -49,7 +43,10 @@ class TokenTable:
                         name_or_path:str|Path=None): # None: the packaged model; a folder; a hub id
         "The tokenizer of a model. Raises what `find_model` and `read_vocabulary` raise."
         from qwen_nb.hub import find_model
-        return cls(read_vocabulary(find_model(name_or_path)))
+        folder = find_model(name_or_path)
+        found = cls(read_vocabulary(folder))
+        found.folder = folder
+        return found
 
     @cached_property
     def vocab_size(self) -> int:
@@ -284,6 +281,11 @@ class Tokenizer(FastTokenizer):
         "Learn a tokenizer from texts. Raises what `trained_vocabulary` raises."
         learned = trained_vocabulary(texts, vocab_size, special_tokens, tags, learn_with_library)
         return cls(learned)
+
+    def encode(self, text:str|list, allow_special:bool=False):
+        "As `PlainTokenizer.encode`; for a list of texts a list of lists."
+        if not isinstance(text, (list, tuple)): return super().encode(text, allow_special)
+        return [self.encode(each, allow_special) for each in text]
 
     def save(self,
              folder:str|Path):  # made if it is not there

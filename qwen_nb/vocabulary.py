@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ODD_OPTIONS', 'QWENS_WAY', 'QWEN_ADDED', 'Added', 'Vocabulary', 'wrong_tokens', 'wrong_merges', 'wrong_added',
-           'check_vocabulary', 'way_of', 'added_token', 'NameCutter', 'json_merge', 'read_tokenizer_json',
-           'config_added', 'read_lines', 'read_vocab_and_merges', 'merges_from_ranks', 'tiktoken_ranks',
-           'read_tiktoken', 'read_vocabulary']
+           'check_vocabulary', 'way_of', 'added_token', 'json_merge', 'read_tokenizer_json', 'config_added',
+           'read_lines', 'read_vocab_and_merges', 'merges_from_ranks', 'tiktoken_ranks', 'read_tiktoken',
+           'read_vocabulary']
 
 # %% ../nbs/03b_vocabulary.ipynb #01989e2d
 import base64
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .bpe import BYTE_OF, ON_SKELETON, SPLIT, spell
-from .encode import library_nfc, merge_piece
+from .encode import merge_piece
 
 # %% ../nbs/03b_vocabulary.ipynb #8680a352
 class Added(NamedTuple):
@@ -113,33 +113,6 @@ def added_token(
     if not isinstance(entry["content"], str):
         raise TypeError("an added token without a name")
     return Added(entry["content"], entry["id"], bool(entry.get("special")), exact, after_nfc)
-
-# %% ../nbs/03b_vocabulary.ipynb #718814d2
-class NameCutter:
-    """Cuts a text at the names of added tokens, and keeps them. Those that are marked `normalized`
-    are found in the NFC form of the rest. ValueError for a name that would swallow blanks."""
-    def __init__(self,
-                 added:list,  # of `Added`
-                 pattern):    # makes of a list of names what splits a text at them
-        self.names = pattern([t.name for t in added if not t.after_nfc])
-        self.later = {library_nfc(t.name): t.name for t in added if t.after_nfc}
-        self.later_names = pattern(list(self.later))
-        self.known = {t.name for t in added}
-        self.odd = [t.name for t in added if not t.exact]
-
-    def split(self, text:str) -> list:
-        found = [name for name in self.odd if name in text]
-        if found:
-            raise ValueError(f"the added token {found[0]!r} may swallow blanks, or is a whole word "
-                             "only; no Qwen's is so, and it is not supported in a text")
-        parts = []
-        for part in self.names.split(text):
-            if part in self.known or not self.later:
-                parts.append(part)
-            else:
-                cut = self.later_names.split(library_nfc(part))
-                parts += [self.later.get(piece, piece) for piece in cut]
-        return parts
 
 # %% ../nbs/03b_vocabulary.ipynb #4f697b57
 def json_merge(

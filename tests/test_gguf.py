@@ -13,7 +13,8 @@ import torch
 from qwen_nb.blocks import BLOCK_TYPES, pack_q8_0
 from qwen_nb.chat import Chat
 from qwen_nb.gguf import gguf_tensor, read_gguf, write_gguf
-from qwen_nb.hub import find_model, packaged_model, read_json
+from qwen_nb.hub import find_model, read_json
+from qwen_nb.inspect import packaged_model
 from qwen_nb.mixture import MoEConfig
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.real import verify_model

@@ -306,3 +306,18 @@ def test_HF_ENDPOINT_in_a_fresh_process(hub, tmp_path):
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "3\n", done.stderr
+
+
+def test_the_notes_of_a_file(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from qwen_nb.files import read_metadata
+
+    path = tmp_path / "a.safetensors"
+    for notes in (None, {}, {"format": "pt", "é": "\n"}):
+        save_file({"a": torch.ones(2)}, path, notes)
+        assert read_metadata(path) == (notes or {})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut off"):
+        read_metadata(path)

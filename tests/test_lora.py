@@ -151,6 +151,7 @@ def test_peft_opens_ours(made, tmp_path, targets):
         dict(target_modules="all-linear"),
         dict(target_modules=r".*\.(q|k)_proj"),
         dict(target_modules=["up_proj"], rank_pattern={"layers.0.mlp.up_proj": 2}),
+        dict(target_modules=["q_proj", "up_proj"], use_rslora=True),
     ],
 )
 def test_we_open_pefts(made, tmp_path, settings):
@@ -171,7 +172,6 @@ def test_we_open_pefts(made, tmp_path, settings):
     "variant",
     [
         dict(use_dora=True),
-        dict(use_rslora=True),
         dict(lora_bias=True),
         dict(bias="all"),
         dict(alpha_pattern={"q_proj": 3}),
@@ -188,6 +188,44 @@ def test_variants_of_pefts_are_refused(tmp_path, variant):
     ).save_pretrained(tmp_path / "b")
     one_sentence(
         next(iter(variant)), lambda: lo.load_lora(open_model(tmp_path / "base"), tmp_path / "b")
+    )
+
+
+@pytest.mark.parametrize(
+    "targets", [["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]]
+)
+def test_we_open_pefts_adapters_of_all_experts(tmp_path, targets):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    folder, ids = packaged_model("qwen3_moe"), torch.arange(30)[None]
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["q_proj"],
+        target_parameters=[f"mlp.experts.{t}" for t in targets],
+    )
+    theirs = peft.get_peft_model(reference(folder), config).eval()
+    torch.manual_seed(0)
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(tmp_path / "b")
+    ours = lo.load_lora(open_model(folder), tmp_path / "b")
+    close(logits(ours, ids), logits(theirs, ids))
+    assert (logits(open_model(folder), ids) - logits(ours, ids)).abs().max() > 1e-2
+    lo.save_lora(ours, tmp_path / "c")
+    again = lo.load_lora(open_model(folder), tmp_path / "c")
+    assert torch.equal(logits(again, ids), logits(ours, ids))
+
+
+def test_an_adapter_with_a_grown_vocabulary_says_what_to_do(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    random_checkpoint(tmp_path / "base", 1)
+    base = reference(tmp_path / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 2)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "b", save_embedding_layers=True)
+    one_sentence(
+        "merge_and_unload", lambda: lo.load_lora(open_model(tmp_path / "base"), tmp_path / "b")
     )
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwen_nb.hub import open_weights, packaged_model
+from qwen_nb.hub import open_weights
+from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
 from qwen_nb.quantised import dequantised
 from qwen_nb.real import verify_model

@@ -171,6 +171,7 @@ DEFAULTS = {
     q1: dict(
         ntk_alpha={},
         ntk_frequencies={},
+        base_of_each={},
         NTKRotary=dict(dynamic=True),
         logn_scale={},
         LogNAttention=dict(qkv_bias=False, o_bias=False, qk_norm=True, eps=1e-6, layer_idx=0),

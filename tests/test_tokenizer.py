@@ -6,6 +6,7 @@ so on). Without them those tests are skipped, and the packaged tokenizer, made i
 stands in for the rest."""
 
 import copy
+import json
 import os
 import pickle
 import random
@@ -591,3 +592,20 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_names_that_programs_ask_for(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(packaged_model())
+    ours = Tokenizer.from_pretrained()
+    assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.encode(["a b", ""]) == [ours.encode("a b"), []]
+    config = dict(eos_token="<|im_end|>", pad_token=dict(content="<|im_start|>"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours.save(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert again.eos_token_id == again.special["<|im_end|>"]
+    assert again.pad_token_id == again.special["<|im_start|>"]
+    learned = Tokenizer.train(["a b c"], 300)
+    assert learned.eos_token_id == learned.pad_token_id == learned.special["<|endoftext|>"]
+    assert Tokenizer.train(["a b c"], 300, special_tokens=()).eos_token_id is None
