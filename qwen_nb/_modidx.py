@@ -1315,6 +1315,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'qwen_nb.zoo_attention': { 'qwen_nb.zoo_attention._': ('mistakes.html#_', 'qwen_nb/zoo_attention.py'),
                                        'qwen_nb.zoo_attention._mistakes_of_any_head': ( 'mistakes.html#_mistakes_of_any_head',
                                                                                         'qwen_nb/zoo_attention.py'),
+                                       'qwen_nb.zoo_attention._mistakes_of_any_mask': ( 'mistakes.html#_mistakes_of_any_mask',
+                                                                                        'qwen_nb/zoo_attention.py'),
                                        'qwen_nb.zoo_attention._more_mistakes_of_any_head': ( 'mistakes.html#_more_mistakes_of_any_head',
                                                                                              'qwen_nb/zoo_attention.py')},
             'qwen_nb.zoo_balance': { 'qwen_nb.zoo_balance._': ('mistakes.html#_', 'qwen_nb/zoo_balance.py'),
