@@ -1330,6 +1330,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'qwen_nb.zoo_bfloat16._patterns_of': ('mistakes.html#_patterns_of', 'qwen_nb/zoo_bfloat16.py')},
             'qwen_nb.zoo_block': { 'qwen_nb.zoo_block._': ('mistakes.html#_', 'qwen_nb/zoo_block.py'),
                                    'qwen_nb.zoo_block._GrowingCache': ('mistakes.html#_growingcache', 'qwen_nb/zoo_block.py'),
+                                   'qwen_nb.zoo_block._GrowingCache.__eq__': ('mistakes.html#_growingcache.__eq__', 'qwen_nb/zoo_block.py'),
                                    'qwen_nb.zoo_block._GrowingCache.__init__': ( 'mistakes.html#_growingcache.__init__',
                                                                                  'qwen_nb/zoo_block.py'),
                                    'qwen_nb.zoo_block._GrowingCache.length': ('mistakes.html#_growingcache.length', 'qwen_nb/zoo_block.py'),
