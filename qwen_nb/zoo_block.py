@@ -25,8 +25,7 @@ swiglu_piece = Piece(
     ),
     shapes="""
     x                     (..., hidden_size)
-    gate, after SiLU      (..., intermediate_size)
-    up                    (..., intermediate_size)
+    gate (SiLU), and up   (..., intermediate_size) each
     their product         (..., intermediate_size)
     what comes back       (..., hidden_size)
     """,
@@ -140,8 +139,7 @@ block_piece = Piece(
     x                        (batch, seq, hidden_size)
     normed                   the same
     what attention gives     the same
-    x after one addition     the same
-    x after two              the same
+    x after each addition    the same
     """,
     keeps=("x",),
 )
