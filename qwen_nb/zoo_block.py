@@ -294,7 +294,7 @@ block_piece.mistake(
     does="An error: the mask is taken for the cosine.",
 )
 block_piece.mistake(
-    "the cache given back as well", {"return x + self.mlp(normed)": "return x + self.mlp(normed), cache"},
-    why="The cache is filled in place. Layers in `transformers` gave it back for a long time.",
-    does="The next layer gets a tuple for its stream, and stops.",
+    "what attention gives thrown away", {"x = x + self.self": "y = x + self.self"},
+    why="The sum must be the stream from there on: the second norm and addition read it.",
+    does="No token learns of another one, and the text is nonsense.",
 )

@@ -168,6 +168,34 @@ decoder_piece.mistake(
     does="Quiet: the first Qwen scales its positions by the length, and is wrong in long texts.",
 )
 
+# %% ../nbs/08d_mistakes.ipynb #21618a75
+decoder_piece.mistake(
+    "the first layer left out", {"in self.layers:": "in self.layers[1:]:"},
+    why="Every layer counts, the first most: the others were trained on what it writes.",
+    does="Pretrained weights give nonsense.",
+)
+decoder_piece.mistake(
+    "the layers in reverse", {"in self.layers:": "in reversed(self.layers):"},
+    why="Each was trained on what the one before it gives.",
+    does="Pretrained weights give nonsense; with one layer, or fresh weights, nobody sees it.",
+)
+decoder_piece.mistake(
+    "the stream added once more around each layer", {"x = layer(": "x = x + layer("},
+    why="A layer adds to the stream itself, and gives back the sum.",
+    does="The embedding counts twice, four times, eight times: the layers are not heard.",
+)
+decoder_piece.mistake(
+    "the ids taken for positions", {"self.rotary(position_ids": "self.rotary(input_ids"},
+    why="Position is where a token stands, not which one it is.",
+    does="The same two words are always equally far apart, and word order is lost.",
+)
+decoder_piece.mistake(
+    "a norm before the first layer", {"self.embed_tokens(input_ids)":
+                                      "self.norm(self.embed_tokens(input_ids))"},
+    why="Each layer norms what it reads; the stream itself is normed only at the very end.",
+    does="What the embedding says has another size beside what the layers add.",
+)
+
 # %% ../nbs/08d_mistakes.ipynb #43782fc0
 positions_piece = Piece(
     "model.positions", lesson="08_model", minutes=5, level=2,

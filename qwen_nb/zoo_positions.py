@@ -176,6 +176,16 @@ norm_piece.mistake(
     does="Means are near 0 in practice, so the text is only a little worse, and nobody notices.",
     public="llama.cpp#173",
 )
+norm_piece.mistake(
+    "eps added to the factor, not to the mean", {"rsqrt(ms + self.eps)": "rsqrt(ms) + self.eps"},
+    why="Under the root it keeps the root from being 0; behind it, that is too late.",
+    does="A vector of zeros is NaN, and all others are a little off.",
+)
+norm_piece.mistake(
+    "the weight added", {"self.weight * h": "self.weight + h"},
+    why="It is a size for each channel: multiplied, 1 does nothing.",
+    does="Every vector gets the same constant, many times larger than what it says.",
+)
 
 # %% ../nbs/05b_mistakes.ipynb #a2794ce4
 half_piece = Piece(

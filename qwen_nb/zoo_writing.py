@@ -59,9 +59,9 @@ def _(f):
 def _(f):
     return f(_zoo_model, _PROMPTS.clone(), 8, 9)
 
-@greedy_piece.probe("a stop id that never comes")
+@greedy_piece.probe("a stop id of 0")
 def _(f):
-    return f(_zoo_model, _PROMPTS.clone(), 2, 0)
+    return f(_zoo_model, torch.tensor([[4, 4, 9, 9], [3, 8, 4, 3]]), 8, 0)
 
 @greedy_piece.probe("no new token")
 def _(f):
@@ -118,11 +118,6 @@ greedy_piece.mistake(
     does="The last position never changes, so one token comes again and again.",
 )
 greedy_piece.mistake(
-    "one token too many", {"range(max_new_tokens)": "range(max_new_tokens + 1)"},
-    why="A range that ends one too late.",
-    does="Quiet, until a cache has room for just so many.",
-)
-greedy_piece.mistake(
     "the prompt left out",
     {"done = torch.zeros": "prompt = input_ids.shape[1]\n    done = torch.zeros",
      "return input_ids": "return input_ids[:, prompt:]"},
@@ -135,6 +130,11 @@ greedy_piece.mistake(
      "        input_ids =": "        ids =", "return input_ids": "return ids"},
     why="Each choice must see what was chosen before it.",
     does="One and the same token, again and again.",
+)
+greedy_piece.mistake(
+    "a stop id of 0 taken for none", {"if stop_id is not None:": "if stop_id:"},
+    why="0 is an id like any other, but `if` takes it for False.",
+    does="Right for all other stop ids; with 0 the text never ends.",
 )
 
 # %% ../nbs/09g_mistakes.ipynb #b69e76d6
