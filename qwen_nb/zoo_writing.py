@@ -274,6 +274,8 @@ update_piece.mistake(
     why="The caller takes keys first.",
     does="Nonsense from the first token on.",
 )
+
+# %% ../nbs/09g_mistakes.ipynb #86c545f3
 update_piece.mistake(
     "k and v given back as they came", {END: "return k, v"},
     why="The new token's query must find all that stand before.",
