@@ -108,7 +108,7 @@ speeds_piece.mistake(
     does="The last half of the pairs is slower than one over theta, and hardly turns.",
 )
 for how, edits in {
-    "taken in one step": {"theta ** (two_j": "theta ** -(two_j", "1.0 / (factor * ": "1 / factor * ("},
+    "taken in one step": {"theta ** (": "theta ** -(", "1.0 / (factor * ": "1 / factor * ("},
     "worked out in float64": {"torch.float32": "torch.float64", " slower)": " slower).float()"},
 }.items():
     speeds_piece.mistake(
