@@ -76,7 +76,8 @@ class KVCache:
     def update(self, layer_idx:int, k:torch.Tensor, v:torch.Tensor):
         """Add one layer's new `(batch, kv heads, new, head_dim)`; all of that layer's come back.
 
-        Layers in order. ValueError if they do not fit."""
+        Layers in order. What is kept and comes back is detached: no gradient flows through it.
+        ValueError if they do not fit."""
         keys, values = self.kv[layer_idx].detach()     # (batch, kv heads, max_length, head_dim)
         start, end = self.place(k.shape[2])
         keys[:, :, start:end] = k.detach()

@@ -60,6 +60,12 @@ def _(f):
 def _(f):
     return f(*(2 * torch.randn(3, 6, 16)), torch.ones(6, 6).tril() > 0)
 
+@head_piece.probe("a hidden key")
+def _(f):
+    mask = torch.ones(5, 5).tril() > 0
+    mask[1:, 0] = False                           # not causal alone: position 0 is padding
+    return f(*(2 * torch.randn(3, 5, 16)), mask)
+
 @head_piece.probe("one new token")
 def _(f):
     q, k, v = torch.randn(1, 8), torch.randn(4, 8), torch.randn(4, 8)
@@ -84,28 +90,34 @@ def _(f):
 def _mistakes_of_any_head(piece):
     "Known mistakes of scale and mask that one head and many heads share."
     piece.mistake(
-        "attention without the scale",
-        {" * q.shape[-1] ** -0.5": ""},
+        "attention without the scale", {" * q.shape[-1] ** -0.5": ""},
         why="A sum of d products has a size of √d: the scores are divided by it.",
         does="The softmax picks one token nearly always; the model is fluent and too sure.",
         public="mlc-llm#3426",
     )
     piece.mistake(
-        "scores divided by d, not by its root",
-        {"** -0.5": "** -1"},
+        "scores divided by d, not by its root", {"** -0.5": "** -1"},
         why="Variances add up, sizes grow with the root.",
         does="All tokens are looked at nearly alike, and the text is vague.",
     )
     piece.mistake(
-        "no mask at all",
-        {"scores.masked_fill(~mask, -math.inf)": "scores"},
+        "scores multiplied with the root of d", {"** -0.5": "** 0.5"},
+        why="They grow with d already; the root is to take that away.",
+        does="The softmax picks one token and no other; the text is fluent and wrong.",
+    )
+    piece.mistake(
+        "a scale by the number of keys", {"q.shape[-1] **": "k.shape[-2] **"},
+        why="What grows with √d is a sum over d channels; how long the text is does not matter.",
+        does="The longer the text gets, the more alike all tokens are looked at.",
+    )
+    piece.mistake(
+        "no mask at all", {"scores.masked_fill(~mask, -math.inf)": "scores"},
         why="Without it every token reads the future, and padding.",
         does="A loss near 0 in training, and nonsense in writing.",
         public="keras#23038",
     )
     piece.mistake(
-        "a mask turned round",
-        {"~mask": "mask"},
+        "a mask turned round", {"~mask": "mask"},
         why="The mask is True where a query may look; what is filled is where it may not.",
         does="Every token sees the future only, and the last sees nothing: NaN.",
     )
@@ -114,28 +126,37 @@ def _mistakes_of_any_head(piece):
 def _more_mistakes_of_any_head(piece):
     "And those of the softmax and the mix."
     piece.mistake(
-        "masked scores of 0",
-        {"-math.inf": "0.0"},
+        "masked scores of 0", {"-math.inf": "0.0"},
         why="e to the 0 is 1, so a masked key still has a weight. Only e to the -∞ is 0.",
         does="Every token reads a little of the future and of the padding.",
     )
     piece.mistake(
-        "the softmax over the queries",
-        {"softmax(-1": "softmax(-2"},
+        "the softmax over the queries", {"softmax(-1": "softmax(-2"},
         why="The weights of one query, a row, sum to 1.",
         does="A key is shared out among those who ask, and late tokens get almost nothing.",
         public="annotated_deep_learning_paper_implementations#146",
     )
     piece.mistake(
-        "a mix of the keys",
-        {"weights @ v": "weights @ k"},
+        "a mix of the keys", {"weights @ v": "weights @ k"},
         why="Keys are for being found; what is handed over is the value.",
         does="The next layer gets vectors that it never met in training.",
     )
 
+# %% ../nbs/06d_mistakes.ipynb #cf0b2229
+def _mistakes_of_any_mask(piece):
+    "And those of a mask that was made anew."
+    for what, first in (("", "1"), (" that ends with the keys", "1 + k.shape[-2] - q.shape[-2]")):
+        piece.mistake(
+            f"a triangle of its own{what}, not the mask that is given",
+            {"~mask": f"torch.ones(q.shape[-2], k.shape[-2]).triu({first}) > 0"},
+            why="The mask knows of padding and of the cache; a triangle does not.",
+            does="One text alone may be right; a padded batch reads its padding.",
+        )
+
 # %% ../nbs/06d_mistakes.ipynb #3833bd25
 _mistakes_of_any_head(head_piece)
 _more_mistakes_of_any_head(head_piece)
+_mistakes_of_any_mask(head_piece)
 
 # %% ../nbs/06d_mistakes.ipynb #adbf68a6
 head_piece.mistake(
@@ -147,8 +168,7 @@ head_piece.mistake(
     public="pytorch-image-models#2236",
 )
 head_piece.mistake(
-    "queries and keys exchanged",
-    {"q @ k.T": "k @ q.T"},
+    "queries and keys exchanged", {"q @ k.T": "k @ q.T"},
     why="The rows belong to those who ask.",
     does="With a cache it fails; with a whole text each token gets what others asked for.",
 )
@@ -181,28 +201,24 @@ _REPEAT = "x.repeat_interleave(n, dim=1)"
 
 # %% ../nbs/06d_mistakes.ipynb #c2b855df
 share_piece.mistake(
-    "key heads dealt out in turn",
-    {_REPEAT: "x.repeat(1, n, 1, 1)"},
+    "key heads dealt out in turn", {_REPEAT: "x.repeat(1, n, 1, 1)"},
     why="Neighbours share: 0 0 0 1 1 1, not 0 1 0 1 0 1.",
     does="Most heads read the keys of a stranger; the first and the last are right.",
     public="onnx#7274",
 )
 share_piece.mistake(
-    "tokens repeated, not heads",
-    {_REPEAT: "x.repeat_interleave(n, dim=2)"},
+    "tokens repeated, not heads", {_REPEAT: "x.repeat_interleave(n, dim=2)"},
     why="The heads are axis 1 here; where they come after the tokens it is 2.",
     does="The text is n times as long, every token n times, and the heads do not fit.",
     public="prime-rl#2681",
 )
 share_piece.mistake(
-    "rows repeated, not heads",
-    {_REPEAT: "x.repeat_interleave(n, dim=0)"},
+    "rows repeated, not heads", {_REPEAT: "x.repeat_interleave(n, dim=0)"},
     why="Axis 0 is the batch.",
     does="Three times as many rows, and the heads do not fit.",
 )
 share_piece.mistake(
-    "nothing repeated",
-    {_REPEAT: "x"},
+    "nothing repeated", {_REPEAT: "x"},
     why="Every query head needs a key head, and some kernels do not say that one is missing.",
     does="An error, or heads that read past the end.",
     public="mamba#462",
@@ -211,6 +227,7 @@ share_piece.mistake(
 # %% ../nbs/06d_mistakes.ipynb #e058d1cf
 _mistakes_of_any_head(grouped_piece)
 _more_mistakes_of_any_head(grouped_piece)
+_mistakes_of_any_mask(grouped_piece)
 
 # %% ../nbs/06d_mistakes.ipynb #335a7943
 grouped_piece.mistake(
@@ -222,22 +239,19 @@ grouped_piece.mistake(
     public="pytorch-image-models#2236",
 )
 grouped_piece.mistake(
-    "a scale by the hidden size",
-    {"q.shape[-1] **": "(q.shape[1] * q.shape[-1]) **"},
+    "a scale by the hidden size", {"q.shape[-1] **": "(q.shape[1] * q.shape[-1]) **"},
     why="Each score is a sum over one head's channels, not over all.",
     does="All tokens are looked at too much alike; trained so, it only learns more slowly.",
     public="ng-video-lecture#6",
 )
 grouped_piece.mistake(
-    "a scale by the number of heads",
-    {"q.shape[-1] **": "q.shape[1] **"},
+    "a scale by the number of heads", {"q.shape[-1] **": "q.shape[1] **"},
     why="What grows with √d is a sum over d channels; how many heads there are does not matter.",
     does="Attention is too sharp or too flat, depending on the model.",
     public="tt-metal#56789",
 )
 grouped_piece.mistake(
-    "the softmax over the heads",
-    {"softmax(-1": "softmax(1"},
+    "the softmax over the heads", {"softmax(-1": "softmax(1"},
     why="The weights of one query sum to 1 over the keys: the last axis.",
     does="Heads compete with each other in place of tokens, and masked keys are NaN.",
     public="fastNLP#254",
@@ -260,4 +274,20 @@ grouped_piece.mistake(
     why="bfloat16 has 8 digits in base 2, and a row of weights is a sum over many tokens.",
     does="Weights are off by a percent, and long texts sum to something else than 1.",
     public="axlearn#18",
+)
+grouped_piece.mistake(
+    "weights not cast back", {".to(q.dtype)": ""},
+    why="The softmax in float32 gives float32, and the values may be bfloat16.",
+    does="In a bfloat16 model the product with the values fails.",
+)
+grouped_piece.mistake(
+    "a mix in float32",
+    {".to(q.dtype)": "", "weights @ v, weights": "weights @ v.float(), weights"},
+    why="What comes back is to have the dtype of q; only the softmax is taken in float32.",
+    does="The next product fails in a bfloat16 model, or all that follows takes twice the memory.",
+)
+grouped_piece.mistake(
+    "the softmax over the batch", {"softmax(-1": "softmax(0"},
+    why="The weights of one query sum to 1 over the keys: the last axis.",
+    does="The texts of a batch compete with each other, and one alone looks at all tokens alike.",
 )

@@ -25,8 +25,7 @@ swiglu_piece = Piece(
     ),
     shapes="""
     x                     (..., hidden_size)
-    gate, after SiLU      (..., intermediate_size)
-    up                    (..., intermediate_size)
+    gate (SiLU), and up   (..., intermediate_size) each
     their product         (..., intermediate_size)
     what comes back       (..., hidden_size)
     """,
@@ -47,9 +46,10 @@ def _(f):
 def _(f):
     return f(_zoo_swiglu(8, 8), torch.randn(2, 5, 8))
 
-@swiglu_piece.probe("stored in bfloat16")
+@swiglu_piece.probe("shape and dtype in bfloat16")
 def _(f):
-    return f(_zoo_swiglu(6, 10).bfloat16(), torch.randn(2, 5, 6).bfloat16()).dtype
+    out = f(_zoo_swiglu(6, 10).bfloat16(), torch.randn(2, 5, 6).bfloat16())
+    return tuple(out.shape), out.dtype
 
 @swiglu_piece.probe("one vector")
 def _(f):
@@ -71,20 +71,34 @@ swiglu_piece.mistake(
     public="candle#3991",
 )
 swiglu_piece.mistake(
-    "ReLU in place of SiLU", {"F.silu(": "F.relu("},
-    why="A closed gate of SiLU still lets a little through, with the other sign; ReLU's does not.",
-    does="The text gets worse with every layer, but words remain words.",
-)
-swiglu_piece.mistake(
-    "the sigmoid alone in place of SiLU", {"F.silu(": "torch.sigmoid("},
-    why="SiLU is z σ(z). Without the z an open gate says 1, however large its number.",
-    does="It is the older GLU: it can be trained, and pretrained weights give nonsense.",
-)
-swiglu_piece.mistake(
     "no bent function at all", {"F.silu(self.gate_proj(x))": "self.gate_proj(x)"},
     why="Then no gate ever closes: it is a plain product of two linear maps.",
     does="Large activations grow from layer to layer, and the text is nonsense.",
 )
+for other, call in (("ReLU", "F.relu("), ("the sigmoid alone", "torch.sigmoid(")):
+    swiglu_piece.mistake(
+        f"{other} in place of SiLU", {"F.silu(": call},
+        why="The curves look alike, but the weights know one of them.",
+        does="The text gets worse with every layer.",
+    )
+
+# %% ../nbs/08c_mistakes.ipynb #f8ba541b
+swiglu_piece.mistake(
+    "SiLU on both branches", {"up = self.up_proj(x)": "up = F.silu(self.up_proj(x))"},
+    why="Only the gate is bent; up carries the value, negative ones too.",
+    does="Pretrained weights give nonsense, with every shape as it should be.",
+)
+swiglu_piece.mistake(
+    "no way down: `down_proj` left out", {"self.down_proj(gate * up)": "gate * up"},
+    why="The units' numbers must come back to the width of the stream.",
+    does="An error at the addition, or where the widths agree units taken for channels.",
+)
+for once, twice in (("up", "gate"), ("gate", "up")):
+    swiglu_piece.mistake(
+        f"the {twice} matrix on both branches", {f"self.{once}_proj(x)": f"self.{twice}_proj(x)"},
+        why="Each branch has a matrix of its own.",
+        does="A third of the MLP lies idle, and pretrained weights give nonsense.",
+    )
 
 # %% ../nbs/08c_mistakes.ipynb #68ca34f1
 swiglu_piece.mistake(
@@ -106,15 +120,9 @@ swiglu_piece.mistake(
     public="timesfm#493",
 )
 swiglu_piece.mistake(
-    "`down_proj` transposed",
-    {"self.down_proj(gate * up)": "(gate * up) @ self.down_proj.weight"},
+    "`down_proj` transposed", {"self.down_proj(gate * up)": "(gate * up) @ self.down_proj.weight"},
     why="A linear layer stores (out, in), so the product needs its transpose.",
     does="It raises an error, unless there are as many units as channels: then it is quiet.",
-)
-swiglu_piece.mistake(
-    "the residual added inside the MLP", {"return self": "return x + self"},
-    why="The block adds the MLP's output to the stream itself.",
-    does="The stream gets the normed input once more in every layer, and the text is nonsense.",
 )
 
 # %% ../nbs/08c_mistakes.ipynb #76c174ca
@@ -131,15 +139,14 @@ block_piece = Piece(
     x                        (batch, seq, hidden_size)
     normed                   the same
     what attention gives     the same
-    x after one addition     the same
-    x after two              the same
+    x after each addition    the same
     """,
     keeps=("x",),
 )
 
 def _zoo_config():
     return QwenConfig(
-        vocab_size=11, hidden_size=20, intermediate_size=28, num_hidden_layers=2, head_dim=8,
+        vocab_size=11, hidden_size=20, intermediate_size=28, num_hidden_layers=3, head_dim=8,
         num_attention_heads=6, num_key_value_heads=2, rope_theta=500., rms_norm_eps=1e-5,
     )
 
@@ -168,9 +175,12 @@ def _(f):
     return out[PADDED.bool()]
 
 class _GrowingCache:
-    "Keys and values of two layers, `(2, batch, kv heads, length, head_dim)` each: they grow."
+    "Keys and values of three layers, `(2, batch, kv heads, length, head_dim)` each: they grow."
     def __init__(self, length):
-        self.kv = list(torch.randn(2, 2, 2, 2, length, 8))
+        self.kv = list(torch.randn(3, 2, 2, 2, length, 8))
+
+    def __eq__(self, other):    # what it holds is looked at for itself
+        return isinstance(other, _GrowingCache)
 
     @property
     def length(self):
@@ -239,16 +249,6 @@ block_piece.mistake(
     does="What attention found reaches the MLP only, and is lost to all later layers.",
 )
 block_piece.mistake(
-    "norms on what the branches give, not on what they read",
-    {"= self.input_layernorm(x)": "= x",
-     "self.self_attn(normed, cos, sin, mask, cache)":
-     "self.input_layernorm(self.self_attn(normed, cos, sin, mask, cache))",
-     "= self.post_attention_layernorm(x)": "= x",
-     "self.mlp(normed)": "self.post_attention_layernorm(self.mlp(normed))"},
-    why="Each norm stands before its branch, so that the branch reads vectors of one size.",
-    does="It trains (other models are built so); pretrained weights give nonsense.",
-)
-block_piece.mistake(
     "an addition in place, `x += …`", {"x = x + self.self": "x += self.self"},
     why="`x += y` writes into the caller's tensor; `x = x + y` makes a new one.",
     does="Text is right; recorded streams show later numbers, and training stops with an error.",
@@ -289,7 +289,12 @@ block_piece.mistake(
     public="DeepSpeed#7428",
 )
 block_piece.mistake(
-    "cosine and sine exchanged", {"normed, cos, sin": "normed, sin, cos"},
-    why="At position 0 nothing is turned: cosine 1, sine 0. Exchanged, it is the other way round.",
-    does="Near and far get mixed up, and the text falls apart after a few words.",
+    "cosine and sine not handed on", {"normed, cos, sin, ": "normed, "},
+    why="Attention turns queries and keys by them, and wants them before the mask.",
+    does="An error: the mask is taken for the cosine.",
+)
+block_piece.mistake(
+    "what attention gives thrown away", {"x = x + self.self": "y = x + self.self"},
+    why="The sum must be the stream from there on: the second norm and addition read it.",
+    does="No token learns of another one, and the text is nonsense.",
 )

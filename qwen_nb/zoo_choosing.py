@@ -204,11 +204,14 @@ top_p_piece.mistake(
     why="A logit of 0 is a fine logit: the softmax gives it a share.",
     does="The filter filters nothing, or even prefers what it dropped.",
 )
-top_p_piece.mistake(
-    "the softmax over the batch", {"softmax(-1)": "softmax(0)"},
-    why="Probabilities belong to one row's tokens.",
-    does="One row alone: every token has probability 1, and nothing works.",
-)
+for order, flip in (("smallest first", ""), ("largest first", ".flip(-1)")):
+    top_p_piece.mistake(
+        f"the sorted logits given back, {order}",
+        {"drop = drop.scatter(-1, order, drop)": "logits = rising",
+         "drop, -math.inf)": f"drop, -math.inf){flip}"},
+        why="Entry 7 must again be the logit of token 7: back into the order of the vocabulary.",
+        does="The draw gives places in the list for ids: always the same few tokens.",
+    )
 
 # %% ../nbs/09d_mistakes.ipynb #5307ac27
 min_p_piece = Piece(

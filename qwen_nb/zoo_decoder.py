@@ -56,6 +56,19 @@ def _(f):
     first = f(decoder, _zoo_ids(5), torch.arange(5)[None], None, cache)
     return first, f(decoder, _zoo_ids(1), torch.tensor([[5]]), None, cache), cache.length
 
+@decoder_piece.probe("what `self.rotary` is asked")
+def _(f):
+    asked, decoder, cache = [], _zoo_decoder(), _GrowingCache(length=2)
+    tables = decoder.rotary
+
+    def listening(position_ids, dtype=torch.float32, cache=None):
+        asked.append({"a cache was handed to it": cache is not None})
+        return tables(position_ids, dtype, cache)
+
+    decoder.rotary = listening
+    f(decoder, _zoo_ids(1), torch.tensor([[2]]), None, cache)
+    return asked
+
 @decoder_piece.probe("stored in bfloat16")
 def _(f):
     return f(_zoo_decoder(torch.bfloat16), _zoo_ids(5), torch.arange(5)[None])
@@ -128,6 +141,59 @@ decoder_piece.mistake(
     "cosine and sine exchanged in the decoder", {"cos, sin = ": "sin, cos = "},
     why="At distance 0 the angle is 0: cosine 1, sine 0.",
     does="Near and far get mixed up, and the text falls apart after a few words.",
+)
+decoder_piece.mistake(
+    "a `return` inside the loop", {"cache)\n    return": "cache)\n        return"},
+    why="It ends the function after the first layer. Put it below the loop, not in it.",
+    does="All layers but the first are unused, and the text is nonsense.",
+)
+decoder_piece.mistake(
+    "cosine and sine not handed to the layers", {"(x, cos, sin, mask": "(x, mask"},
+    why="Each layer turns queries and keys by them, and wants them before the mask.",
+    does="An error: the mask is taken for the cosine.",
+)
+decoder_piece.mistake(
+    "rotary tables in the dtype of the ids", {"x.dtype": "input_ids.dtype"},
+    why="Ids are whole numbers, and so would every cosine be: 1, 0 or -1.",
+    does="Only the first position is turned rightly: words lose their order.",
+)
+decoder_piece.mistake(
+    "rotary tables always in float32", {"x.dtype": "torch.float32"},
+    why="They must have the stream's dtype, or queries and keys become float32.",
+    does="In a bfloat16 model attention meets two dtypes, and fails.",
+)
+decoder_piece.mistake(
+    "the cache not handed to the rotary tables", {"x.dtype, cache)": "x.dtype)"},
+    why="Some tables depend on how long the text is, and the cache knows.",
+    does="Quiet: the first Qwen scales its positions by the length, and is wrong in long texts.",
+)
+
+# %% ../nbs/08d_mistakes.ipynb #21618a75
+decoder_piece.mistake(
+    "the first layer left out", {"in self.layers:": "in self.layers[1:]:"},
+    why="Every layer counts, the first most: the others were trained on what it writes.",
+    does="Pretrained weights give nonsense.",
+)
+decoder_piece.mistake(
+    "the layers in reverse", {"in self.layers:": "in reversed(self.layers):"},
+    why="Each was trained on what the one before it gives.",
+    does="Pretrained weights give nonsense; with one layer, or fresh weights, nobody sees it.",
+)
+decoder_piece.mistake(
+    "the stream added once more around each layer", {"x = layer(": "x = x + layer("},
+    why="A layer adds to the stream itself, and gives back the sum.",
+    does="The embedding counts twice, four times, eight times: the layers are not heard.",
+)
+decoder_piece.mistake(
+    "the ids taken for positions", {"self.rotary(position_ids": "self.rotary(input_ids"},
+    why="Position is where a token stands, not which one it is.",
+    does="The same two words are always equally far apart, and word order is lost.",
+)
+decoder_piece.mistake(
+    "a norm before the first layer", {"self.embed_tokens(input_ids)":
+                                      "self.norm(self.embed_tokens(input_ids))"},
+    why="Each layer norms what it reads; the stream itself is normed only at the very end.",
+    does="What the embedding says has another size beside what the layers add.",
 )
 
 # %% ../nbs/08d_mistakes.ipynb #43782fc0
@@ -210,4 +276,10 @@ positions_piece.mistake(
     why="Each row has its own padding.",
     does="The longest row is right; those with padding are turned by other angles than alone.",
     public="unsloth#3803",
+)
+positions_piece.mistake(
+    "the number of real tokens, not a running count",
+    {".cumsum(-1)": ".sum(-1, keepdim=True).expand_as(attention_mask)"},
+    why="Each column has a count of its own: of those up to it.",
+    does="All tokens of a row stand at one place, and the model cannot tell their order.",
 )

@@ -48,10 +48,6 @@ def _(f):
 def _(f):
     return f(_gqa_layer(), torch.randn(1, 3, 64))
 
-@cut_piece.probe("one token")
-def _(f):
-    return f(_gqa_layer(), torch.randn(2, 1, 16))
-
 # %% ../nbs/06e_mistakes.ipynb #266a06d3
 cut_piece.mistake(
     "a cut into (head_dim, heads)",
@@ -61,8 +57,7 @@ cut_piece.mistake(
     does="Every head gets channels of all the others: nonsense.",
 )
 cut_piece.mistake(
-    "head_dim heads",
-    {"(-1, self.head_dim)": "(self.head_dim, -1)"},
+    "head_dim heads", {"(-1, self.head_dim)": "(self.head_dim, -1)"},
     why="head_dim is how long a head is, not how many there are.",
     does="An error, or where both are 8 nothing at all.",
 )
@@ -75,8 +70,7 @@ cut_piece.mistake(
     public="FuxiCTR#30",
 )
 cut_piece.mistake(
-    "heads brought forward too early",
-    {"self.head_dim))": "self.head_dim)).transpose(1, 2)"},
+    "heads brought forward too early", {"self.head_dim))": "self.head_dim)).transpose(1, 2)"},
     why="The caller does that itself, after the norm.",
     does="Heads and tokens are exchanged back again, and each head takes the others for its text.",
 )
@@ -155,16 +149,14 @@ qkv_piece.mistake(
     public="vllm#16311",
 )
 qkv_piece.mistake(
-    "the queries' norm on the keys",
-    {"self.k_norm(": "self.q_norm("},
+    "the queries' norm on the keys", {"self.k_norm(": "self.q_norm("},
     why="Queries and keys have weights of their own.",
     does="Every score is off, by as much as training has made the two unlike.",
 )
 
 # %% ../nbs/06e_mistakes.ipynb #6d16f9cc
 qkv_piece.mistake(
-    "RoPE on the values",
-    {"sin), v": "sin), apply_rope(v, cos, sin)"},
+    "RoPE on the values", {"sin), v": "sin), apply_rope(v, cos, sin)"},
     why="Positions are for finding. What is handed over does not depend on where it stood.",
     does="What a token hands over is turned by its position, and the next layer cannot read it.",
     public="x-transformers#182",
@@ -175,8 +167,7 @@ qkv_piece.mistake(
     does="Scores depend on where the query stands and not on how far away the key is.",
 )
 qkv_piece.mistake(
-    "the keys' projection for the values",
-    {"self.v_proj": "self.k_proj"},
+    "the keys' projection for the values", {"self.v_proj": "self.k_proj"},
     why="Values have a matrix of their own; both have the same shape, so nothing complains.",
     does="What is handed over is what a token can be found by: nonsense.",
 )
@@ -187,6 +178,19 @@ qkv_piece.mistake(
     why="`view` never moves a number, so heads cannot come before tokens without a `transpose`.",
     does="A head's values are made of several tokens. With one new token it is right again.",
     public="FuxiCTR#30",
+)
+qkv_piece.mistake(
+    "cos and sin exchanged",
+    {"apply_rope(q, cos, sin), apply_rope(k, cos": "apply_rope(q, sin, cos), apply_rope(k, sin",
+     "sin, sin)": "sin, cos)"},
+    why="`apply_rope` takes cos first: at angle 0 nothing may change.",
+    does="All is turned by a quarter and backwards; every score is another one.",
+)
+qkv_piece.mistake(
+    "keys and values given back in the wrong order",
+    {"apply_rope(k, cos, sin), v": "v, apply_rope(k, cos, sin)"},
+    why="Who takes the three apart expects queries, keys, values.",
+    does="Tokens are found by what they hand over: nonsense.",
 )
 
 # %% ../nbs/06e_mistakes.ipynb #e3a40473
@@ -251,27 +255,23 @@ module_piece.mistake(
     public="transformer-from-scratch#6",
 )
 module_piece.mistake(
-    "a mask that is not handed on",
-    {"(q, k, v, mask)": "(q, k, v, None)"},
+    "a mask that is not handed on", {"(q, k, v, mask)": "(q, k, v, None)"},
     why="Without it the mix is causal, but padding is read.",
     does="A prompt alone is right; in a batch with a longer one it gets another answer.",
     public="fairseq#1339",
 )
 module_piece.mistake(
-    "one slot of the cache for all layers",
-    {"self.layer_idx": "0"},
+    "one slot of the cache for all layers", {"self.layer_idx": "0"},
     why="Every layer has keys and values of its own, and `layer_idx` says which are whose.",
     does="Each layer also reads the keys of the others, and the text falls apart.",
 )
 module_piece.mistake(
-    "a cache that is filled and not read",
-    {"k, v = cache.update": "cache.update"},
+    "a cache that is filled and not read", {"k, v = cache.update": "cache.update"},
     why="`update` gives back the old and the new together; those are to be looked at.",
     does="After the prompt every new token sees only itself.",
 )
 module_piece.mistake(
-    "a cache that is never used",
-    {"if cache is not None:": "if False:"},
+    "a cache that is never used", {"if cache is not None:": "if False:"},
     why="What the next token needs is then not there.",
     does="Every new token sees only itself, or the program reads all the text again each time.",
     public="LLMs-from-scratch#981",
@@ -287,8 +287,7 @@ module_piece.mistake(
     public="shainet#110",
 )
 module_piece.mistake(
-    "keys and values exchanged in the cache",
-    {"k, v = cache.update": "v, k = cache.update"},
+    "keys and values exchanged in the cache", {"k, v = cache.update": "v, k = cache.update"},
     why="They come back in the order in which they were given.",
     does="Without a cache all is right; with one, values are compared and keys handed over.",
 )

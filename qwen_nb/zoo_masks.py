@@ -59,34 +59,29 @@ mask_piece.mistake(
     public="hyprstream#1521",
 )
 mask_piece.mistake(
-    "a mask one too wide",
-    {"(key <= query)": "(key <= query + 1)"},
+    "a mask one too wide", {"(key <= query)": "(key <= query + 1)"},
     why="A token that sees the next one sees what it has to predict.",
     does="The loss falls wonderfully in training, and the model cannot write a word.",
 )
 mask_piece.mistake(
-    "a mask one too narrow",
-    {"(key <= query)": "(key < query)"},
+    "a mask one too narrow", {"(key <= query)": "(key < query)"},
     why="A token may look at itself; and the first would have nobody to look at.",
     does="The first row is empty, its softmax NaN, and after a layer or two so is all.",
     public="former#10",
 )
 mask_piece.mistake(
-    "a mask the other way up",
-    {"(key <= query)": "(key >= query)"},
+    "a mask the other way up", {"(key <= query)": "(key >= query)"},
     why="Keys that are not later than the query may be seen: a lower triangle.",
     does="Every token sees the future and not the past.",
 )
 mask_piece.mistake(
-    "padding that is read like any token",
-    {"if is_real is not None:": "if False:"},
+    "padding that is read like any token", {"if is_real is not None:": "if False:"},
     why="Padding means nothing, but its keys have scores like all others.",
     does="A prompt alone is right; in a batch with a longer one it gets another answer.",
     public="mlx-lm#1906",
 )
 mask_piece.mistake(
-    "padding with an empty row",
-    {" | (key == query)": ""},
+    "padding with an empty row", {" | (key == query)": ""},
     why="A row without a key gives 0/0; nobody reads it, but NaN times 0 is NaN.",
     does="One layer later NaN has reached the real tokens of every padded row.",
     public="unsloth#9848",
@@ -94,8 +89,7 @@ mask_piece.mistake(
 
 # %% ../nbs/06c_mistakes.ipynb #2ed5f565
 mask_piece.mistake(
-    "padding and text exchanged",
-    {"is_real.bool()": "~is_real.bool()"},
+    "padding and text exchanged", {"is_real.bool()": "~is_real.bool()"},
     why="In an attention mask 1 is a real token; PyTorch's `key_padding_mask` has it reversed.",
     does="With no padding every token sees only itself; with some, the padding too.",
 )
@@ -106,15 +100,35 @@ mask_piece.mistake(
     does="Real tokens go on reading the padding.",
 )
 mask_piece.mistake(
-    "a padding mask that replaces the triangle",
-    {"mask = mask & (": "mask = ("},
+    "a padding mask that replaces the triangle", {"mask = mask & (": "mask = ("},
     why="Both must hold: not later, and real.",
     does="One prompt alone is right; a padded batch sees the future.",
     public="candle#3632",
 )
 mask_piece.mistake(
-    "or in place of and",
-    {"mask & (": "mask | ("},
+    "or in place of and", {"mask & (": "mask | ("},
     why="Both must hold: not later, and real.",
     does="A padded batch sees the future, and its padding too.",
+)
+
+# %% ../nbs/06c_mistakes.ipynb #c1389c16
+mask_piece.mistake(
+    "a mask of whole numbers", {"is_real.bool()": "is_real"},
+    why="`is_real` may hold 0 and 1 in int64, and True & 1 is the number 1: `.bool()` first.",
+    does="An error where the mask is turned round, or 254 and 255, which are both true.",
+)
+mask_piece.mistake(
+    "a mask without axes for rows and heads", {"(key <= query)[None, None]": "(key <= query)"},
+    why="It has four axes, as scores do: rows, heads, queries, keys.",
+    does="Alone it fits by luck; whoever asks how many heads it has gets the queries.",
+)
+mask_piece.mistake(
+    "rows of the batch lined up with the heads", {"[:, None, None, :]": "[:, None, :]"},
+    why="Axes are lined up from the right, so both axes between rows and keys must be there.",
+    does="An error, or each head gets another row's padding.",
+)
+mask_piece.mistake(
+    "padding that may not look, but is looked at", {"may_be_read | (key": "may_be_read.mT | (key"},
+    why="It is keys that must not be read: the last axis.",
+    does="Real tokens go on reading the padding.",
 )

@@ -54,7 +54,7 @@ def _(f):
 def _(f):
     return _penalized(f, repetition_penalty=1.3, presence_penalty=1.5)
 
-@penalize_piece.probe("none")
+@penalize_piece.probe("both off")
 def _(f):
     return f(Sampling(), torch.randn(2, 9), None, None)
 
@@ -92,6 +92,43 @@ penalize_piece.mistake(
     {"logits = penalize_presence": "penalize_presence"},
     why="It gives new logits and changes none in place.",
     does="The setting does nothing.",
+)
+
+# %% ../nbs/09f_mistakes.ipynb #b0531d63
+_REPETITION = """if sampling.repetition_penalty != 1:
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+"""
+_PRESENCE = """if sampling.presence_penalty:
+        logits = penalize_presence(logits, written, sampling.presence_penalty)
+"""
+
+penalize_piece.mistake(
+    "the presence penalty first",
+    {f"{_REPETITION}    {_PRESENCE}": f"{_PRESENCE}    {_REPETITION}"},
+    why="What is subtracted after it would be divided with the rest, and a sign may turn.",
+    does="With both set, a little more or less of a penalty than in the reference.",
+)
+penalize_piece.mistake(
+    "seen and written exchanged",
+    {"logits, seen,": "logits, MARKS,", "logits, written,": "logits, seen,", "MARKS": "written"},
+    why="Repetition looks at everything, presence only at what was written.",
+    does="The model copies the prompt freely, and avoids its words when it shall speak of them.",
+)
+penalize_piece.mistake(
+    "seen and written exchanged, presence first",
+    {f"{_REPETITION}    {_PRESENCE}": f"{_PRESENCE}    {_REPETITION}"
+     .replace("logits, seen", "logits, MARKS").replace("logits, written", "logits, seen")
+     .replace("MARKS", "written")},
+    why="Repetition comes first and looks at everything, presence only at what was written.",
+    does="The model copies the prompt freely, and avoids its words when it shall speak of them.",
+)
+penalize_piece.mistake(
+    "the two settings exchanged",
+    {"seen, sampling.repetition_penalty": "seen, SETTING",
+     "written, sampling.presence": "written, sampling.repetition", "SETTING":
+     "sampling.presence_penalty"},
+    why="One is a factor near 1, the other a difference near 0.",
+    does="Off for one is everything for the other: logits divided by 0.",
 )
 
 # %% ../nbs/09f_mistakes.ipynb #82f97c3d
@@ -163,6 +200,11 @@ keep_piece.mistake(
     why="All probabilities shrink alike, and the next softmax undoes it.",
     does="The temperature does nothing.",
 )
+keep_piece.mistake(
+    "the temperature forgotten", {"logits = logits / sampling.temperature": "pass"},
+    why="The logits are divided by it, first of all.",
+    does="The temperature does nothing.",
+)
 
 # %% ../nbs/09f_mistakes.ipynb #02334c2a
 TOP_K = "if sampling.top_k:\n        logits = keep_top_k(logits, sampling.top_k)\n"
@@ -191,4 +233,11 @@ keep_piece.mistake(
     "min-p worked out and thrown away", {"logits = keep_min_p": "keep_min_p"},
     why="It gives new logits and changes none in place.",
     does="The setting does nothing.",
+)
+keep_piece.mistake(
+    "min-p before top-k and top-p",
+    {TOP_K: "logits = keep_min_p(logits, sampling.min_p or 0)\n    " + TOP_K,
+     "if sampling.min_p:": "if False:"},
+    why="In the reference's order it comes last.",
+    does="A little wilder or duller than the reference with the same settings.",
 )

@@ -13,12 +13,12 @@ from .pieces import Piece
 # %% ../nbs/09e_mistakes.ipynb #17386d7f
 repetition_piece = Piece(
     "sampling.penalize_repetition", lesson="09_generate", minutes=5, level=1,
-    task="Make every seen token less likely: its logit is divided by the penalty or multiplied "
-         "with it, whichever lowers it. All other logits stay.",
+    task="The logit of every seen token divided by the penalty if it is positive, multiplied with "
+         "it if it is negative. All other logits stay.",
     hints=(
         "What does dividing by 1.3 do to the logit -2? Does the token get likelier or less likely?",
-        "Positive ones are divided, negative ones multiplied. Work out both for all tokens, choose "
-        "by the sign, then choose by `seen`.",
+        "Work out both for all tokens, choose by the sign, then choose by `seen`. A penalty below "
+        "1 goes the same way, and lifts them.",
     ),
     shapes="""
     logits                (batch, vocab_size)
@@ -94,6 +94,22 @@ repetition_piece.mistake(
     "one text's tokens punished in all", {"where(seen,": "where(seen.any(0),"},
     why="Each row has its own past.",
     does="One text alone is right; in a batch the texts push each other's words away.",
+)
+repetition_piece.mistake(
+    "whichever is lower, also below 1",
+    {"torch.where(logits < 0, multiplied, divided)": "torch.minimum(multiplied, divided)"},
+    why="The sign decides. Below 1 the penalty encourages, and the logit must rise.",
+    does="Right above 1; below it, whoever asks for more of the same gets less of it.",
+)
+repetition_piece.mistake(
+    "0 where a logit was lowered", {"lowered, logits)": "torch.zeros_like(logits), logits)"},
+    why="It is made less likely, not set.",
+    does="What was said becomes as likely as a logit of 0 is: often likelier than before.",
+)
+repetition_piece.mistake(
+    "seen tokens ruled out", {"seen, lowered, logits": "seen, -math.inf, logits"},
+    why="They are to be less likely, not impossible.",
+    does="No word may come twice: no second comma, no second `the`.",
 )
 
 # %% ../nbs/09e_mistakes.ipynb #a40bd341

@@ -12,8 +12,9 @@ from .pieces import Piece
 
 # %% ../nbs/05c_mistakes.ipynb #1d30cc55
 speeds_piece = Piece(
-    "rope.pair_speeds", lesson="05_rope", minutes=5, level=1,
-    task="How many radians does each pair of channels turn per position? float32.",
+    "rope.pair_speeds", lesson="05_rope", minutes=5, level=1, steps=0,
+    task="How many radians does each pair of channels turn per position? All is divided by "
+         "`factor`. In float32, in the order of the formula: to the last digit.",
     hints=(
         "Pair j turns by one over theta to the power 2j/d. How many pairs are there?",
         "Make the numbers 0, 2, 4 … as float32, divide them by d, raise theta to them, and take "
@@ -34,50 +35,48 @@ def _(f):
 def _(f):
     return f(6, 500.0, 4.0)
 
+@speeds_piece.probe("a head of Qwen3, to the digit")
+def _(f):
+    return f(128, 1e6, 1.0)
+
 @speeds_piece.probe("one pair only")
 def _(f):
     return f(2, 1e4, 2.0)
 
 # %% ../nbs/05c_mistakes.ipynb #58e8c488
 speeds_piece.mistake(
-    "RoPE with a base fixed at 10,000",
-    {"theta **": "10_000.0 **"},
+    "RoPE with a base fixed at 10,000", {"theta **": "10_000.0 **"},
     why="The base is a setting: Qwen2 and Qwen3 have 1,000,000.",
     does="Short texts look plausible, longer ones fall apart.",
     public="candle#3746",
 )
 speeds_piece.mistake(
-    "the exponent j/d in place of 2j/d",
-    {"arange(0, head_dim, 2": "arange(0, head_dim // 2"},
+    "the exponent j/d in place of 2j/d", {"arange(0, head_dim, 2": "arange(0, head_dim // 2"},
     why="Pair j has the exponent 2j/d, so that the last pair comes near to 1/theta.",
     does="All pairs are too fast, the last by the root of the base: far distances look alike.",
     public="LLMs-from-scratch#410",
 )
 speeds_piece.mistake(
-    "the exponent of the pair before",
-    {"two_j / head_dim": "(two_j - 2) / head_dim"},
+    "the exponent of the pair before", {"two_j / head_dim": "(two_j - 2) / head_dim"},
     why="Papers count pairs from 1 and write 2(j-1)/d; Python counts from 0.",
     does="Every pair turns faster than in training, the first by more than one radian a token.",
     public="llama-from-scratch#8",
 )
 speeds_piece.mistake(
-    "an exponent without its minus sign",
-    {"1.0 / (factor * slower)": "slower / factor"},
+    "an exponent without its minus sign", {"1.0 / (factor * slower)": "slower / factor"},
     why="Later pairs are slower: one over the power, not the power.",
     does="Later pairs spin thousands of times between neighbours; positions are noise.",
     public="annotated_deep_learning_paper_implementations#313",
 )
 speeds_piece.mistake(
-    "the factor forgotten",
-    {"factor * slower": "slower"},
+    "the factor forgotten", {"factor * slower": "slower"},
     why="Linear scaling and YaRN ask for pairs that are `factor` times slower.",
     does="Nothing, until the text is longer than in training; then the model fails.",
 )
 
 # %% ../nbs/05c_mistakes.ipynb #9297c7ee
 speeds_piece.mistake(
-    "the factor the wrong way round",
-    {"1.0 / (factor * slower)": "factor / slower"},
+    "the factor the wrong way round", {"1.0 / (factor * slower)": "factor / slower"},
     why="A longer text must fit into the known angles, so pairs turn slower, not faster.",
     does="A scaled model reaches unknown angles four times sooner than without any scaling.",
     public="llm-awq#334",
@@ -89,14 +88,42 @@ speeds_piece.mistake(
     does="The tables come out twice as wide, and the first product with them fails.",
 )
 
+# %% ../nbs/05c_mistakes.ipynb #aa901fbf
+for power in ("slower", "factor * slower"):
+    speeds_piece.mistake(
+        f"the power itself, {'times the factor, ' * (power[0] == 'f')}not one over it",
+        {"1.0 / (factor * slower)": power},
+        why="Later pairs are slower: one over theta to the power, and that by `factor`.",
+        does="Later pairs spin thousands of times between neighbours; positions are noise.",
+        public="annotated_deep_learning_paper_implementations#313",
+    )
+speeds_piece.mistake(
+    "an exponent that is not divided by d", {"two_j / head_dim": "two_j"},
+    why="The exponent is 2j/d: from 0 to nearly 1, however long a head is.",
+    does="Only the first pair turns; all others stand still, and far is like near.",
+)
+speeds_piece.mistake(
+    "the exponent divided by the number of pairs", {"two_j / head_dim": "two_j / (head_dim // 2)"},
+    why="The exponent is 2j/d, and d is the number of channels.",
+    does="The last half of the pairs is slower than one over theta, and hardly turns.",
+)
+for how, edits in {
+    "taken in one step": {"theta ** (": "theta ** -(", "1.0 / (factor * ": "1 / factor * ("},
+    "worked out in float64": {"torch.float32": "torch.float64", " slower)": " slower).float()"},
+}.items():
+    speeds_piece.mistake(
+        f"the power {how}", edits,
+        why="In float32 some speeds are then one rounding away from those of the reference.",
+        does="Nobody notices, except a check in float64, for which that is a large mistake.",
+    )
+
 # %% ../nbs/05c_mistakes.ipynb #f1abb5e8
 tables_piece = Piece(
     "rope.angle_tables", lesson="05_rope", minutes=10, level=2,
     task="The cosine and the sine of position times speed, for both channels of every pair, each "
          "times `attention_factor`, in `dtype`.",
     hints=(
-        "An angle is a position times a speed. In which dtype is it exact enough for position "
-        "100,000?",
+        "An angle is a position times a speed. Which dtype is exact enough for position 100,000?",
         "float32 until the very end. Both halves of the channels get the same angles, one half "
         "after the other, and the positions are those that are given.",
     ),
@@ -154,8 +181,7 @@ tables_piece.mistake(
     public="how-to-train-your-gpt#6",
 )
 tables_piece.mistake(
-    "the attention factor left out",
-    {" * attention_factor": ""},
+    "the attention factor left out", {" * attention_factor": ""},
     why="YaRN multiplies both tables, so that attention stays as sharp over a longer text.",
     does="With YaRN attention is too flat, and long texts blur.",
     public="xinfer#329",
@@ -163,17 +189,9 @@ tables_piece.mistake(
 
 # %% ../nbs/05c_mistakes.ipynb #450241dc
 tables_piece.mistake(
-    "the attention factor on cos only",
-    {"angles.sin() * attention_factor": "angles.sin()"},
+    "the attention factor on cos only", {"angles.sin() * attention_factor": "angles.sin()"},
     why="The factor makes vectors longer; on one table alone it also bends them.",
     does="With YaRN the angles are off as well as the lengths.",
-)
-tables_piece.mistake(
-    "the attention factor on the angles",
-    {"angles.cos() * attention_factor, angles.sin() * attention_factor":
-     "(angles * attention_factor).cos(), (angles * attention_factor).sin()"},
-    why="It belongs to the lengths, not to the positions.",
-    does="With a factor of 4 every distance is 14 percent too far.",
 )
 tables_piece.mistake(
     "sin and cos in the other order",
@@ -182,8 +200,7 @@ tables_piece.mistake(
     does="Everything is turned by a quarter and backwards.",
 )
 tables_piece.mistake(
-    "tables left in float32",
-    {".to(dtype)": ""},
+    "tables left in float32", {".to(dtype)": ""},
     why="Queries and keys would become float32 with them, and so would all that follows.",
     does="In a bfloat16 model the next product fails, or memory doubles.",
     public="transformers#24262",
@@ -224,27 +241,28 @@ def _(f):
 def _(f):
     return f(torch.randn(1, 2, 5, 8), *_tables_at([[0, 1, 2, 3, 4]]))
 
+@turn_piece.probe("as many heads as rows")
+def _(f):
+    return f(torch.randn(2, 2, 3, 8), *_tables_at([[0, 1, 2], [7, 8, 12]]))
+
 @turn_piece.probe("position 0")
 def _(f):
     return f(torch.randn(1, 2, 1, 8), *_tables_at([[0]]))
 
 # %% ../nbs/05c_mistakes.ipynb #f01ce72d
 turn_piece.mistake(
-    "cos and sin exchanged",
-    {"x * cos + rotate_half(x) * sin": "x * sin + rotate_half(x) * cos"},
+    "cos and sin exchanged", {"x * cos + rotate_half(x) * sin": "x * sin + rotate_half(x) * cos"},
     why="cos belongs to the vector itself: at angle 0 nothing may change.",
     does="All is turned by a quarter and backwards; every score is another one.",
 )
 turn_piece.mistake(
-    "RoPE backwards",
-    {"cos + rotate_half": "cos - rotate_half"},
+    "RoPE backwards", {"cos + rotate_half": "cos - rotate_half"},
     why="Minus turns clockwise: position 5 is turned as if it were -5.",
     does="Before and after are exchanged. Harmless if trained so; these weights were not.",
     public="nanochat#489",
 )
 turn_piece.mistake(
-    "RoPE without the quarter turn",
-    {"rotate_half(x)": "x"},
+    "RoPE without the quarter turn", {"rotate_half(x)": "x"},
     why="cos plus sin of the same channel is a scale, not a turn.",
     does="Vectors grow and shrink with the position, and distances are not seen.",
 )
@@ -271,8 +289,12 @@ turn_piece.mistake(
 
 # %% ../nbs/05c_mistakes.ipynb #8f7602de
 turn_piece.mistake(
-    "only the quarter turned part",
-    {"x * cos + ": ""},
+    "only the quarter turned part", {"x * cos + ": ""},
     why="At position 0 the vector must come back as it was, and sin is 0 there.",
     does="The first token has no key at all, and the others only what sin leaves.",
+)
+turn_piece.mistake(
+    "tables without an axis for the heads", {"cos, sin = cos[:, None], sin[:, None]": "pass"},
+    why="Axes are lined up from the right: the rows of the tables would meet the heads of x.",
+    does="An error, or with as many rows as heads: each head turned by another row's positions.",
 )

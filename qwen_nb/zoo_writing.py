@@ -59,9 +59,9 @@ def _(f):
 def _(f):
     return f(_zoo_model, _PROMPTS.clone(), 8, 9)
 
-@greedy_piece.probe("a stop id that never comes")
+@greedy_piece.probe("a stop id of 0")
 def _(f):
-    return f(_zoo_model, _PROMPTS.clone(), 2, 0)
+    return f(_zoo_model, torch.tensor([[4, 4, 9, 9], [3, 8, 4, 3]]), 8, 0)
 
 @greedy_piece.probe("no new token")
 def _(f):
@@ -118,21 +118,23 @@ greedy_piece.mistake(
     does="The last position never changes, so one token comes again and again.",
 )
 greedy_piece.mistake(
-    "new tokens never added", {"input_ids = torch.cat": "longer = torch.cat"},
-    why="The choice must join the text, or the next step reads the same text again.",
-    does="It works as long as any, and the prompt comes back as it was.",
-)
-greedy_piece.mistake(
-    "one token too many", {"range(max_new_tokens)": "range(max_new_tokens + 1)"},
-    why="A range that ends one too late.",
-    does="Quiet, until a cache has room for just so many.",
-)
-greedy_piece.mistake(
     "the prompt left out",
     {"done = torch.zeros": "prompt = input_ids.shape[1]\n    done = torch.zeros",
      "return input_ids": "return input_ids[:, prompt:]"},
     why="The caller wants prompt and text, as from `generate`.",
     does="The caller cuts off the prompt once more, and loses the beginning of the answer.",
+)
+greedy_piece.mistake(
+    "the prompt read each time, not the text so far",
+    {"done = torch.zeros": "ids = input_ids\n    done = torch.zeros", "cat([input_ids": "cat([ids",
+     "        input_ids =": "        ids =", "return input_ids": "return ids"},
+    why="Each choice must see what was chosen before it.",
+    does="One and the same token, again and again.",
+)
+greedy_piece.mistake(
+    "a stop id of 0 taken for none", {"if stop_id is not None:": "if stop_id:"},
+    why="0 is an id like any other, but `if` takes it for False.",
+    does="Right for all other stop ids; with 0 the text never ends.",
 )
 
 # %% ../nbs/09g_mistakes.ipynb #b69e76d6
@@ -203,7 +205,8 @@ def _(f):
 @update_piece.probe("with gradients on")
 def _(f):
     k = torch.randn(2, 2, 4, 8, requires_grad=True)
-    return [t.requires_grad for t in f(_zoo_cache(), 0, k, k * 2)]
+    back = f(_zoo_cache(), 0, k, k * 2)
+    return {"keys and values that carry a gradient": sum(t.requires_grad for t in back)}
 
 # %% ../nbs/09g_mistakes.ipynb #c1227ef7
 END = "return keys[:, :, :end], values[:, :, :end]"
@@ -249,14 +252,12 @@ update_piece.mistake(
     does="Nonsense from the first token on.",
 )
 update_piece.mistake(
-    "only the new ones given back",
-    {END: "return keys[:, :, start:end], values[:, :, start:end]"},
+    "only the new ones given back", {END: "return keys[:, :, start:end], values[:, :, start:end]"},
     why="The new token's query must find all that stand before.",
     does="Right for the prompt; then each token sees only itself.",
 )
 update_piece.mistake(
-    "the new ones missing in what comes back",
-    {END: "return keys[:, :, :start], values[:, :, :start]"},
+    "the new ones missing", {END: "return keys[:, :, :start], values[:, :, :start]"},
     why="A token attends to itself too.",
     does="An empty softmax for the prompt; later each token is blind to itself.",
     public="cs249r_book#1953",
@@ -272,8 +273,28 @@ update_piece.mistake(
     why="The caller takes keys first.",
     does="Nonsense from the first token on.",
 )
+
+# %% ../nbs/09g_mistakes.ipynb #86c545f3
 update_piece.mistake(
-    "gradients kept", {"k.detach()": "k", "v.detach()": "v"},
-    why="The cache is for writing text; kept gradients keep every pass alive.",
-    does="Memory grows with every token, until there is none.",
+    "k and v given back as they came", {END: "return k, v"},
+    why="The new token's query must find all that stand before.",
+    does="Right for the prompt; then each token sees only itself.",
 )
+update_piece.mistake(
+    "written one place too far", {"self.place(": "(i + 1 for i in self.place(", "[2])": "[2]))"},
+    why="`self.place` says from where to where, and places are counted from 0.",
+    does="Place 0 holds chance, and every token reads it.",
+)
+update_piece.mistake(
+    "heads counted in place of new tokens", {"self.place(k.shape[2])": "self.place(k.shape[1])"},
+    why="k is (batch, kv heads, new, head_dim): axis 2 says how many are new.",
+    does="An error, unless as many tokens as heads come at once.",
+)
+for how, start in (("", "self.kv[layer_idx, 0], self.kv[layer_idx, 1]"),
+                   (", written into an unpacked pair", "self.kv[layer_idx]")):
+    update_piece.mistake(
+        f"gradients kept{how}",
+        {"self.kv[layer_idx].detach()": start, "k.detach()": "k", "v.detach()": "v"},
+        why="The cache is for writing text; kept gradients keep every pass alive.",
+        does="Memory grows with every token, until there is none.",
+    )

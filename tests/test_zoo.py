@@ -145,12 +145,12 @@ def test_in_place_on_a_copy_is_right_with_a_remark():
 NAMED = [
     ("Block.forward", "the two norms exchanged"),
     ("Block.forward", "the second addition made to the block's input"),
-    ("Block.forward", "norms on what the branches give, not on what they read"),
+    ("Block.forward", "what attention gives thrown away"),
     ("Block.forward", "an addition in place, `x += …`"),
     ("Decoder.forward", "what the layers give not kept"),
     ("Qwen.head", "the condition the wrong way round"),
     ("Qwen.head", "`lm_head` always"),
-    ("greedy", "new tokens never added"),
+    ("greedy", "the prompt read each time, not the text so far"),
     ("rotate_half", "halves not exchanged, and the other sign"),
 ]
 
