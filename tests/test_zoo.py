@@ -150,8 +150,8 @@ def _told(name, source, **names):
 
 GATED = "return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))"
 TOLD = {
-    "raise left": ("RMSNorm", "raise NotImplementedError('to do')\n        return x", "Delete that"),
-    "raise below": ("RMSNorm", "y = x\n        raise NotImplementedError('to do')", "Delete that"),
+    "raise left": ("RMSNorm", "raise NotImplementedError('!')\n        return x", "Delete that"),
+    "raise below": ("RMSNorm", "y = x\n        raise NotImplementedError('!')", "Delete that"),
     "itself": ("RMSNorm", "return self.forward(x)", "It calls itself"),
     "called": ("RMSNorm", "return self(x)", "It calls itself"),
     "modules": ("SwiGLU", "return nn.ModuleList()(x)", "`for layer in"),
