@@ -18,7 +18,7 @@ from inspect import unwrap
 from torch.nn import functional
 
 from .pieces import Piece, Probe
-from .values import Outcome, parameters, real_error
+from .values import Outcome, parameters_of, real_error
 from .verify import told
 
 # %% ../nbs/01e_advice.ipynb #70630879
@@ -85,7 +85,7 @@ def name_hint(error:Exception, right:object):
         name = named[1]
         if f"self.{name.lower()}" in source_of(right):
             return f"Did you mean `self.{name.lower()}`?"
-        given = ", ".join(n for n in parameters(right) if n != "self")
+        given = ", ".join(n for n in parameters_of(right) if n != "self")
         return f"`{name}` is none of the arguments, which are {given}."
     missing = re.search(r"^'?(.+?)'? (?:object )?has no attribute '(\w+)'", text)
     if not isinstance(error, AttributeError) or not missing:
@@ -109,12 +109,12 @@ def called_wrongly(text:str, function:object, right:object):
     if not named:
         return ""
     if named[1].split(".")[-1] == getattr(unwrap(function), "__name__", "?"):
-        return f"It is called with ({', '.join(parameters(right))})."
+        return f"It is called with ({', '.join(parameters_of(right))})."
     found = None
     for step in named[1].split("."):
         names = getattr(unwrap(right), "__globals__", {})
         found = getattr(found, step, None) if found else names.get(step)
-    taken = [name for name in parameters(found) if name != "self"] if callable(found) else []
+    taken = [name for name in parameters_of(found) if name != "self"] if callable(found) else []
     return f"`{named[1]}` takes ({', '.join(taken)})." if taken else ""
 
 # %% ../nbs/01e_advice.ipynb #b1797d86
@@ -154,7 +154,7 @@ def error_hint(error:Exception, function:object, right:object):
             return said
         if inside := stopped_inside(error, function):
             return f"It stopped inside {inside}: does each argument arrive where it belongs?"
-    optional = [n for n, p in parameters(right).items() if p.default is None]
+    optional = [n for n, p in parameters_of(right).items() if p.default is None]
     if re.search(r"'NoneType'|'bool' object has no attribute", text) and optional:
         return f"{' and '.join(f'`{n}`' for n in optional)} may be None: ask before you use it."
     return sizes_hint(text, function)

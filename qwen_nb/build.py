@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'help_steps', 'which_one', 'hint', 'show_verdict', 'told_empty', 'grade_piece', 'borrowed', 'mixed_class',
-           'package_kind', 'grade', 'save', 'one_answer', 'begin', 'edition_folder', 'lay_out', 'build']
+           'pieces_to_grade', 'grade', 'save', 'one_answer', 'begin', 'edition_folder', 'lay_out', 'build']
 
 # %% ../nbs/80c_build.ipynb #658b4f27
 import inspect
@@ -23,6 +23,7 @@ from qwen_nb.mine import (
     keep_cell,
     lessons_with_pieces,
     my_folder,
+    package_kind,
     pieces_of,
     place_answer,
     use_mine,
@@ -47,8 +48,8 @@ _begun = []    # lessons, the last is the one that is open
 
 def which_one(call:str):
     "What is said of `hint()` or `grade()` without a piece: those of the lesson that was begun."
-    lessons = lessons_with_pieces()
-    names = [p.name for p in lessons.get(_begun[-1], [])] if _begun else list(all_pieces())[:3]
+    here = lessons_with_pieces().get(_begun[-1], []) if _begun else ()
+    names = [piece.name for piece in here] or list(all_pieces())[:3]
     print(f"Which piece? {', '.join(names)}{' …' * (not _begun)}. For example: {call}")
 
 
@@ -132,42 +133,42 @@ def mixed_class(answer:type, wrong:list):
     methods = {piece.path.split(".")[-1]: borrowed(piece) for piece in wrong}
     return type(answer.__name__, (answer,), methods | {"__yours__": answer})
 
-# %% ../nbs/80c_build.ipynb #2b90d597
-def package_kind(name:str):
-    "The package's class of this name, if it has pieces; else None."
-    kinds = (package_class(p) for p in all_pieces().values() if p.name.startswith(f"{name}."))
-    return next(kinds, None)
-
 # %% ../nbs/80c_build.ipynb #04637297
-def grade(
-    answer:object=None,  # the learner's function, or class with pieces in it
-):
-    """Say of each piece whether it is right, or which mistake it is. Gives what to go on with: the
-    learner's if it is right, else the package's."""
+def pieces_to_grade(answer:object):
+    "The pieces that an answer is graded as. Or none, and what to give back, after saying why."
     if answer is None:
-        return which_one("RMSNorm = grade(RMSNorm)")
-    answer = vars(answer).get("__yours__", answer) if hasattr(answer, "__dict__") else answer
+        return [], which_one("RMSNorm = grade(RMSNorm)")
     try:
         pieces = pieces_of(answer)
     except LookupError as error:
         kind = package_kind(type(answer).__name__)
         print(f"This is an object of the class {kind.__name__}. Give the class itself: "
               f"grade({kind.__name__})" if kind else error)
-        return kind or answer
-    is_class = isinstance(answer, type)
-    kind = package_kind(getattr(answer, "__name__", ""))
+        return [], kind or answer
+    kind, is_class = package_kind(getattr(answer, "__name__", "")), isinstance(answer, type)
     if kind and not is_class:
         print(f"✗ {kind.__name__} is a function here. Expected is `class {kind.__name__}` with the "
               f"method `{pieces[0].name.split('.')[1]}`, as in the stub.")
-        return kind
+        return [], kind
     package = package_class(pieces[0]) if is_class else original(pieces[0].path)
     if answer is package or hasattr(answer, "__borrowed__"):
         print(f"This is the package's own {answer.__name__}. To grade yours, run its cell first; "
               "if that showed an error, mend it first.")
-        return answer
+        return [], answer
+    return pieces, answer
 
-    before = [piece for piece in pieces if piece.name in IN_USE]
-    count_before = len(IN_USE)
+# %% ../nbs/80c_build.ipynb #2fa5af20
+def grade(
+    answer:object=None,  # the learner's function, or class with pieces in it
+):
+    """Say of each piece whether it is right, or which mistake it is. Gives what to go on with: the
+    learner's if it is right, else the package's."""
+    answer = vars(answer).get("__yours__", answer) if hasattr(answer, "__dict__") else answer
+    pieces, given = pieces_to_grade(answer)
+    if not pieces:
+        return given
+    is_class = isinstance(answer, type)
+    before, count_before = [piece for piece in pieces if piece.name in IN_USE], len(IN_USE)
     try:
         wrong = [piece for piece in pieces if not grade_piece(piece, answer)]
     except KeyboardInterrupt:

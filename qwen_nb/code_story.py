@@ -19,7 +19,7 @@ from torch import nn
 from .advice import source_of
 from .alike import kind_text
 from .pieces import Piece, Probe, as_method_of, new_methods, package_class, run_probe
-from .values import parameters, tensors_in
+from .values import parameters_of, tensors_in
 
 # %% ../nbs/01e_code.ipynb #fb45c6b6
 def names_read(code:object, only:str="LOAD"):
@@ -77,11 +77,13 @@ def outside_story(function:object, right:object):
     if not found:
         return ""
     names = " and ".join(f"`{name}` ({text})" for name, text in found.items())
-    what = "they are no arguments" if len(found) > 1 else "it is no argument"
-    them, have = ("them", "they may have other values") if len(found) > 1 else \
-        ("it", "it may have another value")
-    return (f"Your code reads {names} from outside: {what}, another cell made {them}. "
-            f"In a model {have}; take {them} from the arguments.")
+    said = (f"Your code reads {names} from outside: it is no argument, another cell made it. "
+            "In a model it may have another value; take it from the arguments.")
+    if len(found) > 1:
+        said = said.replace("it is no argument", "they are no arguments")
+        said = said.replace("it may have another value", "they may have other values")
+        said = re.sub(r"\b(made|take) it\b", r"\1 them", said)
+    return said
 
 # %% ../nbs/01e_code.ipynb #597c2cc3
 def calls_itself(method:object):
@@ -183,7 +185,7 @@ def sent_back(value:object, leaves:dict):
 # %% ../nbs/01e_code.ipynb #0c2c8428
 def gradients(piece:Piece, function:object, probe:Probe):
     "For each call on a probe: the gradients that come back, by name. Or the error on the way."
-    names, calls = list(parameters(piece.right)), []
+    names, calls = list(parameters_of(piece.right)), []
 
     def watched(*args, **kw):
         leaves = {}

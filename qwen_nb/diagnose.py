@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['outcome_of', 'with_mistakes', 'seen_again', 'explains', 'known_mistakes', 'what_was_seen', 'what_is_known', 'Verdict',
-           'remarks_on', 'told_best', 'not_over', 'not_begun', 'verdict_on_wrong', 'diagnose', 'Exercise', 'exercise',
-           'try_pairs', 'try_zoo']
+           'remarks_on', 'told_best', 'not_over', 'not_begun', 'moody', 'verdict_on_wrong', 'diagnose', 'Exercise',
+           'exercise', 'try_pairs', 'try_zoo']
 
 # %% ../nbs/01e_diagnose.ipynb #662f9d33
 import importlib
@@ -130,7 +130,7 @@ def remarks_on(piece:Piece, function:object, mine:list):
     said = [printed_story(mine[i], piece.outcomes[i].returned) for i in printed]
     return [s for s in (*said, outside_story(function, piece.right)) if s]
 
-
+# %% ../nbs/01e_diagnose.ipynb #69f092f9
 def told_best(piece:Piece, answer:object, function:object, mine:list, failing:list):
     "A probe that fails, the first of which there is most to say; and what there is to say."
     told_of = {}
@@ -162,6 +162,18 @@ def not_begun(piece:Piece, function:object, mine:list):
         return Verdict(False, text, "error")
     if all(own):
         return Verdict(False, f"{piece.name} is still to be written. {piece.task}", "empty")
+
+# %% ../nbs/01e_diagnose.ipynb #97140c76
+def moody(piece:Piece, function:object, mine:list):
+    "What is said of an answer that answers differently when asked again; None of others."
+    for probe, seen, right in zip(piece.probes, mine, piece.outcomes):
+        both = (seen.value, right.value), (seen.returned, right.returned)
+        if any(type(ours) is not type(theirs) for ours, theirs in both):     # wrong anyway
+            continue
+        if not same_outcome(piece, run_probe(piece, function, probe), seen):
+            text = (f"{piece.name}, asked the same twice ({probe.title}), answers differently: "
+                    "it depends on something besides its arguments, or leaves something behind.")
+            return Verdict(False, text, "moody")
 
 
 def verdict_on_wrong(piece:Piece, answer:object, function:object, mine:list, failing:list):
@@ -206,17 +218,9 @@ def diagnose(
         return Verdict(False, f"{piece.name} is {kind_text(answer)}, expected code.", "error")
 
     mine = tried(piece, function)
-    unfinished = not_over(piece, answer, function, mine) or not_begun(piece, function, mine)
-    if unfinished:
-        return unfinished
-    for probe, seen, right in zip(piece.probes, mine, piece.outcomes):
-        both = (seen.value, right.value), (seen.returned, right.returned)
-        if any(type(ours) is not type(theirs) for ours, theirs in both):     # wrong anyway
-            continue
-        if not same_outcome(piece, run_probe(piece, function, probe), seen):
-            text = (f"{piece.name}, asked the same twice ({probe.title}), answers differently: "
-                    "it depends on something besides its arguments, or leaves something behind.")
-            return Verdict(False, text, "moody")
+    late = not_over(piece, answer, function, mine)
+    if early := late or not_begun(piece, function, mine) or moody(piece, function, mine):
+        return early
     pairs = list(zip(mine, piece.outcomes))
     failing = [i for i, (a, b) in enumerate(pairs) if not same_outcome(piece, a, b)]
     if failing:

@@ -209,7 +209,7 @@ def size_story(apart:torch.Tensor, theirs:torch.Tensor):
         return ""
     return f"The largest error is {largest:.3g}, the largest value {size:.3g}."
 
-
+# %% ../nbs/01c_locate.ipynb #58da7b92
 def number_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, wrong:torch.Tensor):
     "What kind of error it is, for numbers of one shape and dtype."
     first = ours.flatten()[0]

@@ -26,7 +26,7 @@ from qwen_nb.values import (
     a_copy,
     asked_text,
     is_from_the_user,
-    parameters,
+    parameters_of,
     steps_of,
 )
 from .verify import at_most
@@ -128,7 +128,7 @@ class Piece:
 # %% ../nbs/01d_pieces.ipynb #2457fc96
 def watch_calls(piece:Piece, function:object, outcome:Outcome):
     "The function, writing down in the outcome what it is called with and what it gives."
-    names = list(parameters(piece.right))
+    names = list(parameters_of(piece.right))
 
     def watched(*args, **kw):
         given = dict(zip(names, args)) | kw

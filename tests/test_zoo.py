@@ -23,6 +23,7 @@ from qwen_nb.edition import body_lines, is_comment
 from qwen_nb.mine import ZOO, all_pieces
 from qwen_nb.pieces import Probe, edited
 from qwen_nb.values import asked_text, value_story
+from qwen_nb.verify import try_answer
 
 PIECES = list(all_pieces().values())
 each_piece = pytest.mark.parametrize("piece", PIECES, ids=lambda p: p.name)
@@ -359,6 +360,28 @@ def test_ctrl_c_stops_the_grader():
 
     with pytest.raises(KeyboardInterrupt):
         _graded(add_solution, lambda f: f(1, 2))(interrupted)
+
+
+def test_ctrl_c_takes_one_line_in_an_exercise(capsys):
+    import _thread
+
+    def interrupted(x, y):
+        _thread.interrupt_main()
+        return sum(range(10**7))
+
+    graded = exercise(add_solution, "A small exercise, for this test alone.")
+    graded.probe("two numbers")(lambda f: f(1, 2))
+    assert not try_answer(graded, interrupted)
+    assert capsys.readouterr().out == "not yet: stopped by you\n"
+
+
+def test_not_yet_is_said_once(capsys):
+    graded = exercise(add_solution, "A small exercise, for this test alone.")
+    graded.probe("two numbers")(lambda f: f(1, 2))
+    graded.knows("subtracted", lambda x, y: x - y, "It is.")
+    for answer in (lambda x, y: x - y, lambda x, y: x, _raising(ValueError("oh"))):
+        try_answer(graded, answer)
+        assert capsys.readouterr().out.count("not yet") == 1
 
 
 def test_what_was_seen_of_a_known_mistake_is_told_whole():
