@@ -149,7 +149,7 @@ def parts_called(piece:Piece, function:object, probe:Probe):
 
 def bypassed_story(piece:Piece, function:object):
     "Which parts the right method calls and this one does not, in a sentence; or empty."
-    if package_class(piece) is None:
+    if package_class(piece) is None or piece.path.startswith("lora."):  # an adapter itself
         return ""
     for number, probe in enumerate(piece.probes):
         if ("parts", number) not in piece.memory:
