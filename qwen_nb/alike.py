@@ -56,7 +56,7 @@ def alike_numbers(ours:object, theirs:object):
     return same or isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-5,
                                                               abs_tol=1e-12)
 
-
+# %% ../nbs/01b_alike.ipynb #0ab7bbd0
 def alike(
     ours:object,
     theirs:object,   # values: tensors, numbers, text, and lists, tuples and dicts of them
@@ -117,7 +117,7 @@ def kind_text(value:object):
         return repr(value)
     return with_article(type(value).__name__)
 
-
+# %% ../nbs/01b_alike.ipynb #dae2a4a1
 def line_of(value:object):
     "A value on one line; of broken numbers six digits, of larger tensors what they are."
     if torch.is_tensor(value):

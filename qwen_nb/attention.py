@@ -50,7 +50,10 @@ def attend_one_head(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, mask:torch.T
 
 # %% ../nbs/06_attention.ipynb #e21aedbf
 def visible_keys(q_len:int, k_len:int, is_real:torch.Tensor=None, device:str|torch.device=None):
-    "True where a query may look: `(1 or batch, 1, q_len, k_len)`. See `causal_mask` below."
+    """True where a query may look: a torch.bool mask `(1 or batch, 1, q_len, k_len)`.
+
+    `is_real`, if it is given, is `(batch, k_len)`, of any dtype: False or 0 for padding, which
+    nobody may look at but itself."""
     query = torch.arange(k_len - q_len, k_len, device=device)[:, None]
     key = torch.arange(k_len, device=device)[None, :]
     mask = (key <= query)[None, None]

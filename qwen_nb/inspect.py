@@ -75,11 +75,11 @@ def find_folder(
 def _open(path, dtype, attn_implementation):
     "Model and tokenizer. ValueError if a weight or the tokenizer is missing."
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()      # its widget would be an error message in a notebook opened again
     model, found = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
+        path, dtype=dtype,
+        attn_implementation=attn_implementation, output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
     wrong = [f"no {name}" for name in sorted(found["missing_keys"])]

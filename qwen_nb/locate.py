@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ratio_spread', 'factor_story', 'slices_from', 'order_story', 'is_scattered', 'place_story', 'growth_story',
-           'mask_story', 'broken_story', 'size_story', 'number_story', 'apart_text', 'one_number_story', 'tensor_story']
+           'mask_story', 'sorted_story', 'broken_story', 'size_story', 'number_story', 'apart_text', 'one_number_story',
+           'dtype_advice', 'tensor_story']
 
 # %% ../nbs/01c_locate.ipynb #be107450
 import math
@@ -59,7 +60,9 @@ def factor_story(ours:torch.Tensor, theirs:torch.Tensor):
         if abs(one + 1) < small:
             return "Every value has the other sign."
         return f"Every value is {one:.6g} times the right one{power_text(one)}."
-    each = [ratio.numel() // n for n in ratio.shape]      # values that share a place on an axis
+    if not theirs.is_floating_point():                    # ids and counts have no scale
+        return ""
+    each = [use.sum().item() // n for n in ratio.shape]   # values that share a place on an axis
     if ratio.ndim > 1 and ratio.shape[-1] > 3 and ratio_spread(ratio, use, axes[-1:]) < small:
         return ("Each vector along the last axis is right but for a factor of its own: "
                 "look at what divides it (a norm, eps, a sum, a scale).")
@@ -89,7 +92,8 @@ def order_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float):
         if not 1 < n <= 64:
             continue
         order = slices_from(ours, theirs, axis, steps)
-        if order is None or order == list(range(n)):
+        by_chance = len(set(order or ())) < n and not theirs.is_floating_point()
+        if order is None or by_chance or order == list(range(n)):
             continue
         shift = order[0]
         shifted = [(i + shift) % n for i in range(n)]
@@ -176,6 +180,15 @@ def mask_story(ours:torch.Tensor, theirs:torch.Tensor):
     return f"{more} places are True that should be False, {fewer} False that should be True."
 
 # %% ../nbs/01c_locate.ipynb #4506359c
+def sorted_story(ours:torch.Tensor, theirs:torch.Tensor):
+    "Whether every row holds the right numbers, in order of their size."
+    enough = theirs.ndim > 0 and theirs.shape[-1] > 2
+    if enough and any(alike(ours, theirs.sort(-1, descending=d).values) for d in (False, True)):
+        return ("The right numbers, but sorted: bring them back into the order they came in "
+                "(`scatter`, or gather with the order's `argsort`).")
+    return ""
+
+
 def broken_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Where NaN or infinity begins, where a finite number is expected."
     if not theirs.is_floating_point():
@@ -196,7 +209,7 @@ def size_story(apart:torch.Tensor, theirs:torch.Tensor):
         return ""
     return f"The largest error is {largest:.3g}, the largest value {size:.3g}."
 
-
+# %% ../nbs/01c_locate.ipynb #58da7b92
 def number_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, wrong:torch.Tensor):
     "What kind of error it is, for numbers of one shape and dtype."
     first = ours.flatten()[0]
@@ -208,7 +221,7 @@ def number_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, wrong:torc
     story = ruled_out_story(ours, theirs) or function_story(ours, theirs)
     order, moved = order_story(ours, theirs, steps), moved_story(ours, theirs)
     story = story or factor_story(ours, theirs) or (moved if "laid out" in moved else order)
-    story = story or moved or sign_story(ours, theirs, wrong)
+    story = story or sorted_story(ours, theirs) or moved or sign_story(ours, theirs, wrong)
     if story:
         return story
     apart = ours.double() - theirs.double()
@@ -252,6 +265,14 @@ def one_number_story(ours:object, theirs:object):
     return [f"The number is {mine}, expected {right}.", apart_text(ours, theirs)]
 
 # %% ../nbs/01c_locate.ipynb #4a3d144b
+def dtype_advice(dtype:torch.dtype):
+    "What to do where the numbers are right and the dtype is not."
+    what = {torch.bool: "a mask is True and False, so `.bool()` or a comparison."}
+    cast = "cast at the end, to the dtype of what came in, `.to(x.dtype)`."
+    made = f"say `dtype={dtype}` where the numbers are made."
+    return f"Only the dtype is wrong: {what.get(dtype, cast if dtype.is_floating_point else made)}"
+
+
 def tensor_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float):
     "Sentences on how two tensors differ: first the plain things, then what kind of error it is."
     if ours.shape != theirs.shape:
@@ -260,10 +281,13 @@ def tensor_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, few:float)
     if ours.dtype != theirs.dtype:
         right = alike(ours.to(theirs.dtype), theirs, steps, few)
         first = f"The dtype is {ours.dtype}, expected {theirs.dtype}."
-        return [first, "The numbers are right." if right else "The numbers differ too."]
+        if right:
+            return [first, dtype_advice(theirs.dtype)]
+        more = tensor_story(ours.to(theirs.dtype), theirs, steps, few)
+        return [first, "The numbers differ too.", *more]
     broken = broken_story(ours, theirs)
     if broken:
-        return [broken]
+        return [sorted_story(ours, theirs) or moved_story(ours, theirs) or broken]
 
     if not theirs.ndim:
         return one_number_story(ours.item(), theirs.item())

@@ -212,7 +212,7 @@ def entry_story(at:int, ours:list, theirs:list, steps:float, few:float):
         return [f"Entry {at}: {first}", *more]
     return [f"Entry {at} is {mine}, expected {right}.", apart_text(ours[at], theirs[at])]
 
-
+# %% ../nbs/01c_values.ipynb #7e84f25e
 def list_story(ours:list, theirs:list, steps:float, few:float):
     "How two lists differ."
     said = []

@@ -184,6 +184,9 @@ def try_answer(
     "Grade an answer and print how it went. Never raises: a lesson goes on past an open exercise."
     try:
         grader(answer)
+    except KeyboardInterrupt:
+        print("not yet: stopped by you")
+        return False
     except Exception as error:
         print("not yet:", told(error, answer))
         return False

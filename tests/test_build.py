@@ -311,12 +311,54 @@ def test_grade_gives_what_to_go_on_with(tmp_path, monkeypatch, capsys):
 
 def test_hints_are_remembered(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MY_QWEN", str(tmp_path / "my_qwen"))
-    for number in (1, 2, 3, 4, 4):
-        build.hint("rotate_half")
-        assert f"({number} of 4)" in capsys.readouterr().out
+    for number in (1, 2, 1, 4, 3, 5):
+        build.hint("rotate_half", number)
+        assert f"({min(number, 4)} of 4)" in capsys.readouterr().out
     assert build.read_progress()["rotate_half"]["hints"] == 4
+    for _ in range(2):                     # its cell runs again when the notebook is opened
+        build.hint("rotate_half")
+        said = capsys.readouterr().out
+        assert "(1 of 4)" in said and 'Not enough? hint("rotate_half", 2)' in said
     build.hint("nothing of that name")
     assert "there is no piece called" in capsys.readouterr().out
+
+
+def test_without_a_piece_those_of_the_lesson_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MY_QWEN", str(tmp_path / "my_qwen"))
+    build.begin("06_attention")
+    for call in (build.hint, build.grade):
+        capsys.readouterr()
+        call()
+        assert "attend_one_head, attend_explicit, repeat_kv" in capsys.readouterr().out
+
+
+def test_what_is_no_class_is_told(tmp_path, monkeypatch, capsys):
+    from qwen_nb.norm import RMSNorm as packaged
+
+    monkeypatch.setenv("MY_QWEN", str(tmp_path / "my_qwen"))
+
+    def RMSNorm(x, weight, eps):
+        return x
+
+    assert build.grade(RMSNorm) is packaged
+    assert "Expected is `class RMSNorm`" in capsys.readouterr().out
+    assert build.grade(packaged(8)) is packaged
+    assert "Give the class itself: grade(RMSNorm)" in capsys.readouterr().out
+
+
+def test_an_interrupt_takes_one_line(tmp_path, monkeypatch, capsys):
+    import _thread
+
+    monkeypatch.setenv("MY_QWEN", str(tmp_path / "my_qwen"))
+
+    def rotate_half(x):
+        _thread.interrupt_main()
+        return sum(range(10**7))
+
+    given = build.grade(rotate_half)
+    assert capsys.readouterr().out.startswith("… Stopped by you.")
+    x = torch.arange(4.0)
+    assert torch.equal(given(x), pieces_of("rotate_half")[0].right(x))
 
 
 def test_a_damaged_progress_file_loses_nothing(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from qwen_nb.edition import body_lines, is_comment
 from qwen_nb.mine import ZOO, all_pieces
 from qwen_nb.pieces import Probe, edited
 from qwen_nb.values import asked_text, value_story
+from qwen_nb.verify import try_answer
 
 PIECES = list(all_pieces().values())
 each_piece = pytest.mark.parametrize("piece", PIECES, ids=lambda p: p.name)
@@ -134,6 +135,108 @@ def test_what_is_said_of_a_norm(body, said, capsys):
     verdict = diagnose(all_pieces()["RMSNorm.forward"], _norm(source, eps=0.1))
     assert not verdict.right and said in verdict.text, verdict.text
     assert not capsys.readouterr().out, "what the answer prints floods the page"
+
+
+METHOD = "class {}(nn.Module):\n    def forward(self, x):\n        {}\n"
+
+
+def _told(name, source, **names):
+    "What is said of an answer, written as in a notebook."
+    path = f"<learner {len(linecache.cache)}>"
+    names = dict(torch=torch, nn=torch.nn, F=torch.nn.functional, **names)
+    linecache.cache[path] = len(source), None, source.splitlines(True), path
+    exec(compile(source, path, "exec"), names)
+    return diagnose(all_pieces()[name], names[name.split(".")[0]]).text
+
+
+GATED = "return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))"
+TOLD = {
+    "raise left": ("RMSNorm", "raise NotImplementedError('!')\n        return x", "Delete that"),
+    "raise below": ("RMSNorm", "y = x\n        raise NotImplementedError('!')", "Delete that"),
+    "itself": ("RMSNorm", "return self.forward(x)", "It calls itself"),
+    "called": ("RMSNorm", "return self(x)", "It calls itself"),
+    "modules": ("SwiGLU", "return nn.ModuleList()(x)", "`for layer in"),
+    "endless": ("RMSNorm", "while True: x = x + 0", "still running after"),
+    "float": ("RMSNorm", "h = x.float()\n        h *= 2\n        return h", "x itself"),
+    "silu": ("SwiGLU", "return torch.silu(x)", "`F.silu` has it"),
+    "part": ("SwiGLU", "return self.down(x)", "Did you mean `self.down_proj`?"),
+    "if": ("RMSNorm", "return x if x > 0 else -x", "`x is not None`"),
+    "view": ("RMSNorm", "return x.view(3, -1, 7)", "must multiply to"),
+    "weights": ("SwiGLU", GATED.replace("self.gate_proj(x)", "(x @ self.gate_proj.weight.T)"),
+                "never calls `self.gate_proj`"),
+    "forward": ("SwiGLU", GATED.replace("up_proj(", "up_proj.forward("), "calls `self.up_proj`"),
+    "outside": ("RMSNorm", "return x * one + two", "they are no arguments"),
+    "rounded": ("RMSNorm", "h = x.double()\n        h = h / (h.pow(2).mean(-1, keepdim=True) + "
+                "self.eps) ** 0.5\n        return self.weight * h.to(x.dtype)", "Not every bit"),
+}
+
+
+@pytest.mark.parametrize("kind, body, said", TOLD.values(), ids=list(TOLD))
+def test_what_is_said_of_a_method(kind, body, said):
+    text = _told(f"{kind}.forward", METHOD.format(kind, body), one=1, two=2)
+    assert said in text, text
+    assert "still to be written" not in text, text
+
+
+def test_a_method_without_self_is_told_how_it_is_called():
+    text = _told("RMSNorm.forward", METHOD.format("RMSNorm", "return x").replace("self, x", "x"))
+    assert "It is called with (self, x)." in text and "Nothing came back" not in text, text
+
+
+TOLD_OF_FUNCTIONS = [
+    ("attend_explicit", "s = q @ k.T\n    return s, s", "`.mT` exchanges the last two"),
+    ("attend_explicit", "return q.double() @ q.mT, q", "cast it back"),
+    ("attend_explicit", "return all_pieces()['repeat_kv'].right(2, k), k",
+     "inside `repeat_kv`, which takes (x, n)"),
+    ("keep_top_p", "return 0.5 * logits.max(-1, keepdim=True)", "`.values` are the numbers"),
+    ("keep_top_p", "return all_pieces()['keep_top_p'].right(logits, p).sort(-1).values",
+     "but sorted"),
+    ("greedy", "for _ in range(max_new_tokens):\n        new = model(input_ids)[:, -1].argmax(-1)"
+     "\n        if (new == stop_id).all(): break\n    return input_ids", "`stop_id` may be None"),
+    ("visible_keys", "return all_pieces()['visible_keys'].right(q_len, k_len, is_real).int()",
+     "`.bool()` or a comparison"),
+    ("longer_mask", "return mask if mask is None else F.pad(mask, (0, length - mask.shape[1]))"
+     ".float()[:, :length]", "First wrong at"),
+]
+
+
+@pytest.mark.parametrize("name, body, said", TOLD_OF_FUNCTIONS)
+def test_what_is_said_of_a_function(name, body, said):
+    taken = inspect.signature(all_pieces()[name].right).parameters
+    taken = ", ".join(f"{n}=None" if p.default is None else n for n, p in taken.items())
+    text = _told(name, f"def {name}({taken}):\n    {body}\n", all_pieces=all_pieces)
+    assert said in text, text
+
+
+def test_a_loop_that_does_not_end_is_tried_once():
+    tries = []
+
+    def endless(x, y):
+        tries.append(x)
+        while True:
+            pass
+
+    text = _graded(add_solution, *[lambda f: f(1, 2)] * 3)(endless).text
+    assert len(tries) == 1 and "did not come to its end" in text, text
+
+
+def test_ids_have_no_factor_and_no_order_by_chance():
+    right = torch.tensor([[0, 1, 2, 3, 4, 8], [0, 1, 2, 3, 4, 9]])
+    for wrong in (torch.tensor([[0, 1, 2, 3, 4, 4]] * 2), right * torch.tensor([1, 1, 1, 1, 1, 3])):
+        said = " ".join(value_story(wrong, right))
+        assert "factor" not in said and "come from" not in said, said
+
+
+def test_an_answer_that_is_mostly_wrong_is_right_on_nothing():
+    said = _graded(add_solution, *[partial(lambda n, f: f(1, n), n) for n in (1, 2, 3)])
+    assert "Right on:" not in said(lambda x, y: 2).text
+
+
+def test_a_cache_that_comes_back_is_not_moody():
+    def wrong(*args, **kw):
+        return all_pieces()["Block.forward"].right(*args, **kw), object()
+
+    assert "Yours is a tuple" in diagnose(all_pieces()["Block.forward"], wrong).text
 
 
 def test_in_place_on_a_copy_is_right_with_a_remark():
@@ -257,6 +360,28 @@ def test_ctrl_c_stops_the_grader():
 
     with pytest.raises(KeyboardInterrupt):
         _graded(add_solution, lambda f: f(1, 2))(interrupted)
+
+
+def test_ctrl_c_takes_one_line_in_an_exercise(capsys):
+    import _thread
+
+    def interrupted(x, y):
+        _thread.interrupt_main()
+        return sum(range(10**7))
+
+    graded = exercise(add_solution, "A small exercise, for this test alone.")
+    graded.probe("two numbers")(lambda f: f(1, 2))
+    assert not try_answer(graded, interrupted)
+    assert capsys.readouterr().out == "not yet: stopped by you\n"
+
+
+def test_not_yet_is_said_once(capsys):
+    graded = exercise(add_solution, "A small exercise, for this test alone.")
+    graded.probe("two numbers")(lambda f: f(1, 2))
+    graded.knows("subtracted", lambda x, y: x - y, "It is.")
+    for answer in (lambda x, y: x - y, lambda x, y: x, _raising(ValueError("oh"))):
+        try_answer(graded, answer)
+        assert capsys.readouterr().out.count("not yet") == 1
 
 
 def test_what_was_seen_of_a_known_mistake_is_told_whole():

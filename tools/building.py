@@ -3,7 +3,8 @@
 
 `--check` only says whether it is out of date, and whether a solution can be read in it.
 `--run NAME …` runs lessons as they stand, each in a process of its own, on the packaged model or
-on $QWEN_NB_MODEL; with `--solved`, with the package's code in the stubs.
+on $QWEN_NB_MODEL; with `--solved`, with the package's code in the stubs, and the small exercises
+answered with their solutions.
 """
 
 import argparse
@@ -138,9 +139,14 @@ def run(name, solved):
             text = "".join(cell["source"])
             if cell["cell_type"] != "code":
                 continue
+            exercises = re.findall(r"^try_answer\(\w+, (\w+)\)", text, re.M) if solved else []
+            for exercise in exercises:
+                shell.run(f"{exercise} = {exercise}_solution")
             outputs = shell.run(text)
             if shell.exc:
                 sys.exit(f"building/{name}, cell {number}: {shell.prettytb(name)}\n---\n{text}")
+            if said(outputs).count("✓ right") < len(exercises):
+                sys.exit(f"building/{name}, cell {number}, solved: {said(outputs)}")
             if "grade(" in text:
                 print(said(outputs), end="")
 
