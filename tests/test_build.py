@@ -356,7 +356,7 @@ def test_an_interrupt_takes_one_line(tmp_path, monkeypatch, capsys):
         _thread.interrupt_main()
         return sum(range(10**7))
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored in a background job
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background
     try:
         given = build.grade(rotate_half)
     finally:
