@@ -9,7 +9,7 @@ __all__ = ['NameCutter', 'Roles']
 from pathlib import Path
 
 from .encode import library_nfc
-from .vocabulary import QWEN_ADDED
+from .vocabulary import QWEN_ADDED, read_vocabulary
 
 # %% ../nbs/03ba_added.ipynb #718814d2
 class NameCutter:
@@ -17,7 +17,7 @@ class NameCutter:
     are found in the NFC form of the rest. ValueError for a name that would swallow blanks."""
     def __init__(self,
                  added:list,  # of `Added`
-                 pattern):    # makes of a list of names what splits a text at them
+                 pattern:object):  # makes of a list of names what splits a text at them
         self.names = pattern([t.name for t in added if not t.after_nfc])
         self.later = {library_nfc(t.name): t.name for t in added if t.after_nfc}
         self.later_names = pattern(list(self.later))
@@ -42,6 +42,12 @@ class NameCutter:
 class Roles:
     "The ids of the tokens that end a text and fill up a batch, for a class with `special`."
     folder = None  # where the tokenizer was found; None: nowhere, and both are <|endoftext|>
+
+    @classmethod
+    def read_from(cls, folder:str|Path):
+        found = cls(read_vocabulary(folder))
+        found.folder = folder
+        return found
 
     def with_role(self, role:str):
         "The id of the token with this role in tokenizer_config.json; None if there is none."

@@ -16,7 +16,7 @@ from .model import QwenConfig
 
 # %% ../nbs/16a_cost.ipynb #2c152f95
 def looking_back(
-    attention,  # a block's
+    attention:object,  # a block's
 ) -> tuple:
     """Its operations `(for each position, once)`. With a budget (17a_indexer) every block's key is
     looked at, and of the positions so many as the budget allows: in a program that skips the

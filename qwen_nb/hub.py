@@ -138,7 +138,7 @@ def read_index(
 # %% ../nbs/02b_hub.ipynb #aeb3a7ed
 def open_weights(
     folder:str|Path,  # from `find_model`
-    dtype=None,       # of a GGUF file's tensors, which are unpacked; None: as they are
+    dtype:object=None,  # of a GGUF file's tensors, which are unpacked; None: as they are
 ) -> dict:
     """Every tensor of the checkpoint by name.
 

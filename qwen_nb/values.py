@@ -113,7 +113,7 @@ def steps_of(generator:object, number:int, outcome:Outcome):
 
 class FirstWords(io.StringIO):
     "Takes what is printed and keeps its beginning."
-    def write(self, text):
+    def write(self, text:str):
         return super().write(text) if self.tell() < 2000 else len(text)
 
 # %% ../nbs/01c_values.ipynb #0ea48e03

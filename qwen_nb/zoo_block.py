@@ -269,6 +269,8 @@ block_piece.mistake(
     why="Attention then reads a stream whose size grows from layer to layer.",
     does="Pretrained weights give nonsense; with a norm on queries and keys it is less loud.",
 )
+
+# %% ../nbs/08c_mistakes.ipynb #86bfa5b1
 block_piece.mistake(
     "attention and MLP side by side",
     {"normed = self.input_layernorm(x)": "before, normed = x, self.input_layernorm(x)",
@@ -288,13 +290,10 @@ block_piece.mistake(
     does="A text read at once is right; while writing, each token sees only itself.",
     public="DeepSpeed#7428",
 )
-block_piece.mistake(
-    "cosine and sine not handed on", {"normed, cos, sin, ": "normed, "},
+block_piece.mistake("cosine and sine not handed on", {"normed, cos, sin, ": "normed, "},
     why="Attention turns queries and keys by them, and wants them before the mask.",
-    does="An error: the mask is taken for the cosine.",
-)
+    does="An error: the mask is taken for the cosine.")
 block_piece.mistake(
     "what attention gives thrown away", {"x = x + self.self": "y = x + self.self"},
     why="The sum must be the stream from there on: the second norm and addition read it.",
-    does="No token learns of another one, and the text is nonsense.",
-)
+    does="No token learns of another one, and the text is nonsense.")

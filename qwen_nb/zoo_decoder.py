@@ -56,6 +56,7 @@ def _(f):
     first = f(decoder, _zoo_ids(5), torch.arange(5)[None], None, cache)
     return first, f(decoder, _zoo_ids(1), torch.tensor([[5]]), None, cache), cache.length
 
+# %% ../nbs/08d_mistakes.ipynb #641118b1
 @decoder_piece.probe("what `self.rotary` is asked")
 def _(f):
     asked, decoder, cache = [], _zoo_decoder(), _GrowingCache(length=2)
@@ -142,6 +143,8 @@ decoder_piece.mistake(
     why="At distance 0 the angle is 0: cosine 1, sine 0.",
     does="Near and far get mixed up, and the text falls apart after a few words.",
 )
+
+# %% ../nbs/08d_mistakes.ipynb #831ed2b1
 decoder_piece.mistake(
     "a `return` inside the loop", {"cache)\n    return": "cache)\n        return"},
     why="It ends the function after the first layer. Put it below the loop, not in it.",
@@ -271,6 +274,8 @@ positions_piece.mistake(
     why="Rows are independent: each counts its own tokens.",
     does="With one row all tokens stand at 0, and the model cannot tell their order.",
 )
+
+# %% ../nbs/08d_mistakes.ipynb #2a2a1fb1
 positions_piece.mistake(
     "one row's positions for all", {"return place": "return place[:1].expand_as(place)"},
     why="Each row has its own padding.",

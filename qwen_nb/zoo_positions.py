@@ -53,6 +53,7 @@ def _(f):
 def _(f):
     return f(_norm_of(8, torch.float16), 300 + torch.randn(3, 8).half())
 
+# %% ../nbs/05b_mistakes.ipynb #ee0578b1
 @norm_piece.probe("a vector of zeros")
 def _(f):
     return f(_norm_of(4, torch.float32), torch.zeros(1, 4))
@@ -129,6 +130,8 @@ norm_piece.mistake(
     why="Training has given each channel a size, and the next layer counts on it.",
     does="With fresh weights of 1 nothing differs; a trained model loses all it knows of channels.",
 )
+
+# %% ../nbs/05b_mistakes.ipynb #69daebb1
 norm_piece.mistake(
     "the mean subtracted, as in LayerNorm",
     {"h = x.float()": "h = x.float()\n    h = h - h.mean(-1, keepdim=True)"},
@@ -251,6 +254,8 @@ half_piece.mistake(
     why="A quarter turn exchanges the two channels of a pair, and the new first one is minus b.",
     does="Every channel is only scaled, by another number at each position.",
 )
+
+# %% ../nbs/05b_mistakes.ipynb #cda115b1
 half_piece.mistake(
     "the tokens halved, not the channels", {"dim=-1": "dim=-2"},
     why="The pairs lie along the last axis, the one before it is the text.",

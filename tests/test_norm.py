@@ -100,7 +100,8 @@ def test_eps_is_used():
 
 def notebook_code():
     nb = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    return ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+    texts = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+    return [text.removeprefix("#| reading\n") for text in texts]
 
 
 @pytest.fixture(scope="module")

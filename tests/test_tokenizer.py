@@ -448,7 +448,7 @@ def test_what_is_no_text():
     for tok in (Tokenizer.from_pretrained(), PlainTokenizer.from_pretrained()):
         with pytest.raises(ValueError, match="half a character.*ud83e.*position 3"):
             tok.encode("abc\ud83e")
-        for bad in (b"abc", None, 7, ["a"]):
+        for bad in (b"abc", None, 7, [7]):
             with pytest.raises(TypeError, match="expected text"):
                 tok.encode(bad)
     check_text("🦙")
