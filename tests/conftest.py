@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -44,6 +45,14 @@ def torch_as_it_was():
     "No test may leave the others another default dtype."
     yield
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture
+def ctrl_c():
+    "Ctrl-C does what it does in a terminal, in a background job too, where it is ignored."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -351,7 +351,7 @@ def test_an_error_inside_a_generator_is_told():
     assert "KeyError: 'b'" in _graded(letters_solution, run)(letters).text
 
 
-def test_ctrl_c_stops_the_grader():
+def test_ctrl_c_stops_the_grader(ctrl_c):
     import _thread
 
     def interrupted(x, y):
@@ -362,7 +362,7 @@ def test_ctrl_c_stops_the_grader():
         _graded(add_solution, lambda f: f(1, 2))(interrupted)
 
 
-def test_ctrl_c_takes_one_line_in_an_exercise(capsys):
+def test_ctrl_c_takes_one_line_in_an_exercise(ctrl_c, capsys):
     import _thread
 
     def interrupted(x, y):
