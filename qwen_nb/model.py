@@ -76,8 +76,7 @@ class Parts:
     def rename(self, stored:dict): return stored     # a checkpoint's tensors, under our names
     def original(self, weights:dict): return weights  # and the way back
 
-    def place(self, name:str, t:torch.Tensor, device:object, dtype:object):
-        return t.to(device, dtype)  # a stored tensor
+    def place(self, name:str, t:object, device:object, dtype:object): return t.to(device, dtype)
 
     def extra_loss(self, model:nn.Module):
         "Around a pass in training: nothing here; or it gives a function, for a loss to add."
