@@ -269,7 +269,8 @@ def sentence(error:Exception, command:str) -> str:
     "What to say of an error. If it names no command that helps, the help to read is added."
     text = str(error)
     if isinstance(error, RuntimeError):
-        text = f"PyTorch stopped: {text.strip().partition(chr(10))[0]}"
+        who = "PyTorch stopped" if type(error) is RuntimeError else type(error).__name__
+        text = f"{who}: {text.strip().partition(chr(10))[0]}"
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"     # without its number
     asked_wrongly = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError))
@@ -289,8 +290,7 @@ def main(argv:list=None):
             use_own_pieces(args.mine)
         status = args.run(args)
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())            # for Python's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
         status = 141
     except (ValueError, OSError, FloatingPointError, RuntimeError) as e:
         print(f"qwen-nb: {sentence(e, args.parser.prog)}", file=sys.stderr)

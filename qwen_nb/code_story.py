@@ -238,8 +238,8 @@ def cut_story(piece:Piece, function:object):
     for number, probe in enumerate(piece.probes):
         if ("way back", number) not in piece.memory:
             piece.memory["way back", number] = gradients(piece, piece.right, probe)
-        (right, broken), (mine, error) = piece.memory["way back", number], \
-            gradients(piece, function, probe)
+        right, broken = piece.memory["way back", number]
+        mine, error = gradients(piece, function, probe)
         if broken:
             continue
         if error and re.search("in-?place|out=", str(error)):

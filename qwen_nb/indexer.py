@@ -192,7 +192,7 @@ def index_loss(
     """How far the indexer's scores, as a distribution over the complete blocks, are from where
     attention looks, in nats: `(batch, seq)`; 0 where there is nothing to choose.
 
-    Source: DeepSeek-V3.2-Exp's report, section 2.1 (the warm-up of its indexer)."""
+    Source: DeepSeek-V3.2-Exp's report (the warm-up of its indexer)."""
     wanted = sum_of_blocks(looks, number) * complete
     wanted = wanted / wanted.sum(-1, keepdim=True).clamp_min(1e-9)
     said = scores.masked_fill(~complete, -1e9).log_softmax(-1)

@@ -18,6 +18,8 @@ def shown(value):
     "A default as text that is the same on every machine."
     if inspect.isclass(value) or inspect.isroutine(value):
         return value.__name__
+    if isinstance(value, dict) and type(value) is not dict:  # a table that fills as it is read
+        return f"{type(value).__name__}()"
     text = repr(value)
     return text if " at 0x" not in text else type(value).__name__
 

@@ -215,6 +215,8 @@ def test_a_runtime_error_is_told_in_a_line(monkeypatch, capsys):
         cli.main(["verify"])
     said = capsys.readouterr().err
     assert e.value.code == 2 and "PyTorch stopped: expected m1" in said and "native" not in said
+    deep = cli.sentence(RecursionError("too deep"), "qwen-nb chat")
+    assert deep == "RecursionError: too deep"        # of Python, or of a learner's own piece
 
 
 # ---- settings

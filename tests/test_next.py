@@ -20,7 +20,7 @@ from qwen_nb.indexer import Indexer, best_blocks, indexers_learn
 from qwen_nb.inspect import packaged_model
 from qwen_nb.loading import family_config
 from qwen_nb.model import Qwen
-from qwen_nb.ngram import is_prime, primes_from
+from qwen_nb.ngram import hashing, is_prime, primes_from
 from qwen_nb.qwen4_exp import StreamCache, StreamConfig, stream_json
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.train import forward, init_weights
@@ -158,6 +158,19 @@ def test_there_and_back(tmp_path, tied):
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     close(again(ids()), reference(ids()).logits)
+
+
+def test_numbers_of_a_second_layer_of_n_grams():
+    "Its multipliers and primes go on from the first layer's; 61, the base, is a prime itself."
+    from transformers.models.qwen4_exp import modeling_qwen4_exp as theirs
+
+    more = dict(ple_layer_ids=[1, 2, 3], ngram_vocab_size_base=61)
+    settings = transformers.Qwen4ExpTextConfig(**SIZES | THEIRS | more)
+    for place in range(3):
+        reference = theirs.Qwen4ExpTextPLELayer(settings, place, place).ple_embedding
+        ours = hashing(own(**more), place)
+        assert ours.factors == reference.layer_multipliers.tolist()
+        assert ours.sizes == reference.head_vocab_sizes
 
 
 def test_hash_numbers_keep_their_dtype(tmp_path):

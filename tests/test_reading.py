@@ -213,3 +213,17 @@ def test_no_term_is_used_before_it_is_explained():
         elif first != home and "](glossary.ipynb)" not in text[first]:
             found.append(f"{term} is used in {first} and explained in {home}")
     assert not found, "\n".join(found)
+
+
+@each_lesson
+def test_a_grader_is_tried_on_fixed_answers(path):
+    """`must_refuse(f_exercise, f, …)` would fail as soon as a reader has solved the exercise: it is
+    tried on an answer of its own, such as `...` for the empty stub."""
+    for cell in cells(path, "code"):
+        for call in ast.walk(parse(cell["text"])):
+            named = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+            if not named or call.func.id not in ("must_accept", "must_refuse"):
+                continue
+            grader, answer = (ast.unparse(argument) for argument in call.args[:2])
+            theirs = re.sub(r"^grade_|_exercise$", "", grader)
+            assert answer != theirs, f"{path.name} tries {grader} on the reader's own {answer}"
