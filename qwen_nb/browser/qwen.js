@@ -7,7 +7,6 @@
 // https://github.com/qwen-nb/qwen_nb
 
 "use strict";
-
 // ---- files ------------------------------------------------------------------------------------
 
 // 02_weights: eight bytes of length, a header in JSON, then the numbers.
@@ -114,8 +113,9 @@ class Tokenizer {
     const parts = allowSpecial ? text.split(this.atAdded) : [text];
     const ids = [];
     for (const part of parts) {
+      const pieces = part.normalize("NFC").match(SPLIT) || [];
       if (allowSpecial && this.added.has(part)) ids.push(this.added.get(part));
-      else for (const piece of part.normalize("NFC").match(SPLIT) || []) ids.push(...this.merge(piece));
+      else for (const piece of pieces) ids.push(...this.merge(piece));
     }
     return ids;
   }
@@ -302,8 +302,9 @@ function ntkAlpha(n, seqLength) {
   return Math.max(2 ** Math.ceil(Math.log2(n / seqLength) + 1) - 1, 1);
 }
 
-// What a text has left: keys and values, or a state (09a_cache, 15b_hybrid). And `watch`: what is
-// to be looked at, or switched off: {attention, layers, headsOff: Set of "layer.head", mlpsOff: Set}
+// What a text has left: keys and values, or a state (09a_cache, 15b_hybrid). `watch` says what is to
+// be noted, in lists {attention, layers}, and what is switched off, in sets {headsOff, mlpsOff}: a
+// head is "layer.head", an MLP the number of its layer.
 class Context {
   constructor(watch = {}) {
     this.length = 0;
@@ -330,16 +331,13 @@ class Qwen {
     this.zeroCentred = this.kind.startsWith("qwen3_5");
     this.tied = c.tie_word_embeddings ?? false;
     this.config = c;
-  }
-
-  weight(name) {
-    return this.weights[name];
+    this.w = (name) => this.weights[name];
   }
 
   // 08_model. One id more of a text; its logits, float32. `total`: tokens of the prompt, for Qwen1.
   forward(id, context, total = context.length + 1) {
     if (!(id >= 0 && id < this.config.vocab_size)) throw new Error(`there is no token ${id}`);
-    const embedding = this.weight("model.embed_tokens.weight");
+    const embedding = this.w("model.embed_tokens.weight");
     const hidden = embedding.shape[1];
     let x = embedding.data.slice(id * hidden, (id + 1) * hidden);
     if (this.config.use_dynamic_ntk && total > context.length + 1 && !context.length) {
@@ -355,18 +353,17 @@ class Qwen {
 
   // The last norm and the head: also for the layers in between (the "logit lens").
   head(x) {
-    const normed = rmsNorm(x, this.weight("model.norm.weight"), this.eps, this.zeroCentred);
-    return linear(normed, this.weight(this.tied ? "model.embed_tokens.weight" : "lm_head.weight"));
+    const normed = rmsNorm(x, this.w("model.norm.weight"), this.eps, this.zeroCentred);
+    return linear(normed, this.w(this.tied ? "model.embed_tokens.weight" : "lm_head.weight"));
   }
 
   // 08_model: norm, attention, add; norm, MLP, add.
   block(i, x, context) {
     const at = `model.layers.${i}.`;
-    const norm = (name, y) => rmsNorm(y, this.weight(at + name), this.eps, this.zeroCentred);
+    const norm = (name, y) => rmsNorm(y, this.w(at + name), this.eps, this.zeroCentred);
     const normed = norm("input_layernorm.weight", x);
-    const linearAttention = this.config.layer_types?.[i] === "linear_attention";
-    const mixed = linearAttention ? this.deltaNet(i, normed, context) : this.attention(i, normed, context);
-    x = add(x, mixed);
+    const isDelta = this.config.layer_types?.[i] === "linear_attention";
+    x = add(x, isDelta ? this.deltaNet(i, normed, context) : this.attention(i, normed, context));
     if (context.watch.mlpsOff?.has(i)) return x;
     return add(x, this.mlp(at + "mlp.", norm("post_attention_layernorm.weight", x)));
   }
@@ -374,12 +371,13 @@ class Qwen {
   // 06a_gqa; 11a_long for log-n; 15b_hybrid for the gate.
   attention(i, x, context) {
     const at = `model.layers.${i}.self_attn.`;
-    const project = (name) => linear(x, this.weight(at + name + ".weight"), this.weight(at + name + ".bias"));
-    let [q, k, v] = ["q_proj", "k_proj", "v_proj"].map(project);
+    const project = (name, y) =>
+      linear(y, this.w(`${at}${name}.weight`), this.w(`${at}${name}.bias`));
+    let [q, k, v] = ["q_proj", "k_proj", "v_proj"].map((name) => project(name, x));
     let gate = null;
     if (this.kind.startsWith("qwen3_5")) [q, gate] = this.splitGate(q);
     for (const [y, name] of [[q, "q_norm"], [k, "k_norm"]]) {
-      const weight = this.weight(`${at}${name}.weight`);
+      const weight = this.w(`${at}${name}.weight`);
       if (weight) normHeads(y, weight, this.eps, this.zeroCentred);
     }
     const base = this.theta * context.alpha ** (this.dim / (this.dim - 2));
@@ -399,7 +397,7 @@ class Qwen {
       if (context.watch.headsOff?.has(`${i}.${h}`)) mix.fill(0, h * this.dim, (h + 1) * this.dim);
     }
     const gated = gate ? mix.map((value, c) => value * sigmoid(gate[c])) : mix;
-    return linear(gated, this.weight(at + "o_proj.weight"), this.weight(at + "o_proj.bias"));
+    return project("o_proj", gated);
   }
 
   // 15b_hybrid: `q_proj` gives each head its query and its gate, side by side.
@@ -416,17 +414,17 @@ class Qwen {
   // 07_swiglu, or 14_moe where there is a router.
   mlp(at, x) {
     const expert = (where) => {
-      const [gate, up, down] = ["gate", "up", "down"].map((m) => this.weight(`${where}${m}_proj.weight`));
-      return swiglu(x, gate, up, down);
+      const of = (matrix) => this.w(`${where}${matrix}_proj.weight`);
+      return swiglu(x, of("gate"), of("up"), of("down"));
     };
-    const router = this.weight(at + "gate.weight");
+    const router = this.w(at + "gate.weight");
     if (!router) return expert(at);
     const normed = this.config.norm_topk_prob ?? this.kind === "qwen3_5_moe";
     let y = new Float32Array(x.length);
     for (const [e, share] of route(linear(x, router), this.config.num_experts_per_tok, normed)) {
       y = add(y, expert(`${at}experts.${e}.`).map((value) => share * value));
     }
-    const sharedGate = this.weight(at + "shared_expert_gate.weight");
+    const sharedGate = this.w(at + "shared_expert_gate.weight");
     if (!sharedGate) return y;
     const open = sigmoid(linear(x, sharedGate)[0]);
     return add(y, expert(at + "shared_expert.").map((value) => open * value));
@@ -435,7 +433,7 @@ class Qwen {
   // 15a_deltanet: a memory of fixed size.
   deltaNet(i, x, context) {
     const at = `model.layers.${i}.linear_attn.`;
-    const project = (name) => linear(x, this.weight(`${at}in_proj_${name}.weight`));
+    const project = (name) => linear(x, this.w(`${at}in_proj_${name}.weight`));
     const c = this.config;
     const [kDim, vDim] = [c.linear_key_head_dim, c.linear_value_head_dim];
     const [kHeads, vHeads] = [c.linear_num_key_heads, c.linear_num_value_heads];
@@ -443,7 +441,8 @@ class Qwen {
       recent: [],
       states: Array.from({ length: vHeads }, () => new Float32Array(kDim * vDim)),
     });
-    const mixed = causalConv(project("qkv"), this.weight(at + "conv1d.weight"), kept.recent).map(silu);
+    const conv = this.w(at + "conv1d.weight");
+    const mixed = causalConv(project("qkv"), conv, kept.recent).map(silu);
     const [z, b, a] = ["z", "b", "a"].map(project);
     const out = new Float32Array(vHeads * vDim);
     for (let h = 0; h < vHeads; h++) {
@@ -451,13 +450,13 @@ class Qwen {
       const q = l2Norm(mixed, from, kDim).map((value) => value / Math.sqrt(kDim));
       const k = l2Norm(mixed, kHeads * kDim + from, kDim);
       const v = mixed.subarray(2 * kHeads * kDim + h * vDim, 2 * kHeads * kDim + (h + 1) * vDim);
-      const step = softplus(a[h] + this.weight(at + "dt_bias").data[h]);
-      const decay = Math.exp(-Math.exp(this.weight(at + "A_log").data[h]) * step);
+      const step = softplus(a[h] + this.w(at + "dt_bias").data[h]);
+      const decay = Math.exp(-Math.exp(this.w(at + "A_log").data[h]) * step);
       const read = deltaRule(kept.states[h], q, k, v, decay, sigmoid(b[h]));
-      const normed = rmsNorm(read, this.weight(at + "norm.weight"), this.eps);
+      const normed = rmsNorm(read, this.w(at + "norm.weight"), this.eps);
       normed.forEach((value, n) => (out[h * vDim + n] = value * silu(z[h * vDim + n])));
     }
-    return linear(out, this.weight(at + "out_proj.weight"));
+    return linear(out, this.w(at + "out_proj.weight"));
   }
 
   // 09a_cache: read a text; the logits of its last token.
@@ -482,7 +481,7 @@ function generatorFor(seed) {
 }
 
 // 09_generate: what is left of the distribution, in the reference's order.
-function keep(logits, { temperature = 0, topK = 0, topP = 1, minP = 0 } = {}) {
+function keep(logits, { temperature = 0, topK = 0, topP = 1, minP = 0 }) {
   let kept = Float64Array.from(logits, (value) => value / (temperature || 1));
   if (topK) {
     const least = [...kept].sort((a, b) => b - a)[Math.min(topK, kept.length) - 1];
@@ -512,17 +511,14 @@ function choose(logits, settings, random) {
 }
 
 // 09b_batch: the loop that writes. Yields ids; the last one may be a stop id.
-function* write(model, ids, { maxNewTokens = 64, stopIds = [], seed = 0, context, ...settings } = {}) {
-  const kept = context ?? new Context();
+function* write(model, ids, settings = {}) {
+  const { maxNewTokens = 64, stopIds = [], seed = 0, context = new Context() } = settings;
   const random = generatorFor(seed);
-  let logits = model.read(ids, kept);
+  let logits = model.read(ids, context);
   for (let n = 0; n < maxNewTokens; n++) {
     const id = choose(logits, settings, random);
     yield id;
     if (stopIds.includes(id) || n + 1 === maxNewTokens) return;
-    logits = model.forward(id, kept);
+    logits = model.forward(id, context);
   }
 }
-
-const QwenNb = { readSafetensors, Tokenizer, Qwen, Context, write, keep, choose, softmax, angles, applyRope };
-if (typeof module !== "undefined") module.exports = QwenNb;
