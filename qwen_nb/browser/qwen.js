@@ -65,6 +65,26 @@ function ourNames(stored) {
   return found;
 }
 
+// 15h_qwen3_5_moe: all experts of a layer in one tensor, gate above up; here one matrix each.
+function unfuse(stored) {
+  const found = {};
+  for (const [name, { shape, data }] of Object.entries(stored)) {
+    const [, where, kind] = name.match(/^(.*\.experts\.)(gate_up_proj|down_proj)$/) ?? [];
+    if (!where) {
+      found[name] = { shape, data };
+      continue;
+    }
+    const parts = kind === "down_proj" ? ["down_proj"] : ["gate_proj", "up_proj"];
+    const [rows, columns] = [shape[1] / parts.length, shape[2]];
+    for (let n = 0; n < shape[0] * parts.length; n++) {
+      const [expert, part] = [Math.floor(n / parts.length), parts[n % parts.length]];
+      const numbers = data.subarray(n * rows * columns, (n + 1) * rows * columns);
+      found[`${where}${expert}.${part}.weight`] = { shape: [rows, columns], data: numbers };
+    }
+  }
+  return found;
+}
+
 // ---- text -------------------------------------------------------------------------------------
 
 // 03_tokenizer: 256 printable characters stand for the 256 bytes.
@@ -302,8 +322,8 @@ function ntkAlpha(n, seqLength) {
   return Math.max(2 ** Math.ceil(Math.log2(n / seqLength) + 1) - 1, 1);
 }
 
-// What a text has left: keys and values, or a state (09a_cache, 15b_hybrid). `watch` says what is to
-// be noted, in lists {attention, layers}, and what is switched off, in sets {headsOff, mlpsOff}: a
+// What a text has left: keys and values, or a state (09a_cache, 15b_hybrid). `watch` says what is
+// noted, in lists {attention, layers}, and what is switched off, in sets {headsOff, mlpsOff}: a
 // head is "layer.head", an MLP the number of its layer.
 class Context {
   constructor(watch = {}) {
@@ -319,7 +339,7 @@ class Qwen {
   constructor(raw, stored) {
     const c = { ...raw, ...raw.text_config };
     this.kind = (raw.model_type || "qwen3").replace("_text", "");
-    this.weights = ourNames(stored);
+    this.weights = unfuse(ourNames(stored));
     this.layers = c.num_hidden_layers;
     this.heads = c.num_attention_heads;
     this.kvHeads = c.num_key_value_heads ?? c.num_attention_heads;
