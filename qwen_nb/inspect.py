@@ -42,7 +42,7 @@ def set_style():
 
 # %% ../nbs/00_inspect.ipynb #e995406b
 def packaged_model(
-    name:str="",  # "": the small Qwen3; or qwen1, qwen2, qwen3_moe, qwen3_5, qwen3_embed
+    name:str="",  # the small Qwen3; or qwen1, qwen2, qwen3_moe, qwen3_5, qwen3_5_moe, qwen4_exp
 ) -> Path:
     "The folder of a small pretrained model that ships inside the package."
     from importlib.util import find_spec

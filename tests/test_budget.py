@@ -3,6 +3,7 @@
 import pytest
 import torch
 from runs import gradients, same, small
+from siblings import SIBLINGS
 
 from qwen_nb.budget import Objective, cast_once, label_weight, use_checkpointing
 from qwen_nb.inspect import packaged_model
@@ -53,7 +54,7 @@ def test_checkpointing_changes_no_bit(shards):
     assert use_checkpointing(small()).state_dict().keys() == small().state_dict().keys()
 
 
-@pytest.mark.parametrize("sibling", ["", "qwen1", "qwen2", "qwen3_moe", "qwen3_5"])
+@pytest.mark.parametrize("sibling", ["", *SIBLINGS])
 def test_casting_once_changes_no_loss(sibling):
     def loss(dtype, change=lambda model: model):
         return Objective(

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
+from siblings import SIBLINGS
 
 from qwen_nb.files import check_plain, how_packed, left_aside, one_dtype, own_name, text_only
 from qwen_nb.generation import generate, max_positions
@@ -81,7 +82,7 @@ def test_a_file_without_the_first_level(tmp_path):
 
 
 def test_names_of_other_generations_stay():
-    for sibling in ("", "qwen1", "qwen2", "qwen3_moe", "qwen3_5"):
+    for sibling in ("", *SIBLINGS):
         stored = load_file(packaged_model(sibling) / "model.safetensors")
         assert text_only(stored).keys() == stored.keys() and left_aside(stored) == ""
     assert own_name("module") == "module"

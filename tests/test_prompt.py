@@ -17,6 +17,7 @@ from chats import (
     settings,
     user,
 )
+from siblings import SIBLINGS
 from test_generate import one_sentence
 from tokenizers import Tokenizer as Library
 
@@ -294,7 +295,7 @@ def test_family_of(tmp_path):
             == family
         )
     model = Qwen.from_pretrained()
-    for name in ("qwen1", "qwen2", "qwen3_moe", "qwen3_5"):
+    for name in SIBLINGS:
         assert family_of(packaged_model(name)) == "qwen3"  # what they were trained on
     assert family_of(None) == family_of(model) == family_of(model.config) == "qwen3"
     model.folder = None
@@ -328,6 +329,6 @@ def test_who_thinks_by_default(tmp_path):
 
 def test_the_small_template_in_the_package():
     "Written over several lines in the notebook, the template is the one in every small model."
-    for name in ("", "qwen1", "qwen2", "qwen3_moe", "qwen3_5"):
+    for name in ("", *SIBLINGS):
         folder = packaged_model(name) if name else packaged_model()
         assert folder_template(folder) == SMALL_TEMPLATE, name
