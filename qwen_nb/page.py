@@ -14,6 +14,9 @@ from argparse import Namespace
 from importlib.resources import files
 from pathlib import Path
 
+import torch
+from safetensors.torch import save
+
 from .hub import find_model, read_json
 from .model import Qwen
 from .sampling import sampling_for
@@ -37,7 +40,7 @@ def check_fits(
     if any(getattr(config, "windows", None) or ()):
         raise ValueError(f"the page's engine does not know sliding windows; {todo}")
     if vocabulary.pattern != SPLIT:
-        raise ValueError(f"the page's engine cuts texts as Qwen did up to Qwen3, and this tokenizer "
+        raise ValueError("the page's engine cuts texts as Qwen did up to Qwen3, and this tokenizer "
                          f"does it otherwise; {todo}")
 
 # %% ../nbs/34_page.ipynb #34parts
@@ -57,14 +60,14 @@ def model_parts(
     """What the page's script is given: `file`, `config`, `vocabulary`, `stopIds`, `examples`.
 
     ValueError for a model that the engine cannot run."""
-    import torch
-    from safetensors.torch import save
     folder = find_model(name_or_path)
     model, vocabulary = Qwen.from_pretrained(folder), read_vocabulary(folder)
     check_fits(model, vocabulary)
     whole = {torch.float32, torch.bfloat16}
-    weights = {name: t if t.dtype in whole else t.float() for name, t in model.state_dict().items()}
-    file = base64.b64encode(save({name: t.contiguous() for name, t in weights.items()}))
+    weights = {}
+    for name, t in model.state_dict().items():
+        weights[name] = (t if t.dtype in whole else t.float()).contiguous()
+    file = base64.b64encode(save(weights))
     stop_ids = list(sampling_for(model).stop_ids)
     return dict(file=file.decode(), config=read_json(folder, "config.json"), stopIds=stop_ids,
                 vocabulary=spelled_vocabulary(vocabulary), examples=list(texts) or [STORY])
@@ -107,8 +110,8 @@ def make_page(
         worker=browser_file("worker.js"), look=browser_file("look.js"), model=script_json(given))
     size = len(page.encode())
     if size > LARGEST:
-        raise ValueError(f"the page would have {size / 1e6:.0f} MB; at most {LARGEST / 1e6:.0f} are "
-                         "sent and opened with patience: use a smaller model")
+        raise ValueError(f"the page would have {size / 1e6:.0f} MB, more than can be sent "
+                         f"and opened in a moment; at most {LARGEST / 1e6:.0f}: use a smaller model")
     out = Path(out)
     out.write_text(page, encoding="utf-8")
     return out

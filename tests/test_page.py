@@ -50,8 +50,8 @@ def test_no_text_gets_out_of_its_place(tmp_path):
 
 def test_nothing_is_fetched():
     for name in ("page.html", "qwen.js", "worker.js", "look.js"):
-        text = browser_file(name)
-        assert not re.search(r"fetch\(|XMLHttp|import\(|https?://(?!github.com/qwen-nb)", text), name
+        outward = r"fetch\(|XMLHttp|import\(|https?://(?!github.com/qwen-nb)"
+        assert not re.search(outward, browser_file(name)), name
 
 
 def refused(path, *words):
@@ -74,7 +74,7 @@ def test_what_the_engine_cannot_run_is_refused(tmp_path):
 def test_a_page_that_is_too_large(tmp_path):
     large = Qwen(QwenConfig(hidden_size=1024, num_hidden_layers=1, vocab_size=512))
     save_pretrained(large, tmp_path / "large", Tokenizer.from_pretrained())
-    with pytest.raises(ValueError, match="the page would have .* MB; at most 20"):
+    with pytest.raises(ValueError, match="the page would have .* MB, more than"):
         make_page(tmp_path / "page.html", tmp_path / "large")
     assert not (tmp_path / "page.html").exists()
 

@@ -98,9 +98,8 @@ function drawTokens() {
     const span = element("span", text.replace(/\n/g, "⏎\n"));
     const weight = looked && of ? of.weights[head][i] : 0;
     if (weight > 0.005) {
-      span.style.background = `rgb(0 114 178 / ${Math.round(100 * Math.sqrt(weight)) / 100})`;
+      span.style.background = `rgb(0 114 178 / ${Math.round(60 * Math.sqrt(weight))}%)`;
       span.title = `${(100 * weight).toFixed(1)} %`;
-      if (weight > 0.25) span.style.color = "white";
     }
     return span;
   });

@@ -46,8 +46,9 @@ def test_a_thousand_texts_are_cut_alike(engine):
     texts = ["".join(draw.choices(SIGNS, k=draw.randrange(1, 30))) for _ in range(1000)]
     file = json.loads((packaged_model() / "tokenizer.json").read_text(encoding="utf-8"))
     engine.evaluate("(file) => { window.tokenizer = new Tokenizer(file) }", file)
-    code = "(texts) => texts.map((t) => [tokenizer.encode(t), tokenizer.decode(tokenizer.encode(t))])"
-    for text, (ids, back) in zip(texts, engine.evaluate(code, texts)):
+    found = engine.evaluate("(texts) => texts.map((t) => tokenizer.encode(t))", texts)
+    again = engine.evaluate("(all) => all.map((ids) => tokenizer.decode(ids))", found)
+    for text, ids, back in zip(texts, found, again):
         assert ids == tokenizer.encode(text) and back == tokenizer.decode(ids), repr(text)
 
 
