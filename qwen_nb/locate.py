@@ -15,7 +15,6 @@ import torch
 from qwen_nb.alike import (
     LOW,
     alike,
-    alike_tensors,
     as_number,
     at_text,
     blocks_of,
@@ -75,13 +74,16 @@ def factor_story(ours:torch.Tensor, theirs:torch.Tensor):
 # %% ../nbs/01c_locate.ipynb #614e8793
 def slices_from(ours:torch.Tensor, theirs:torch.Tensor, axis:int, steps:float):
     "For each slice of ours along an axis: which slice of theirs it is. None if one is none."
-    found = []
-    rights = theirs.unbind(axis)
-    for mine in ours.unbind(axis):
-        same = (j for j, right in enumerate(rights) if alike_tensors(mine, right, steps, 0))
-        found.append(next(same, None))
-        if found[-1] is None:
+    found, limit = [], 0 if theirs.dtype in LOW else steps
+    slices, rights = ours.movedim(axis, 0), theirs.movedim(axis, 0)       # (n, …)
+    rights = rights.reshape(*rights.shape, 1) if rights.ndim == 1 else rights
+    for mine in slices:
+        mine = mine.expand_as(rights)                                     # beside each of theirs
+        same = (rounding_steps(mine, rights) <= limit) | (mine.isnan() & rights.isnan())
+        equal = same.flatten(1).all(1).nonzero()
+        if not len(equal):
             return None
+        found.append(equal[0].item())
     return found
 
 
@@ -219,9 +221,11 @@ def number_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float, wrong:torc
     if square and alike(ours, theirs.mT.contiguous(), steps):
         return "The last two axes are exchanged."
     story = ruled_out_story(ours, theirs) or function_story(ours, theirs)
-    order, moved = order_story(ours, theirs, steps), moved_story(ours, theirs)
-    story = story or factor_story(ours, theirs) or (moved if "laid out" in moved else order)
-    story = story or sorted_story(ours, theirs) or moved or sign_story(ours, theirs, wrong)
+    story = story or factor_story(ours, theirs)
+    if not story:
+        moved = moved_story(ours, theirs)
+        order = moved if "laid out" in moved else order_story(ours, theirs, steps)
+        story = order or sorted_story(ours, theirs) or moved or sign_story(ours, theirs, wrong)
     if story:
         return story
     apart = ours.double() - theirs.double()

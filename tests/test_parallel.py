@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from warm import CAN, Started
 
 from qwen_nb import parallel
 from qwen_nb.data import world_stories
@@ -109,26 +110,23 @@ def settings(tmp_path_factory):
     )
 
 
-def start(tmp_path, jobs, n=2, options=(), found=()):
+def start(tmp_path, jobs, n=2, options=(), found=(), warm=True):
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "jobs.json").write_text(
         json.dumps([(kind, s | dict(out=str(out))) for kind, out, s in jobs])
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(n),
-        *options,
-        tmp_path / "script.py",
-        tmp_path / "jobs.json",
-        *found,
-    ]
-    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
+    words = ["--standalone", "--nproc-per-node", n, *options]
+    words = [*words, tmp_path / "script.py", tmp_path / "jobs.json", *found]
+    words = [str(word) for word in words]
+    env = dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
+    if warm and CAN:
+        return Started(words, env)
     return subprocess.Popen(
-        [*map(str, command)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        env=os.environ | env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -377,10 +375,8 @@ def test_a_process_that_dies(runs, settings, tmp_path, kind):
 
 
 def test_torchrun_starts_it_again(runs, settings, tmp_path):
-    started, killed = (
-        start(tmp_path, [("fsdp", tmp_path / "run", settings)], options=["--max-restarts", "1"]),
-        False,
-    )
+    jobs, killed = [("fsdp", tmp_path / "run", settings)], False
+    started = start(tmp_path, jobs, options=["--max-restarts", "1"], warm=False)
     while started.poll() is None and not killed:
         if checkpoints(tmp_path / "run") and (pid := (tmp_path / "pid1").read_text()):
             os.kill(int(pid), signal.SIGKILL)
