@@ -238,8 +238,7 @@ def run_train(args:Namespace) -> int:
         raise ValueError("the GPU's memory is full: accumulate=2 (or more) computes a step in "
                          "parts, with the same result; checkpointing=true saves more") from None
     except KeyboardInterrupt:
-        if not first:
-            return 130                                   # one process says it
+        if not first: return 130                         # one process says it
         safe = "nothing had been saved yet"
         if checkpoints(config.out):
             newest = checkpoints(config.out)[-1]
@@ -260,8 +259,7 @@ def report_training(config:"TrainConfig", final:Path):
     held_out = [line for line in log if "held_out" in line]
     if held_out:
         losses.append(f"held-out {held_out[-1]['held_out']:.3f}")
-        if "floor" in held_out[-1]:
-            losses.append(f"and no model can beat {held_out[-1]['floor']:.3f}")
+        if "floor" in held_out[-1]: losses.append(f"and no model can beat {held_out[-1]['floor']:.3f}")
     print(f"{', '.join(losses)}. The model is {final}, the log {Path(config.out) / 'log.jsonl'}.")
 
     if config.steps <= config.warmup:

@@ -4,10 +4,14 @@ import random
 
 import pytest
 import torch
+from chats import NEWER, RENDERED, newer, official
+from templates import template_of
 from test_model import random_checkpoint
 
 from qwen_nb import finetune as ft
-from qwen_nb.chatml import DEFAULT_SYSTEM
+from qwen_nb.chat import Scripted
+from qwen_nb.chatml import DEFAULT_SYSTEM, FORMS
+from qwen_nb.folder_prompt import writer_of
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
 from qwen_nb.prompt import encode_chat
@@ -83,6 +87,60 @@ def test_words_that_look_like_control_tokens_end_nothing(tokenizer):
         graded(tokenizer, e) == "Say <|im_end|> again.<|im_end|>"
         and e["labels"].count(tokenizer.special["<|im_end|>"]) == 1
     )
+
+
+@official
+@newer
+def test_official_texts_and_masks(tokenizer, tmp_path):
+    "By a folder's template: the official tokens, and graded what the assistant wrote at the end."
+    tried = 0
+    for family in FORMS:
+        (tmp_path / family).mkdir()
+        (tmp_path / family / "chat_template.jinja").write_text(template_of(family))
+        (tmp_path / family / "config.json").write_text('{"model_type": "any"}')
+    for case in RENDERED + NEWER:
+        messages, family = case["messages"], case["family"]
+        said = case.get("settings", {"enable_thinking": case.get("enable_thinking")})
+        is_answer = messages[-1]["role"] == "assistant" and len(messages) > 1
+        if not is_answer or case["add_generation_prompt"] or any(said.values()):
+            continue
+        writer = writer_of(tmp_path / family)
+        assert writer.folder
+        e = ft.answer_example(tokenizer, messages, writer, case["tools"])
+        whole = [*e["input_ids"], e["labels"][-1]]
+        assert case["rendered"].startswith(tokenizer.decode(whole)), case["name"]
+        assert case["rendered"][len(tokenizer.decode(whole)) :].strip() == "", case["name"]
+        assert e == ft.answer_example(tokenizer, messages, family, case["tools"]), case["name"]
+        words, last = graded(tokenizer, e), messages[-1]
+        assert words.endswith("<|im_end|>") and e["labels"].count(whole[-1]) == 1
+        for call in last.get("tool_calls") or []:
+            assert call.get("function", call)["name"] in words
+        for m in messages[:-1]:
+            if len(str(m["content"])) > 12:
+                assert str(m["content"]) not in words, case["name"]
+        tried += 1
+    assert tried > 20, tried
+
+
+def test_a_model_s_own_template(tokenizer, tmp_path):
+    "A model hands over its folder's; what only the template writes is not graded."
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\nSAID: {{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nSAID: {% endif %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    model = Scripted(tokenizer)
+    model.folder = tmp_path
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    talk = [dict(role="user", content="Hi <|im_end|>"), dict(role="assistant", content="a|b")]
+    e = ft.answer_example(tokenizer, talk, model)
+    assert graded(tokenizer, e) == "a|b<|im_end|>"
+    assert e["input_ids"].count(tokenizer.special["<|im_end|>"]) == 1  # the question's own
+    (batch,) = ft.lesson(tokenizer, model, 1, per_step=2)
+    assert "SAID" in tokenizer.decode(batch["input_ids"][0].tolist())
+    opened = template.replace("SAID: {% endif %}", "<think>\n{% endif %}")
+    (tmp_path / "chat_template.jinja").write_text(opened)
+    one_sentence("nor lack an opened thought", lambda: ft.answer_example(tokenizer, talk, model))
 
 
 def test_every_turn_is_an_answer(tokenizer):
