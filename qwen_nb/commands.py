@@ -244,8 +244,7 @@ def run_train(args:Namespace) -> int:
             newest = checkpoints(config.out)[-1]
             safe = f"the checkpoint {newest} is safe: the same command goes on from there"
         raise KeyboardInterrupt(f"stopped; {safe}") from None
-    if first:
-        report_training(config, final)
+    if first: report_training(config, final)
     return 0
 
 # %% ../nbs/90b_commands.ipynb #b342b849
@@ -259,7 +258,8 @@ def report_training(config:"TrainConfig", final:Path):
     held_out = [line for line in log if "held_out" in line]
     if held_out:
         losses.append(f"held-out {held_out[-1]['held_out']:.3f}")
-        if "floor" in held_out[-1]: losses.append(f"and no model can beat {held_out[-1]['floor']:.3f}")
+        if "floor" in held_out[-1]:
+            losses.append(f"and no model can beat {held_out[-1]['floor']:.3f}")
     print(f"{', '.join(losses)}. The model is {final}, the log {Path(config.out) / 'log.jsonl'}.")
 
     if config.steps <= config.warmup:

@@ -82,14 +82,14 @@ def answer_example(
     writer = writer_of(family)
     last = read_messages(messages, writer.family)[-1]
     if last.role != "assistant":
-        raise ValueError(f"the last message is from {last.role!r}; expected one from 'assistant': "
-                         "there is no answer to learn")
+        raise ValueError(f"the last message is from {last.role!r}; expected one from 'assistant'")
     if len(messages) < 2:
         raise ValueError("an answer without a question: expected a message before it")
 
-    thinks = bool(last.thinking)                 # False: the prompt ends after an empty thought
-    prompt = writer.encode(tokenizer, messages[:-1], tools, enable_thinking=thinks)
-    ids = writer.encode(tokenizer, messages, tools, add_generation_prompt=False)
+    # Without a thought the prompt ends after an empty one; some templates also say so in front.
+    more = dict(tools=tools, enable_thinking=bool(last.thinking))
+    prompt = writer.encode(tokenizer, messages[:-1], **more)
+    ids = writer.encode(tokenizer, messages, add_generation_prompt=False, **more)
     if ids[:len(prompt)] != prompt:
         raise ValueError(f"the answer {last.content!r:.40} changes the tokens of the prompt before "
                          "it: let it not begin with a line break, nor lack an opened thought")

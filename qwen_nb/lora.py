@@ -184,7 +184,7 @@ def save_lora(
         inference_mode=True,
         modules_to_save=sorted({name.rpartition(".")[0] for name in whole}) or None,
         ensure_weight_tying=bool(whole) and model.config.tie_word_embeddings)
-    tensors = {PREFIX + name: own[name].contiguous() for name in whole}
+    tensors = {PREFIX + name: own[name].contiguous() for name in whole if name in own}
     for name, m in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = m.lora_A.weight.detach().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = m.lora_B.weight.detach().contiguous()
@@ -241,8 +241,8 @@ def read_lora(folder:str|Path) -> tuple:
         if name.startswith(PREFIX) and kind in ("A.weight", "B.weight"):
             found.setdefault(layer, {})[kind[0]] = tensor
         elif name.startswith(PREFIX) and "lora_" not in name:
-            own = re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name)
-            whole[own.removeprefix(PREFIX)] = tensor
+            own = re.sub(r"\.(base_layer|modules_to_save)(\.default)?(?=\.)", "", name)
+            if ".original_module." not in own: whole[own.removeprefix(PREFIX)] = tensor
         else:
             raise ValueError(f"{path}: {name} adapts no linear layer: use PEFT, merge_and_unload")
     if not found: raise ValueError(f"{path} holds no adapters")

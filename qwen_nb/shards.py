@@ -65,7 +65,7 @@ def tokenizer_hash(tokenizer:Tokenizer) -> str:
 
 # %% ../nbs/20a_shards.ipynb #4f9244fc
 def encode_document(tokenizer:Tokenizer, document:str|list, family:object="qwen3") -> list:
-    "The ids of a text, or of a conversation in this family's form, with `<|endoftext|>` at the end."
+    "The ids of a text, or of a conversation in a family's form, with `<|endoftext|>` at the end."
     if isinstance(document, str):
         return tokenizer.encode(document) + [tokenizer.special[END]]
     ids = writer_of(family).encode(tokenizer, document, add_generation_prompt=False)
@@ -107,7 +107,7 @@ def need_tokens(tokenizer:Tokenizer, parts:dict):
     talks = any(not isinstance(d, str) for documents in parts.values() for d in documents)
     missing = sorted({"<|im_start|>", "<|im_end|>"} - {*tokenizer.special})
     if talks and missing:
-        raise ValueError(f"the tokenizer has no {', '.join(missing)}, which conversations need: take "
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}, needed in conversations: take "
                          "another, or make none (questions=(), or qwen-nb data --no-questions)")
 
 # %% ../nbs/20a_shards.ipynb #a500000f

@@ -93,40 +93,38 @@ def test_words_that_look_like_control_tokens_end_nothing(tokenizer):
 @newer
 def test_official_texts_and_masks(tokenizer, tmp_path):
     "By a folder's template: the official tokens, and graded what the assistant wrote at the end."
-    tried = 0
+    tried, as_rendered = 0, 0
     for family in FORMS:
         (tmp_path / family).mkdir()
         (tmp_path / family / "chat_template.jinja").write_text(template_of(family))
         (tmp_path / family / "config.json").write_text('{"model_type": "any"}')
-    for case in RENDERED + NEWER:
-        messages, family = case["messages"], case["family"]
-        said = case.get("settings", {"enable_thinking": case.get("enable_thinking")})
-        is_answer = messages[-1]["role"] == "assistant" and len(messages) > 1
-        if not is_answer or case["add_generation_prompt"] or any(said.values()):
-            continue
+    answered = [c for c in RENDERED + NEWER if any(m["role"] == "assistant" for m in c["messages"])]
+    for case in answered:
+        family, tools, where = case["family"], case["tools"], (case["family"], case["name"])
         writer = writer_of(tmp_path / family)
         assert writer.folder
-        e = ft.answer_example(tokenizer, messages, writer, case["tools"])
-        whole = [*e["input_ids"], e["labels"][-1]]
-        assert case["rendered"].startswith(tokenizer.decode(whole)), case["name"]
-        assert case["rendered"][len(tokenizer.decode(whole)) :].strip() == "", case["name"]
-        assert e == ft.answer_example(tokenizer, messages, family, case["tools"]), case["name"]
-        words, last = graded(tokenizer, e), messages[-1]
-        assert words.endswith("<|im_end|>") and e["labels"].count(whole[-1]) == 1
-        for call in last.get("tool_calls") or []:
-            assert call.get("function", call)["name"] in words
-        for m in messages[:-1]:
-            if len(str(m["content"])) > 12:
-                assert str(m["content"]) not in words, case["name"]
-        tried += 1
-    assert tried > 20, tried
+        for turn in ft.turns(case["messages"]):
+            e = ft.answer_example(tokenizer, turn, writer, tools)
+            assert e == ft.answer_example(tokenizer, turn, family, tools), where
+            whole = [*e["input_ids"], e["labels"][-1]]
+            words, last = graded(tokenizer, e), turn[-1]
+            assert words.endswith("<|im_end|>"), where
+            assert e["labels"].count(tokenizer.special["<|im_end|>"]) == 1, where
+            for call in last.get("tool_calls") or []:
+                assert call.get("function", call)["name"] in words, where
+            for m in turn[:-1]:
+                if len(str(m["content"])) > 12:
+                    assert str(m["content"]) not in words, where
+            tried += 1
+            as_rendered += case["rendered"].startswith(tokenizer.decode(whole))
+    assert tried > 150 and as_rendered > tried / 4, (tried, as_rendered)
 
 
 def test_a_model_s_own_template(tokenizer, tmp_path):
     "A model hands over its folder's; what only the template writes is not graded."
     template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\nSAID: {{ m.content }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nSAID: {% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\nSAID:\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nSAID:\n{% endif %}"
     )
     (tmp_path / "chat_template.jinja").write_text(template)
     model = Scripted(tokenizer)
@@ -138,7 +136,7 @@ def test_a_model_s_own_template(tokenizer, tmp_path):
     assert e["input_ids"].count(tokenizer.special["<|im_end|>"]) == 1  # the question's own
     (batch,) = ft.lesson(tokenizer, model, 1, per_step=2)
     assert "SAID" in tokenizer.decode(batch["input_ids"][0].tolist())
-    opened = template.replace("SAID: {% endif %}", "<think>\n{% endif %}")
+    opened = template.replace("SAID:\n{% endif %}", "<think>\n{% endif %}")
     (tmp_path / "chat_template.jinja").write_text(opened)
     one_sentence("nor lack an opened thought", lambda: ft.answer_example(tokenizer, talk, model))
 

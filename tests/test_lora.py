@@ -322,7 +322,7 @@ def test_refused(made, tmp_path):
         (good | {first: good[first][:, 1:].contiguous()}, "another model"),
         (
             good | {"base_model.model.lm_head.weight": good[first].clone()},
-            "adapts no linear layer",
+            "lm_head.weight has shape",
         ),
         ({n.replace("layers.0", "layers.77"): t for n, t in good.items()}, "does not have"),
         ({}, "no adapters"),
