@@ -181,7 +181,7 @@ def gguf_at(
 WANTED = [
     "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "qwen.tiktoken",
-    "chat_template*",
+    "chat_template*", "adapter_config.json",
 ]
 
 def find_model(

@@ -283,8 +283,8 @@ def load_lora(
         if theirs != ours or len(A) != B.shape[1]:
             raise ValueError(f"{folder}: the adapter of {name} is for a layer of shape {theirs}; "
                              f"this model's is {ours}: it belongs to another model")
-    model.requires_grad_(False)
     replace_weights(model, whole, config.get("ensure_weight_tying", False))
+    model.requires_grad_(False)
     model.replaced = sorted(whole)               # for `save_lora`
     for name, (A, B) in found.items():
         alpha = config["lora_alpha"] * (math.sqrt(len(A)) if config.get("use_rslora") else 1)

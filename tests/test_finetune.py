@@ -1,5 +1,6 @@
 """Tuning on conversations: what is graded, that packed ones are alone, and what is refused."""
 
+import json
 import random
 
 import pytest
@@ -97,7 +98,8 @@ def test_official_texts_and_masks(tokenizer, tmp_path):
     for family in FORMS:
         (tmp_path / family).mkdir()
         (tmp_path / family / "chat_template.jinja").write_text(template_of(family))
-        (tmp_path / family / "config.json").write_text('{"model_type": "any"}')
+        kind = "qwen4_exp" if family == "qwen3.8" else "any"  # for how to read what is written
+        (tmp_path / family / "config.json").write_text(json.dumps(dict(model_type=kind)))
     answered = [c for c in RENDERED + NEWER if any(m["role"] == "assistant" for m in c["messages"])]
     for case in answered:
         family, tools, where = case["family"], case["tools"], (case["family"], case["name"])
