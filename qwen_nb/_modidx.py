@@ -1139,6 +1139,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qwen_nb.real.check_fact': ('real.html#check_fact', 'qwen_nb/real.py'),
                               'qwen_nb.real.check_logits': ('real.html#check_logits', 'qwen_nb/real.py'),
                               'qwen_nb.real.check_tensor': ('real.html#check_tensor', 'qwen_nb/real.py'),
+                              'qwen_nb.real.is_wrapped': ('real.html#is_wrapped', 'qwen_nb/real.py'),
                               'qwen_nb.real.logit_gap': ('real.html#logit_gap', 'qwen_nb/real.py'),
                               'qwen_nb.real.plain_folder': ('real.html#plain_folder', 'qwen_nb/real.py'),
                               'qwen_nb.real.reference_class': ('real.html#reference_class', 'qwen_nb/real.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDS', 'TESTS', 'QWEN3_TESTS', 'QWEN2_TESTS', 'EXPECTED', 'LOGIT_TOLERANCE', 'logit_gap', 'check_logits',
-           'check_continuation', 'check_tensor', 'check_count', 'plain_folder', 'reference_class', 'against_reference',
-           'check_fact', 'verify_model']
+           'check_continuation', 'check_tensor', 'check_count', 'is_wrapped', 'plain_folder', 'reference_class',
+           'against_reference', 'check_fact', 'verify_model']
 
 # %% ../nbs/08b_real.ipynb #d33e4f77
 import json
@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from .files import WRAPPERS
 from .hub import find_model, open_weights, read_json
+from .loading import text_settings
 from .model import Qwen
 from .quantised import quantisation_of
 from .verify import rounding_steps
@@ -111,20 +113,28 @@ def check_count(weights:dict, fact:dict):
     return (tensors, numbers) == (fact["count"], fact["parameters"]), said
 
 # %% ../nbs/08b_real.ipynb #15934644
+def is_wrapped(stored:dict) -> bool:
+    "Whether names of tensors hold what a program has put around a model, such as `_orig_mod.`."
+    parts = {part for name in stored for part in name.split(".")}
+    return not parts.isdisjoint((*WRAPPERS, "module"))
+
 def plain_folder(
     model:Qwen,
     folder:str|Path,   # it came from
     scratch:str|Path,  # an empty folder
 ) -> Path:
-    """The folder, or, if it holds a GGUF file or a quantised checkpoint, the scratch folder with
-    the model as it was opened: then both compute with the same weights."""
+    """The folder, or the scratch folder with the model as it was opened, so that both compute with
+    the same weights: for a GGUF file, a quantised checkpoint, or names that only we read."""
     raw = read_json(folder, "config.json")
-    if not quantisation_of(raw) and not (Path(folder) / "gguf.json").is_file():
+    is_gguf = (Path(folder) / "gguf.json").is_file()
+    if not (quantisation_of(raw) or is_gguf or is_wrapped(open_weights(folder))):
         return folder
+    raw = text_settings(raw)
     for key in ("quantization_config", "compression_config", "quantization"):
         raw.pop(key, None)
     (Path(scratch) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-    weights = {name: w.contiguous().clone() for name, w in model.state_dict().items()}
+    own = model.config.original(dict(model.named_parameters()))
+    weights = {name: w.detach().contiguous().clone() for name, w in own.items()}
     save_file(weights, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
     return Path(scratch)
 
