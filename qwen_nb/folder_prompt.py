@@ -171,7 +171,7 @@ def choose_template(
 ) -> tuple:
     "(folder, family, a sentence about it). No folder: the family's written template is meant."
     if family: return None, check_family(family), f"The prompt is {family}'s, as asked for."
-    folder = getattr(model, "template_folder", None) or folder_of(model)   # an adapter may bring one
+    folder = getattr(model, "template_folder", None) or folder_of(model)  # an adapter's first
     has_template = False
     try: has_template = folder and folder_template(folder)
     except ValueError: pass
@@ -228,7 +228,7 @@ class PromptWriter:
         if opens_thought(pieces): return True
         return self.has_switch() and not "".join(pieces).rstrip().endswith("</think>")
 
-# %% ../nbs/10ba_folder.ipynb #762a6ca7
+# %% ../nbs/10ba_folder.ipynb #632df736
 def writer_of(
     family:object,  # a family's name, a `PromptWriter`, or what it takes: a model, a folder
 ) -> PromptWriter:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OUTER_NAMES', 'LAYER_NAMES', 'EXPERT_NAMES', 'PART', 'ARCHITECTURES', 'SETTING_NAMES', 'PRE_PATTERNS', 'ORDINARY',
-           'CONTROL', 'BY_USER', 'UNUSED', 'renamed', 'parts_of', 'read_parts', 'as_one', 'settled_dtype', 'open_gguf',
-           'kind_of_gguf', 'gguf_rope', 'as_written', 'gguf_config', 'gguf_vocabulary', 'token_settings', 'ending_ids',
-           'unpacked_once', 'unpacked']
+           'CONTROL', 'BY_USER', 'UNUSED', 'renamed', 'gguf_parts', 'read_parts', 'as_one', 'settled_dtype',
+           'open_gguf', 'kind_of_gguf', 'gguf_rope', 'as_written', 'gguf_config', 'gguf_vocabulary', 'token_settings',
+           'ending_ids', 'unpacked_once', 'unpacked']
 
 # %% ../nbs/08f_gguf_model.ipynb #91a0c17a
 import atexit
@@ -57,10 +57,10 @@ def renamed(
             return f"{where}.mlp.experts.{{}}.{EXPERT_NAMES[part]}.{kind}"
     raise ValueError(f"the tensor {name} belongs to no Qwen that is known here")
 
-# %% ../nbs/08f_gguf_model.ipynb #f7c44b8e
+# %% ../nbs/08f_gguf_model.ipynb #8cbdd785
 PART = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)", re.I)
 
-def parts_of(
+def gguf_parts(
     path:Path,   # of a .gguf file, or of any of its parts
     count:int,   # how many parts it says there are
 ) -> list:
@@ -83,7 +83,7 @@ def read_parts(
     count = one.metadata.get("split.count", 0)
     if count < 2:
         return [one]
-    files = [read_gguf(part) for part in parts_of(Path(path), count)]
+    files = [read_gguf(part) for part in gguf_parts(Path(path), count)]
     names = [name for file in files for name in file.tensors]
     wanted = files[0].metadata.get("split.tensors.count", len(names))
     if len({*names}) != wanted or len(names) != wanted:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from .chat import chat_stop_ids
 from .finetune import answer_example, beside, make_step
-from .generation import generate
 from .folder_prompt import writer_of
+from .generation import generate
 from .rows import IGNORED
 from .tokenizer import Tokenizer
 from .train import forward, parameter_groups
@@ -101,6 +101,7 @@ def sample_answers(
         texts.append(tokenizer.decode([i for i in answer if i not in ends]))
     return examples, texts
 
+# %% ../nbs/22b_preference.ipynb #0e09da4b
 def prompts_of(tokenizer:Tokenizer, talks:list, family:object) -> list:
     "The ids of each talk up to where its last message, the answer, would begin."
     writer = writer_of(family)

@@ -107,7 +107,7 @@ def need_tokens(tokenizer:Tokenizer, parts:dict):
     talks = any(not isinstance(d, str) for documents in parts.values() for d in documents)
     missing = sorted({"<|im_start|>", "<|im_end|>"} - {*tokenizer.special})
     if talks and missing:
-        raise ValueError(f"the tokenizer has no {', '.join(missing)}, needed in conversations: take "
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}, which talks need: take "
                          "another, or make none (questions=(), or qwen-nb data --no-questions)")
 
 # %% ../nbs/20a_shards.ipynb #a500000f

@@ -208,8 +208,9 @@ def test_siblings_by_file_and_by_folder(sibling, tmp_path):
         if w.dim() > 1 and "mlp.gate." not in key:
             assert torch.equal(w, theirs[key]), key
     said = read_json(folder, "tokenizer_config.json")
-    assert read_json(find_model(path), "tokenizer_config.json")["chat_template"] == (
-        said["chat_template"]
+    assert (
+        read_json(find_model(path), "tokenizer_config.json")["chat_template"]
+        == (said["chat_template"])
     )
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from qwen_nb import lora as lo
 from qwen_nb import rank as directions
-from qwen_nb.inspect import packaged_model
 from qwen_nb.durable import save_pretrained
+from qwen_nb.inspect import packaged_model
 from qwen_nb.loading import replace_weights
 from qwen_nb.model import Qwen, QwenConfig
 

@@ -78,9 +78,7 @@ def nested(kind, text):
     "As released: the text model's settings under text_config, a tower for pictures beside it."
     text = text | dict(model_type=f"{kind}_text")
     tower = TOWER | dict(model_type=kind)
-    return dict(
-        model_type=kind, text_config=text, vision_config=tower, tie_word_embeddings=False
-    )
+    return dict(model_type=kind, text_config=text, vision_config=tower, tie_word_embeddings=False)
 
 
 SEEING = DENSE | dict(rope_scaling=dict(mrope_section=[4, 2, 2], rope_type="default"))
@@ -115,7 +113,7 @@ RELEASES = {
 
 
 def words(folder):
-    "The packaged tokenizer with one token more, of two line ends: after those another text goes on."
+    "The packaged tokenizer with one token more, of two line ends, which other text follows."
     raw = json.loads((packaged_model() / "tokenizer.json").read_text(encoding="utf-8"))
     raw["model"]["vocab"]["ĊĊ"] = len(raw["model"]["vocab"])
     for added in raw["added_tokens"]:
