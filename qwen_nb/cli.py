@@ -267,10 +267,10 @@ def parse(argv:list=None):
 # %% ../nbs/90c_cli.ipynb #83d509f9
 def sentence(error:Exception, command:str) -> str:
     "What to say of an error. If it names no command that helps, the help to read is added."
-    text = str(error)
+    text = str(error).strip().partition("\n")[0]         # others' errors may go on and on
     if isinstance(error, RuntimeError):
         who = "PyTorch stopped" if type(error) is RuntimeError else type(error).__name__
-        text = f"{who}: {text.strip().partition(chr(10))[0]}"
+        text = f"{who}: {text}"
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"     # without its number
     asked_wrongly = isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError))

@@ -188,6 +188,8 @@ def run_chat(args:Namespace) -> int:
         if waiting:
             print("\r\x1b[K", end="", flush=True)        # erase that line
     check_chat_tokens(tokenizer, args.model)
+    if (model.folder / "config_sentence_transformers.json").is_file():
+        screen.tell("This model was trained to compare texts, not to answer: see qwen-nb embed -h.")
     chat = Chat(model, tokenizer, args.family, args.system, enable_thinking=args.think,
                 max_new_tokens=args.max_new_tokens, seed=args.seed,
                 thinking_budget=args.thinking_budget, preserve_thinking=args.preserve_thinking,

@@ -168,8 +168,9 @@ def each_alone(
     behind. ValueError for several documents in a row and a cache."""
     real, first = real_and_first(mask, x.shape[1])
     x = x * real[..., None]
-    if is_exported():  # a program cannot take documents apart: it stops if there are several
-        torch._assert_async((first.sum(1) < 2).all(), "a row holds several documents")
+    if torch.compiler.is_compiling():  # a program cannot take documents apart: several stop it
+        said = "a row holds several documents: run it without compile, or give each its own row"
+        torch._assert_async((first.sum(1) < 2).all(), said)
         return mix(x, cache)
     if (first.sum(1) < 2).all(): return mix(x, cache)
     if cache is not None:

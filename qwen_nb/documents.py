@@ -246,6 +246,7 @@ def prepare(
     at_most:int=4_000,          # characters; a longer document is cut
     shard_tokens:int=2**22,     # ids in one file, at most
     questions:tuple=QUESTIONS,  # asked about each word, and answered with a sentence; (): none
+    family:object="qwen3",      # whose chat template the conversations have, as for `writer_of`
 ) -> dict:
     """From documents to shards. Returns the index; `held_out_share` in it is of the text.
 
@@ -258,4 +259,4 @@ def prepare(
         talks = both["train"][len(texts):]
         tags = ("<think>", "</think>") if questions else ()
         tokenizer = Tokenizer.train(texts + talk_texts(talks), vocab_size, tags=tags)
-    return write_shards(folder, both, tokenizer, shard_tokens=shard_tokens)
+    return write_shards(folder, both, tokenizer, shard_tokens=shard_tokens, family=family)

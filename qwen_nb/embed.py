@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from .hub import find_model, open_weights
+from .files import check_plain, one_dtype, text_only
+from .hub import find_model, open_weights, read_json
 from .inspect import packaged_model
-from .loading import SkipInit, as_dtype, match_weights
+from .loading import SkipInit, as_dtype, family_config, match_weights
 from .model import Decoder, Qwen, QwenConfig, positions
+from .quantised import dequantised
 from .tokenizer import Tokenizer
 
 # %% ../nbs/18_embed.ipynb #00f21116
@@ -57,18 +59,19 @@ def open_decoder(
 ) -> tuple:
     "A checkpoint's `(decoder, config)`, without its head. Raises what `Qwen.from_pretrained` does."
     dtype, folder = as_dtype(dtype, device), find_model(name_or_path)
-    config = QwenConfig.from_pretrained(folder)
+    raw = read_json(folder, "config.json")
+    config = family_config(raw)
     with torch.device("meta"), SkipInit():
-        decoder = Decoder(config)                        # shapes without numbers
-    stored = open_weights(folder)
-    if "embed_tokens.weight" in stored:                  # Qwen3-Embedding's names
-        stored = {f"model.{name}": tensor for name, tensor in stored.items()}
+        decoder = config.decoder()                       # shapes without numbers
+    stored = dequantised(open_weights(folder, dtype), raw, dtype)
+    check_plain(stored, raw)
     named = {}
-    for name, tensor in config.rename(stored).items():
+    for name, tensor in config.rename(text_only(stored)).items():   # with or without `model.`
         if name != "lm_head.weight":
             named[name.removeprefix("model.")] = tensor
     weights = match_weights(named, decoder.state_dict(), tied=False)
-    placed = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+    dtype = dtype or one_dtype(weights, raw)
+    placed = {name: config.place(name, t, device, dtype) for name, t in weights.items()}
     decoder.load_state_dict(placed, strict=True, assign=True)
     return decoder.eval(), config
 

@@ -12,7 +12,7 @@ import random
 import torch
 
 from .template import read_messages
-from .prompt import encode_chat
+from .folder_prompt import writer_of
 from .chat import quiz
 from .rows import IGNORED
 from .train import forward, learning_rate, next_token_loss, parameter_groups
@@ -72,26 +72,27 @@ def grade_answer(prompt:list, ids:list, end:int) -> dict:
 def answer_example(
     tokenizer:Tokenizer,
     messages:list,  # the last one is the answer to learn
-    family:str,     # whose template
+    family:object,  # whose template, as for `writer_of`: a model's is its folder's own
+    tools:list=None,  # that the model is told about
 ) -> dict:
     """`input_ids` and `labels`, two lists of one length.
 
     `labels[t]` is what comes after `input_ids[t]` where the last message's words are, else IGNORED.
     ValueError if the last message is not an assistant's, or nothing comes before it."""
-    last = read_messages(messages, family)[-1]
+    writer = writer_of(family)
+    last = read_messages(messages, writer.family)[-1]
     if last.role != "assistant":
-        raise ValueError(f"the last message is from {last.role!r}; expected one from 'assistant': "
-                         "there is no answer to learn")
+        raise ValueError(f"the last message is from {last.role!r}; expected one from 'assistant'")
     if len(messages) < 2:
-        raise ValueError("the conversation is an answer without a question; "
-                         "expected a message before it")
+        raise ValueError("an answer without a question: expected a message before it")
 
-    thinks = None if last.thinking else False    # False: the prompt ends after an empty thought
-    prompt = encode_chat(tokenizer, messages[:-1], family, enable_thinking=thinks)
-    ids = encode_chat(tokenizer, messages, family, add_generation_prompt=False)
+    # Without a thought the prompt ends after an empty one; some templates also say so in front.
+    more = dict(tools=tools, enable_thinking=bool(last.thinking))
+    prompt = writer.encode(tokenizer, messages[:-1], **more)
+    ids = writer.encode(tokenizer, messages, add_generation_prompt=False, **more)
     if ids[:len(prompt)] != prompt:
-        raise ValueError(f"the answer {last.content!r:.40} changes the tokens of the prompt "
-                         "before it: let it not begin with a line break")
+        raise ValueError(f"the answer {last.content!r:.40} changes the tokens of the prompt before "
+                         "it: let it not begin with a line break, nor lack an opened thought")
 
     return grade_answer(prompt, ids, tokenizer.special["<|im_end|>"])
 
@@ -204,7 +205,7 @@ def tune(
 
 # %% ../nbs/22_finetune.ipynb #e27a9d71
 def lesson(
-    tokenizer:Tokenizer, family:str,
+    tokenizer:Tokenizer, family:object,
     steps:int,
     per_step:int=16,   # conversations a step
     replay:float=0.5,  # the share of them that are as before, without the system message

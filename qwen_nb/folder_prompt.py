@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASKED_FOR', 'ANSWER_TAGS', 'Cover', 'looks_of', 'put_back', 'thoughts_apart', 'may_join', 'without_writers',
-           'wrap_calls', 'folder_pieces', 'choose_template', 'opens_thought', 'PromptWriter', 'default_thinking']
+           'wrap_calls', 'folder_pieces', 'choose_template', 'opens_thought', 'PromptWriter', 'writer_of',
+           'default_thinking']
 
 # %% ../nbs/10ba_folder.ipynb #e5fbd1fc
 import json
@@ -170,7 +171,8 @@ def choose_template(
 ) -> tuple:
     "(folder, family, a sentence about it). No folder: the family's written template is meant."
     if family: return None, check_family(family), f"The prompt is {family}'s, as asked for."
-    folder, has_template = folder_of(model), False
+    folder = getattr(model, "template_folder", None) or folder_of(model)  # an adapter's first
+    has_template = False
     try: has_template = folder and folder_template(folder)
     except ValueError: pass
     if not has_template:
@@ -225,6 +227,14 @@ class PromptWriter:
         pieces = self.ask(enable_thinking=enable_thinking)
         if opens_thought(pieces): return True
         return self.has_switch() and not "".join(pieces).rstrip().endswith("</think>")
+
+# %% ../nbs/10ba_folder.ipynb #632df736
+def writer_of(
+    family:object,  # a family's name, a `PromptWriter`, or what it takes: a model, a folder
+) -> PromptWriter:
+    "Whoever writes the prompts. A name of `FORMS` is that family's written template."
+    if isinstance(family, PromptWriter): return family
+    return PromptWriter(None, family) if family in FORMS else PromptWriter(family)
 
 # %% ../nbs/10ba_folder.ipynb #c1c1f010
 def default_thinking(

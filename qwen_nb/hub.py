@@ -10,6 +10,7 @@ __all__ = ['WANTED', 'open_file', 'cut_into_shards', 'save_shards', 'files_found
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -88,7 +89,6 @@ def files_found(
     names = sorted(path.name for path in folder.iterdir())
     return ", which holds " + (", ".join(names[:8]) or "nothing")
 
-
 def read_json(
     folder:str|Path,  # from `find_model`
     name:str,         # "config.json", say
@@ -166,12 +166,13 @@ def open_weights(
 def gguf_at(
     path:Path,  # a file or a folder
 ) -> Path:
-    "The GGUF file there, None without one. ValueError if there are several."
+    "The GGUF file there, or its first part; None without one. ValueError if there are several."
     is_gguf = path.is_file() and path.suffix.lower() == ".gguf"
     if is_gguf or not path.is_dir() or (path / "config.json").is_file():
         return path if is_gguf else None
     found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
-    if len(found) > 1:
+    wholes = {re.sub(r"-\d{5}(?=-of-\d{5}\.gguf$)", "", p.name) for p in found}
+    if len(wholes) > 1:
         names = ", ".join(p.name for p in found[:4])
         raise ValueError(f"{path} holds {len(found)} GGUF files, {names}: name one of them")
     return found[0] if found else None
@@ -180,7 +181,7 @@ def gguf_at(
 WANTED = [
     "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "qwen.tiktoken",
-    "chat_template*",
+    "chat_template*", "adapter_config.json",
 ]
 
 def find_model(

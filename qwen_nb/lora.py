@@ -8,7 +8,7 @@ __all__ = ['LINEAR', 'PREFIX', 'MUST_BE', 'PLAIN_STARTS', 'LoRALinear', 'lora_la
            'read_lora_config', 'read_lora', 'load_lora']
 
 # %% ../nbs/22a_lora.ipynb #fd056cae
-import json, math
+import json, math, re
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .durable import write_folder
 from .hub import open_file, read_json
+from .loading import replace_weights
 from .moe import unfuse_adapters
 
 # %% ../nbs/22a_lora.ipynb #0f6b3305
@@ -175,12 +176,15 @@ def save_lora(
         raise ValueError(f"the adapters have several ranks {sorted(ranks)} or scales "
                          f"{sorted(scales)}; one config holds one of each")
     rank, alpha = min(ranks), min(scales) * min(ranks)
+    own, whole = model.state_dict(), getattr(model, "replaced", ())    # by `load_lora`
     config = dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_name, r=rank,
         lora_alpha=alpha, target_modules=target_names(model), lora_dropout=0.0, bias="none",
         fan_in_fan_out=False, use_rslora=False, use_dora=False, init_lora_weights=True,
-        inference_mode=True, modules_to_save=None)
-    tensors = {}
+        inference_mode=True,
+        modules_to_save=sorted({name.rpartition(".")[0] for name in whole}) or None,
+        ensure_weight_tying=bool(whole) and model.config.tie_word_embeddings)
+    tensors = {PREFIX + name: own[name].contiguous() for name in whole if name in own}
     for name, m in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = m.lora_A.weight.detach().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = m.lora_B.weight.detach().contiguous()
@@ -198,7 +202,7 @@ def target_names(model:nn.Module) -> list:
 # %% ../nbs/22a_lora.ipynb #6c2d9e57
 MUST_BE = dict(
     peft_type="LORA", bias="none", use_dora=False, fan_in_fan_out=False,
-    lora_bias=False, modules_to_save=None, alpha_pattern=None, layer_replication=None,
+    lora_bias=False, alpha_pattern=None, layer_replication=None,
     trainable_token_indices=None, alora_invocation_tokens=None,
     use_qalora=False, use_bdlora=None, arrow_config=None, corda_config=None, eva_config=None,
     lora_ga_config=None, loftq_config=None)
@@ -224,19 +228,23 @@ def read_lora_config(folder:str|Path) -> dict:
 
 # %% ../nbs/22a_lora.ipynb #bd61df04
 def read_lora(folder:str|Path) -> tuple:
-    """The config and the tensors, `{layer: (A, B)}`, of an adapter in PEFT's layout.
+    """The config, the adapters `{layer: (A, B)}` and the whole matrices, by name, in PEFT's layout.
 
     FileNotFoundError or ValueError if they cannot be read or mean something else."""
     config = read_lora_config(folder)
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected the adapter's tensors there")
-    found = {}                                   # {layer: {"A": …, "B": …}}
+    found, whole = {}, {}                        # found: {layer: {"A": …, "B": …}}
     for name, tensor in open_file(path).items():
         layer, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
-        if not name.startswith(PREFIX) or kind not in ("A.weight", "B.weight"):
+        if name.startswith(PREFIX) and kind in ("A.weight", "B.weight"):
+            found.setdefault(layer, {})[kind[0]] = tensor
+        elif name.startswith(PREFIX) and "lora_" not in name:
+            own = re.sub(r"\.(base_layer|modules_to_save)(\.default)?(?=\.)", "", name)
+            if ".original_module." not in own: whole[own.removeprefix(PREFIX)] = tensor
+        else:
             raise ValueError(f"{path}: {name} adapts no linear layer: use PEFT, merge_and_unload")
-        found.setdefault(layer, {})[kind[0]] = tensor
     if not found: raise ValueError(f"{path} holds no adapters")
 
     for layer, pair in found.items():
@@ -252,17 +260,17 @@ def read_lora(folder:str|Path) -> tuple:
         if rank != config["r"] and not differs:
             raise ValueError(f"{path}: {layer} has rank {rank}, adapter_config.json says "
                              f"{config['r']}: the two files do not belong together")
-    return config, {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}
+    return config, {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}, whole
 
 # %% ../nbs/22a_lora.ipynb #8170af61
 def load_lora(
     model:nn.Module,  # changed in place, without adapters yet
     folder:str|Path,  # in PEFT's layout
 ):
-    """Freeze the model and give it the adapters of the folder. Returns the model.
+    """Freeze the model and give it the folder's adapters and whole matrices. Returns the model.
 
     ValueError if they do not fit; then the model is as before."""
-    config, found = read_lora(folder)
+    config, found, whole = read_lora(folder)
     if lora_layers(model):
         raise ValueError("the model has adapters already: bake them in with bake_lora first")
     linear, found = linear_layers(model), unfuse_adapters(model, found)
@@ -270,11 +278,14 @@ def load_lora(
         if name not in linear:
             raise ValueError(f"{folder} has an adapter for {name}, a linear layer that this "
                              "model does not have")
-        theirs, ours = (len(B), A.shape[1]), tuple(linear[name].weight.shape)
+        weight = whole.get(f"{name}.weight", linear[name].weight)
+        theirs, ours = (len(B), A.shape[1]), tuple(weight.shape)
         if theirs != ours or len(A) != B.shape[1]:
             raise ValueError(f"{folder}: the adapter of {name} is for a layer of shape {theirs}; "
                              f"this model's is {ours}: it belongs to another model")
+    replace_weights(model, whole, config.get("ensure_weight_tying", False))
     model.requires_grad_(False)
+    model.replaced = sorted(whole)               # for `save_lora`
     for name, (A, B) in found.items():
         alpha = config["lora_alpha"] * (math.sqrt(len(A)) if config.get("use_rslora") else 1)
         layer = LoRALinear(linear[name], len(A), alpha)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from .chat import chat_stop_ids
 from .finetune import answer_example, beside, make_step
+from .folder_prompt import writer_of
 from .generation import generate
-from .prompt import encode_chat
 from .rows import IGNORED
 from .tokenizer import Tokenizer
 from .train import forward, parameter_groups
@@ -101,9 +101,11 @@ def sample_answers(
         texts.append(tokenizer.decode([i for i in answer if i not in ends]))
     return examples, texts
 
-def prompts_of(tokenizer:Tokenizer, talks:list, family:str) -> list:
+# %% ../nbs/22b_preference.ipynb #0e09da4b
+def prompts_of(tokenizer:Tokenizer, talks:list, family:object) -> list:
     "The ids of each talk up to where its last message, the answer, would begin."
-    return [encode_chat(tokenizer, t[:-1], family, enable_thinking=False) for t in talks]
+    writer = writer_of(family)
+    return [writer.encode(tokenizer, t[:-1], enable_thinking=False) for t in talks]
 
 def right_or_wrong(
     texts:list,  # the groups one after another
@@ -142,7 +144,7 @@ def preference_pair(
 def own_pairs(
     model:torch.nn.Module, tokenizer:Tokenizer, talks:list,
     choose:Chooser,  # a `Chooser`, for what is made up
-    family:str="qwen3", seed:int=0,
+    family:object="qwen3", seed:int=0,
 ) -> list:
     """For each talk the right answer and a wrong one: the model's own.
 
@@ -158,7 +160,7 @@ def own_pairs(
         pairs.append((right, wrong))
     return pairs
 
-def dpo_batches(tokenizer:Tokenizer, family:str, pairs:list, per_step:int=16) -> list:
+def dpo_batches(tokenizer:Tokenizer, family:object, pairs:list, per_step:int=16) -> list:
     "A list of batches for `dpo`: the chosen of all pairs first, then their rejected."
     batches = []
     for i in range(0, len(pairs), per_step):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDS', 'TESTS', 'QWEN3_TESTS', 'QWEN2_TESTS', 'EXPECTED', 'LOGIT_TOLERANCE', 'logit_gap', 'check_logits',
-           'check_continuation', 'check_tensor', 'check_count', 'plain_folder', 'against_reference', 'check_fact',
-           'verify_model']
+           'check_continuation', 'check_tensor', 'check_count', 'is_wrapped', 'plain_folder', 'reference_class',
+           'against_reference', 'check_fact', 'verify_model']
 
 # %% ../nbs/08b_real.ipynb #d33e4f77
 import json
@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from .files import WRAPPERS
 from .hub import find_model, open_weights, read_json
+from .loading import text_settings
 from .model import Qwen
 from .quantised import quantisation_of
 from .verify import rounding_steps
@@ -111,24 +113,39 @@ def check_count(weights:dict, fact:dict):
     return (tensors, numbers) == (fact["count"], fact["parameters"]), said
 
 # %% ../nbs/08b_real.ipynb #15934644
+def is_wrapped(stored:dict) -> bool:
+    "Whether names of tensors hold what a program has put around a model, such as `_orig_mod.`."
+    parts = {part for name in stored for part in name.split(".")}
+    return not parts.isdisjoint((*WRAPPERS, "module"))
+
 def plain_folder(
     model:Qwen,
     folder:str|Path,   # it came from
     scratch:str|Path,  # an empty folder
 ) -> Path:
-    """The folder, or, if it holds a GGUF file or a quantised checkpoint, the scratch folder with
-    the model as it was opened: then both compute with the same weights."""
+    """The folder, or the scratch folder with the model as it was opened, so that both compute with
+    the same weights: for a GGUF file, a quantised checkpoint, or names that only we read."""
     raw = read_json(folder, "config.json")
-    if not quantisation_of(raw) and not (Path(folder) / "gguf.json").is_file():
+    is_gguf = (Path(folder) / "gguf.json").is_file()
+    if not (quantisation_of(raw) or is_gguf or is_wrapped(open_weights(folder))):
         return folder
+    raw = text_settings(raw)
     for key in ("quantization_config", "compression_config", "quantization"):
         raw.pop(key, None)
     (Path(scratch) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-    weights = {name: w.contiguous().clone() for name, w in model.state_dict().items()}
+    own = model.config.original(dict(model.named_parameters()))
+    weights = {name: w.detach().contiguous().clone() for name, w in own.items()}
     save_file(weights, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
     return Path(scratch)
 
 # %% ../nbs/08b_real.ipynb #6af2d0e0
+def reference_class(raw:dict) -> type:
+    "The class of `transformers` that opens a folder whose config.json holds this."
+    import transformers
+    name = (raw.get("architectures") or [""])[0]
+    writes = name.endswith(("ForCausalLM", "ForConditionalGeneration"))
+    return getattr(transformers, name if writes else "", transformers.AutoModelForCausalLM)
+
 @torch.no_grad()
 def against_reference(model:Qwen, folder:str|Path, ids:list):
     """(holds, sentence) for our logits and those of `transformers`, on the same weights.
@@ -138,10 +155,10 @@ def against_reference(model:Qwen, folder:str|Path, ids:list):
         raise ValueError("transformers has no Qwen1 (model_type qwen) to compare with; "
                          "the notebook 11_qwen1 checks this decoder against numbers of the "
                          "original code")
-    from transformers import AutoModelForCausalLM
     with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         same = plain_folder(model, folder, scratch)
-        reference = AutoModelForCausalLM.from_pretrained(same, dtype=torch.float32).eval()
+        kind = reference_class(read_json(same, "config.json"))
+        reference = kind.from_pretrained(same, dtype=torch.float32).eval()
         theirs = reference(torch.tensor([ids])).logits
     worst = rounding_steps(model(torch.tensor([ids])), theirs).max().item()
     return worst <= 256, f"transformers: logits within {worst:.2g} rounding steps (256 allowed)"
@@ -169,6 +186,10 @@ def verify_model(
         raise ValueError(f"no published numbers are known for {known_as}; "
                          f"they are known for {known}")
     folder = find_model(name_or_path)
+    has = {name: (folder / f"{name}.json").is_file() for name in ("config", "adapter_config")}
+    if has["adapter_config"] and not has["config"]:
+        raise ValueError(f"{folder} is an adapter, and whole models are verified: name the one "
+                         "that it belongs to (base_model_name_or_path in adapter_config.json)")
     model, weights = Qwen.from_pretrained(folder, dtype=torch.float32), open_weights(folder)
     findings, facts = [], EXPECTED.get(known_as or name_or_path, [])
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from .prompt import encode_chat
+from .folder_prompt import writer_of
 from .data import held_out_share, split_documents
 from .tokenizer import Tokenizer, tokenizer_json
 
@@ -64,11 +64,11 @@ def tokenizer_hash(tokenizer:Tokenizer) -> str:
     return digest(json.dumps([v.tokens, merges, added, v.pattern], sort_keys=True).encode())
 
 # %% ../nbs/20a_shards.ipynb #4f9244fc
-def encode_document(tokenizer:Tokenizer, document:str|list) -> list:
-    "The ids of a text, or of a conversation in Qwen3's form, with `<|endoftext|>` at the end."
+def encode_document(tokenizer:Tokenizer, document:str|list, family:object="qwen3") -> list:
+    "The ids of a text, or of a conversation in a family's form, with `<|endoftext|>` at the end."
     if isinstance(document, str):
         return tokenizer.encode(document) + [tokenizer.special[END]]
-    ids = encode_chat(tokenizer, document, "qwen3", add_generation_prompt=False)
+    ids = writer_of(family).encode(tokenizer, document, add_generation_prompt=False)
     return ids + [tokenizer.special[END]]
 
 def store(folder:Path, stem:str, array:np.ndarray) -> dict:
@@ -80,13 +80,13 @@ def store(folder:Path, stem:str, array:np.ndarray) -> dict:
     return dict(file=file, count=len(array), sha256=code)
 
 def write_part(folder:Path, name:str, documents:list, tokenizer:Tokenizer, dtype:str,
-               shard_tokens:int) -> dict:
+               shard_tokens:int, family:object="qwen3") -> dict:
     "Encode the documents of one part into shards, and return the part's entry in the index."
     texts = [d for d in documents if isinstance(d, str)]
     talks = [d for d in documents if not isinstance(d, str)]
     shards, starts, waiting = [], [0], []
     for document in tqdm(texts + talks, desc=name, unit="document"):
-        ids = encode_document(tokenizer, document)
+        ids = encode_document(tokenizer, document, family)
         starts.append(starts[-1] + len(ids))
         waiting.append(np.array(ids, dtype))
         while starts[-1] - len(shards) * shard_tokens >= shard_tokens:
@@ -107,9 +107,8 @@ def need_tokens(tokenizer:Tokenizer, parts:dict):
     talks = any(not isinstance(d, str) for documents in parts.values() for d in documents)
     missing = sorted({"<|im_start|>", "<|im_end|>"} - {*tokenizer.special})
     if talks and missing:
-        names = ", ".join(missing)
-        raise ValueError(f"the tokenizer has no {names}, which conversations need: take another, "
-                         "or make none (questions=(), or qwen-nb data --no-questions)")
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}, which talks need: take "
+                         "another, or make none (questions=(), or qwen-nb data --no-questions)")
 
 # %% ../nbs/20a_shards.ipynb #a500000f
 def write_shards(
@@ -118,6 +117,7 @@ def write_shards(
     tokenizer:Tokenizer,     # with an `<|endoftext|>`
     held_out:float=0.1,      # the share that is held out, if documents is a list
     shard_tokens:int=2**22,  # ids in one shard, at most
+    family:object="qwen3",   # whose chat template, as for `writer_of`
 ) -> dict:
     """Write `train` and `held_out` as shards, with the tokenizer beside them; the index.
 
@@ -135,7 +135,7 @@ def write_shards(
     texts, entries = {}, {}
     for name, part in parts.items():
         texts[name] = [d for d in part if isinstance(d, str)]
-        entries[name] = write_part(folder, name, part, tokenizer, dtype, shard_tokens)
+        entries[name] = write_part(folder, name, part, tokenizer, dtype, shard_tokens, family)
     index = dict(format="qwen_nb shards 1", dtype=dtype, vocab_size=len(tokenizer),
                  tokenizer=f"tokenizer-{code[:12]}", tokenizer_sha256=code,
                  held_out_share=round(held_out_share(texts), 4), parts=entries)

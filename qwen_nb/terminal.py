@@ -128,11 +128,8 @@ SAMPLING = (
 
 def load(args:Namespace) -> tuple:
     "Model and tokenizer that the options name."
-    from qwen_nb.hub import find_model
-    from qwen_nb.model import Qwen
-    from qwen_nb.tokenizer import Tokenizer
-    folder = find_model(args.model)
-    return Qwen.from_pretrained(folder, dtype=args.dtype), Tokenizer.from_pretrained(folder)
+    from qwen_nb.rank import open_whole
+    return open_whole(args.model, args.dtype)
 
 def sampling_of(args:Namespace) -> dict:
     "The options that `sampling_for` knows; None: as the model's generation_config.json says."
@@ -155,6 +152,7 @@ def run_generate(args:Namespace) -> int:
     import torch
 
     from qwen_nb.generation import max_positions, stream
+    from qwen_nb.thinking import opens_thinking
     model, tokenizer = load(args)
     sampling = sampling_of(args)
     if args.chat: prompt, sampling["stop_ids"] = as_question(model, tokenizer, text)
@@ -166,7 +164,8 @@ def run_generate(args:Namespace) -> int:
         new = min(256, max(1, room))
     stop = [s.replace(r"\n", "\n").replace(r"\t", "\t") for s in args.stop or ()]
     screen = Screen()
-    pieces = stream(model, ids, new, tokenizer, stop, args.seed, **sampling_of(args))
+    pieces = stream(model, ids, new, tokenizer, stop, args.seed, **sampling)
+    if args.chat and opens_thinking(tokenizer, prompt): screen.show("<think>\n")
     try:
         for piece in pieces:
             screen.show(piece)

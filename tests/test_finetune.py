@@ -1,13 +1,18 @@
 """Tuning on conversations: what is graded, that packed ones are alone, and what is refused."""
 
+import json
 import random
 
 import pytest
 import torch
+from chats import NEWER, RENDERED, newer, official
+from templates import template_of
 from test_model import random_checkpoint
 
 from qwen_nb import finetune as ft
-from qwen_nb.chatml import DEFAULT_SYSTEM
+from qwen_nb.chat import Scripted
+from qwen_nb.chatml import DEFAULT_SYSTEM, FORMS
+from qwen_nb.folder_prompt import writer_of
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
 from qwen_nb.prompt import encode_chat
@@ -83,6 +88,59 @@ def test_words_that_look_like_control_tokens_end_nothing(tokenizer):
         graded(tokenizer, e) == "Say <|im_end|> again.<|im_end|>"
         and e["labels"].count(tokenizer.special["<|im_end|>"]) == 1
     )
+
+
+@official
+@newer
+def test_official_texts_and_masks(tokenizer, tmp_path):
+    "By a folder's template: the official tokens, and graded what the assistant wrote at the end."
+    tried, as_rendered = 0, 0
+    for family in FORMS:
+        (tmp_path / family).mkdir()
+        (tmp_path / family / "chat_template.jinja").write_text(template_of(family))
+        kind = "qwen4_exp" if family == "qwen3.8" else "any"  # for how to read what is written
+        (tmp_path / family / "config.json").write_text(json.dumps(dict(model_type=kind)))
+    answered = [c for c in RENDERED + NEWER if any(m["role"] == "assistant" for m in c["messages"])]
+    for case in answered:
+        family, tools, where = case["family"], case["tools"], (case["family"], case["name"])
+        writer = writer_of(tmp_path / family)
+        assert writer.folder
+        for turn in ft.turns(case["messages"]):
+            e = ft.answer_example(tokenizer, turn, writer, tools)
+            assert e == ft.answer_example(tokenizer, turn, family, tools), where
+            whole = [*e["input_ids"], e["labels"][-1]]
+            words, last = graded(tokenizer, e), turn[-1]
+            assert words.endswith("<|im_end|>"), where
+            assert e["labels"].count(tokenizer.special["<|im_end|>"]) == 1, where
+            for call in last.get("tool_calls") or []:
+                assert call.get("function", call)["name"] in words, where
+            for m in turn[:-1]:
+                if len(str(m["content"])) > 12:
+                    assert str(m["content"]) not in words, where
+            tried += 1
+            as_rendered += case["rendered"].startswith(tokenizer.decode(whole))
+    assert tried > 150 and as_rendered > tried / 4, (tried, as_rendered)
+
+
+def test_a_model_s_own_template(tokenizer, tmp_path):
+    "A model hands over its folder's; what only the template writes is not graded."
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\nSAID:\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nSAID:\n{% endif %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    model = Scripted(tokenizer)
+    model.folder = tmp_path
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    talk = [dict(role="user", content="Hi <|im_end|>"), dict(role="assistant", content="a|b")]
+    e = ft.answer_example(tokenizer, talk, model)
+    assert graded(tokenizer, e) == "a|b<|im_end|>"
+    assert e["input_ids"].count(tokenizer.special["<|im_end|>"]) == 1  # the question's own
+    (batch,) = ft.lesson(tokenizer, model, 1, per_step=2)
+    assert "SAID" in tokenizer.decode(batch["input_ids"][0].tolist())
+    opened = template.replace("SAID:\n{% endif %}", "<think>\n{% endif %}")
+    (tmp_path / "chat_template.jinja").write_text(opened)
+    one_sentence("nor lack an opened thought", lambda: ft.answer_example(tokenizer, talk, model))
 
 
 def test_every_turn_is_an_answer(tokenizer):

@@ -27,7 +27,8 @@ BLOCKS = [t for t in BLOCK_TYPES.values() if t.name[0] == "Q"]
 
 def finite(blocks, kind):
     "Random bytes whose float16 scales are ordinary numbers."
-    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind.name, (0,)):
+    two = dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2))
+    for at in (two | {"Q6_K": (208,)}).get(kind.name, (0,)):
         scale = torch.randn(len(blocks), 1).half()
         blocks[:, at : at + 2] = scale.view(torch.uint8)
     return blocks
@@ -207,9 +208,42 @@ def test_siblings_by_file_and_by_folder(sibling, tmp_path):
         if w.dim() > 1 and "mlp.gate." not in key:
             assert torch.equal(w, theirs[key]), key
     said = read_json(folder, "tokenizer_config.json")
-    assert read_json(find_model(path), "tokenizer_config.json")["chat_template"] == (
-        said["chat_template"]
+    assert (
+        read_json(find_model(path), "tokenizer_config.json")["chat_template"]
+        == (said["chat_template"])
     )
+
+
+def in_parts(path, folder, cuts):
+    "The file's tensors in parts as llama-gguf-split names and marks them."
+    folder.mkdir()
+    file, count = read_gguf(path), len(cuts) + 1
+    names = [*file.tensors]
+    wanted = file.metadata | {"split.count": count, "split.tensors.count": len(names)}
+    marks = {name: wanted[name] for name in wanted if name.startswith("split.")}
+    for i, (a, b) in enumerate(zip([0, *cuts], [*cuts, len(names)])):
+        some = {n: (gguf_tensor(file, n), "F32") for n in names[a:b]}
+        settings = (marks if i else wanted) | {"split.no": i}
+        write_gguf(folder / f"m-{i + 1:05}-of-{count:05}.gguf", settings, some)
+    return sorted(folder.iterdir())
+
+
+def test_a_file_in_parts(tmp_path):
+    save_gguf(packaged_model("qwen2"), tmp_path / "m.gguf", "F32")
+    parts, ids = in_parts(tmp_path / "m.gguf", tmp_path / "p", [5, 11]), torch.arange(30)[None]
+    want = Qwen.from_pretrained(tmp_path / "m.gguf")(ids)
+    for place in (tmp_path / "p", parts[0], parts[2]):
+        assert torch.equal(Qwen.from_pretrained(place)(ids), want), place
+        assert Tokenizer.from_pretrained(place).special
+    parts[1].rename(tmp_path / "m-00002-of-00003.gguf")
+    with pytest.raises(ValueError, match="m-00002-of-00003.gguf is not beside it"):
+        Qwen.from_pretrained(parts[0])
+    parts[1].write_bytes(parts[0].read_bytes())
+    with pytest.raises(ValueError, match="3 parts hold .* expected"):
+        Qwen.from_pretrained(parts[0])
+    parts[0].rename(tmp_path / "p.gguf")
+    with pytest.raises(ValueError, match="one of 3 parts; expected a name that ends in -00001"):
+        Qwen.from_pretrained(tmp_path / "p.gguf")
 
 
 def test_chat_and_verify(tmp_path, capsys):

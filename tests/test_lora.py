@@ -13,8 +13,10 @@ from torch import nn
 
 from qwen_nb import lora as lo
 from qwen_nb import rank as directions
+from qwen_nb.durable import save_pretrained
 from qwen_nb.inspect import packaged_model
-from qwen_nb.model import Qwen
+from qwen_nb.loading import replace_weights
+from qwen_nb.model import Qwen, QwenConfig
 
 
 def open_model(folder, dtype="float32"):
@@ -175,7 +177,6 @@ def test_we_open_pefts(made, tmp_path, settings):
         dict(lora_bias=True),
         dict(bias="all"),
         dict(alpha_pattern={"q_proj": 3}),
-        dict(modules_to_save=["lm_head"]),
         dict(init_lora_weights="pissa"),
         dict(init_lora_weights="olora"),
     ],
@@ -217,16 +218,81 @@ def test_we_open_pefts_adapters_of_all_experts(tmp_path, targets):
     assert torch.equal(logits(again, ids), logits(ours, ids))
 
 
-def test_an_adapter_with_a_grown_vocabulary_says_what_to_do(tmp_path):
+def changed(model):
+    "Random numbers wherever PEFT trains something."
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name or p.requires_grad and "lora_" not in name:
+            nn.init.normal_(p, std=0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "whole, rows, more",
+    [
+        (None, 3, {}),
+        (["embed_tokens", "lm_head"], 3, {}),
+        (["embed_tokens", "lm_head"], 0, {}),
+        (["embed_tokens"], 0, {}),
+        (["embed_tokens"], 0, dict(ensure_weight_tying=True)),
+        (["lm_head", "norm"], 0, {}),
+    ],
+)
+def test_adapters_that_bring_whole_matrices(tmp_path, tied, whole, rows, more):
+    "Grown vocabularies and `modules_to_save`: PEFT's logits, saved again, merged and saved."
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    random_checkpoint(tmp_path / "base", 1)
-    base = reference(tmp_path / "base")
-    base.resize_token_embeddings(base.config.vocab_size + 2)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    theirs.save_pretrained(tmp_path / "b", save_embedding_layers=True)
-    one_sentence(
-        "merge_and_unload", lambda: lo.load_lora(open_model(tmp_path / "base"), tmp_path / "b")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    base = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**TINY, tie_word_embeddings=tied, initializer_range=0.3)
     )
+    base.save_pretrained(tmp_path / "base")
+    base = reference(tmp_path / "base")
+    if rows:
+        base.resize_token_embeddings(TINY["vocab_size"] + rows)
+    settings = dict(r=2, target_modules=["q_proj"], modules_to_save=whole, **more)
+    theirs = changed(peft.get_peft_model(base, peft.LoraConfig(**settings)))
+    theirs.save_pretrained(tmp_path / "b", save_embedding_layers=bool(rows))
+    ids = torch.randint(TINY["vocab_size"] + rows, (2, 20))
+    want = logits(theirs, ids)
+    ours = lo.load_lora(open_model(tmp_path / "base"), tmp_path / "b")
+    close(logits(ours, ids), want)
+    assert ours.config.vocab_size == TINY["vocab_size"] + rows
+    lo.save_lora(ours, tmp_path / "c", str(tmp_path / "base"))
+    close(logits(lo.load_lora(open_model(tmp_path / "base"), tmp_path / "c"), ids), want)
+    save_pretrained(lo.bake_lora(ours), tmp_path / "d", dtype=torch.float32)
+    close(logits(open_model(tmp_path / "d"), ids), want)
+    close(logits(reference(tmp_path / "d"), ids), want)
+
+
+TINY = dict(
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+
+
+def test_whole_matrices_that_do_not_fit(tmp_path):
+    "One sentence, and the model as it was."
+    model = Qwen(QwenConfig(**TINY, tie_word_embeddings=False))
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for whole, said in (
+        ({embedding: torch.ones(62, 32)}, "embedding has 62 rows, the head 60"),
+        ({embedding: torch.ones(60, 31)}, "shape .60, 31.; this model's has .60, 32."),
+        ({"model.norm.weight": torch.ones(33)}, "model.norm.weight has shape"),
+        ({"score.weight": torch.ones(2, 32)}, "score.weight is no weight of this model"),
+        ({embedding: torch.ones(62, 32), head: torch.ones(62)}, "lm_head.weight has shape"),
+    ):
+        one_sentence(said, lambda whole=whole: replace_weights(model, whole))
+    assert model.config.vocab_size == 60
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 # ---- what is refused
@@ -256,7 +322,7 @@ def test_refused(made, tmp_path):
         (good | {first: good[first][:, 1:].contiguous()}, "another model"),
         (
             good | {"base_model.model.lm_head.weight": good[first].clone()},
-            "adapts no linear layer",
+            "lm_head.weight has shape",
         ),
         ({n.replace("layers.0", "layers.77"): t for n, t in good.items()}, "does not have"),
         ({}, "no adapters"),

@@ -95,6 +95,23 @@ def test_each_compiled_in_one_piece(model):
     close(torch.compile(model, fullgraph=True, backend="eager")(ids), model(ids))
 
 
+def test_a_hybrid_with_padding_compiled_in_one_piece():
+    "Equal to eager for any padding; several documents in a row stop it, with a sentence."
+    model, ids = opened("qwen3_5"), torch.arange(48).view(2, 24)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for gap in (7, 3, 0):
+        mask = torch.ones_like(ids)
+        mask[1, :gap] = 0
+        with torch.no_grad():
+            close(compiled(ids, mask)[mask.bool()], model(ids, mask)[mask.bool()])
+    layer, x = model.model.layers[0].linear_attn, torch.randn(1, 6, model.config.hidden_size)
+    several = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    several = several & (torch.arange(6) < 3)[:, None].eq(torch.arange(6) < 3)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="several documents.*without compile"):
+        torch.compile(layer, fullgraph=True, backend="eager")(x, several)
+
+
 @pytest.mark.slow
 def test_exported_as_it_stands_and_with_padding(model):
     fixed = torch.export.export(model, (ids_of(model),)).module()
