@@ -111,7 +111,7 @@ def make_page(
     size = len(page.encode())
     if size > LARGEST:
         raise ValueError(f"the page would have {size / 1e6:.0f} MB, more than can be sent "
-                         f"and opened in a moment; at most {LARGEST / 1e6:.0f}: use a smaller model")
+                         f"and opened in a moment; use a model that fits in {LARGEST / 1e6:.0f}")
     out = Path(out)
     out.write_text(page, encoding="utf-8")
     return out
