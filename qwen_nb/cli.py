@@ -19,6 +19,7 @@ from pathlib import Path
 from . import __version__
 from .commands import run_data, run_train
 from .conversation import add_prompt_options, run_chat
+from .serve_command import add_serve
 from .terminal import add_embed, add_eval, choose_model, run_generate
 
 # %% ../nbs/90c_cli.ipynb #142e8230
@@ -250,7 +251,7 @@ def make_parser() -> Parser:
                     epilog="qwen-nb COMMAND -h says more about a command, with examples.")
     parser.add_argument("--version", action="version", version=f"qwen-nb {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    talk = add_chat, add_generate, add_embed
+    talk = add_chat, add_generate, add_embed, add_serve
     for add in (*talk, add_data, add_train, add_verify, add_eval, add_build):
         add(commands)
     return parser
