@@ -7,7 +7,7 @@ __all__ = ['STATUS_TYPES', 'MANY', 'API_NUMBERS', 'API_TYPES', 'ONLY_SO', 'SWITC
            'read_body', 'wrong_field', 'check_field', 'check_fields', 'read_stops', 'read_tools', 'as_we_write',
            'Asked', 'read_switches', 'Prompts', 'Api']
 
-# %% ../nbs/33b_api.ipynb #38796534
+# %% ../nbs/33b_api.ipynb #23e0d60f
 import json
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from .folder_prompt import PromptWriter
 from .generation import max_positions
 from .sampling import Sampling, sampling_for
 
-# %% ../nbs/33b_api.ipynb #7011b7f8
+# %% ../nbs/33b_api.ipynb #2f0fa494
 STATUS_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error",
                 500: "server_error"}
 
@@ -37,7 +37,7 @@ class ApiError(ValueError):
         about = dict(message=str(self), type=kind, param=self.param, code=self.code)
         return dict(error=about)
 
-# %% ../nbs/33b_api.ipynb #51162473
+# %% ../nbs/33b_api.ipynb #a2f81580
 def read_body(
     data:bytes,  # of a request
 ) -> dict:
@@ -59,7 +59,7 @@ def read_body(
         raise ApiError(f"the body is {found:.40}; expected an object {{…}}")
     return body
 
-# %% ../nbs/33b_api.ipynb #34c74483
+# %% ../nbs/33b_api.ipynb #5f4cf5a0
 MANY = 2**31                       # more than there will ever be
 API_NUMBERS = dict(                # name: whole (int) or any number (float), from, to
     max_tokens=(int, 1, MANY), max_completion_tokens=(int, 1, MANY), seed=(int, -2**63, 2**63 - 1),
@@ -78,7 +78,7 @@ ONLY_SO = dict(                    # what these would do is not done here
     tool_choice=("auto", "none"), functions=([],), function_call=("none",), modalities=(["text"],),
 )
 
-# %% ../nbs/33b_api.ipynb #972c47e1
+# %% ../nbs/33b_api.ipynb #395ae3e7
 def wrong_field(name:str, value:object, expected:str) -> ApiError:
     "The error that names a field, what it holds and what it should hold."
     return ApiError(f"{name} is {json_text(value):.60}; expected {expected}", param=name)
@@ -92,6 +92,7 @@ def check_field(
         kind, low, high = API_NUMBERS[name]
         kinds, words = ((int,), "a whole number") if kind is int else ((int, float), "a number")
         limits = f"from {low:g} to {high:g}" if high < MANY else f"from {low:g} up"
+        if low < -MANY: limits = "of at most 64 bits"
         if type(value) not in kinds or not low <= value <= high:
             raise wrong_field(name, value, f"{words} {limits}")
     elif name in API_TYPES:
@@ -109,7 +110,7 @@ def check_fields(body:dict) -> dict:
         check_field(name, value)
     return said
 
-# %% ../nbs/33b_api.ipynb #f454d889
+# %% ../nbs/33b_api.ipynb #c2672738
 def read_stops(said:dict) -> list:
     "The stop strings. ApiError if they are none."
     stop = said.get("stop", [])
@@ -149,7 +150,7 @@ def as_we_write(
         message["tool_calls"].append(call)
     return message
 
-# %% ../nbs/33b_api.ipynb #6cadc181
+# %% ../nbs/33b_api.ipynb #02e1a795
 @dataclass
 class Asked:
     "What a request wants, checked."
@@ -176,7 +177,7 @@ def read_switches(said:dict) -> dict:
         raise wrong_field("enable_thinking", given["enable_thinking"], "true or false")
     return given
 
-# %% ../nbs/33b_api.ipynb #cad59038
+# %% ../nbs/33b_api.ipynb #4715a60c
 class Prompts:
     "The ids of what clients send, for one model."
     def __init__(self,
@@ -214,7 +215,7 @@ class Prompts:
             return prompt
         raise wrong_field("prompt", prompt, f"a text, or a list of ids below {known:,}; not empty")
 
-# %% ../nbs/33b_api.ipynb #46b12880
+# %% ../nbs/33b_api.ipynb #48b70ba1
 PENALTIES = "temperature", "presence_penalty", "repetition_penalty"
 FILTERS = "top_k", "top_p", "min_p"
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ticket', 'EngineRoom', 'Worker']
 
-# %% ../nbs/33b_mailbox.ipynb #affaafcc
+# %% ../nbs/33b_mailbox.ipynb #a814472e
 import asyncio
 import queue
 import threading
@@ -13,7 +13,7 @@ import threading
 from .api import ApiError, Asked
 from .serve import Engine, EngineFull
 
-# %% ../nbs/33b_mailbox.ipynb #f7568248
+# %% ../nbs/33b_mailbox.ipynb #daa4e31a
 class Ticket:
     "A place in the engine, seen from the event loop."
     def __init__(self,
@@ -32,7 +32,7 @@ class Ticket:
             if isinstance(letter, Exception): raise letter
             for id in letter: yield id
 
-# %% ../nbs/33b_mailbox.ipynb #19aef52a
+# %% ../nbs/33b_mailbox.ipynb #e8a0062a
 class EngineRoom:
     "What is done with the engine, all of it by one thread."
     def __init__(self,
@@ -75,7 +75,7 @@ class EngineRoom:
         for ticket in failed: ticket.send(error)
         for ticket in failed: self.engine.cancel(ticket.request)
 
-# %% ../nbs/33b_mailbox.ipynb #1591fe8c
+# %% ../nbs/33b_mailbox.ipynb #6495cd25
 class Worker(EngineRoom):
     "The thread that owns an engine. Others call `enter`, `leave` and `close` only."
     def __init__(self, engine:Engine):
