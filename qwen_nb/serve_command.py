@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SERVE_EXAMPLES', 'is_loopback', 'warning', 'add_serve', 'model_name', 'tell_address', 'check_serve', 'run_serve']
 
-# %% ../nbs/90bb_serve.ipynb #03db60f8
+# %% ../nbs/90bb_serve.ipynb #a3752ee6
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .terminal import choose_model, load
 
-# %% ../nbs/90bb_serve.ipynb #dc60bc3a
+# %% ../nbs/90bb_serve.ipynb #96aa574c
 def is_loopback(host:str) -> bool:
     "Whether an address is this machine's own, which nobody outside reaches."
     if host == "localhost": return True
@@ -30,7 +30,7 @@ def warning(
     return (f"Everybody who reaches {host} can use this model: give an --api-key, "
             "or stay at --host 127.0.0.1.")
 
-# %% ../nbs/90bb_serve.ipynb #a6c890f3
+# %% ../nbs/90bb_serve.ipynb #2047cb0e
 SERVE_EXAMPLES = """examples:
   qwen-nb serve
   qwen-nb serve --model Qwen/Qwen3-0.6B --dtype bfloat16 --name qwen3
@@ -67,7 +67,7 @@ def add_serve(commands):
         help="requests that may wait for their turn (default: 1000); others get status 429")
     p.set_defaults(run=run_serve, parser=p)
 
-# %% ../nbs/90bb_serve.ipynb #6359eae1
+# %% ../nbs/90bb_serve.ipynb #6ece5cb7
 def model_name(args:Namespace) -> str:
     "What clients call the model."
     if args.name: return args.name

@@ -6,7 +6,7 @@
 __all__ = ['MAX_BODY', 'PATIENCE', 'MOST_CLIENTS', 'event', 'Gate', 'Speaker', 'Http', 'Addresses', 'make_app', 'listen',
            'make_server', 'open_addresses', 'running']
 
-# %% ../nbs/33b_server.ipynb #4c6927d8
+# %% ../nbs/33b_server.ipynb #45b84b4a
 import asyncio
 import hmac
 import json
@@ -19,7 +19,7 @@ from .reply import ChatAnswer, Reply, TextAnswer
 from .serve import Engine, longest_text
 from .worker import Ticket, Worker
 
-# %% ../nbs/33b_server.ipynb #ff887859
+# %% ../nbs/33b_server.ipynb #c01f3540
 MAX_BODY = 2**22                       # bytes of a request
 PATIENCE = 30                          # seconds in which it has to be there
 
@@ -60,7 +60,7 @@ class Gate:
                 raise ApiError(f"the body has more than {self.max_body:,} bytes", 413)
         return bytes(data)
 
-# %% ../nbs/33b_server.ipynb #91df775f
+# %% ../nbs/33b_server.ipynb #6980defa
 class Speaker:
     "Answers to requests that have a place in the engine."
     def __init__(self,
@@ -100,7 +100,7 @@ class Speaker:
         except ApiError as e:                        # it has begun: too late for a status
             yield event(e.json())
 
-# %% ../nbs/33b_server.ipynb #ce4b94aa
+# %% ../nbs/33b_server.ipynb #e21d38d3
 class Http(Speaker):
     "What is done at each address."
     def __init__(self,
@@ -135,7 +135,7 @@ class Http(Speaker):
         while (await request.receive())["type"] != "http.disconnect": pass
         self.worker.leave(ticket)
 
-# %% ../nbs/33b_server.ipynb #79474b58
+# %% ../nbs/33b_server.ipynb #f796d866
 class Addresses(Http):
     "All addresses, and what is told at any other."
     def about(self) -> dict:
@@ -171,7 +171,7 @@ class Addresses(Http):
         if error.status in (429, 503): headers = {"Retry-After": "1"}
         return JSONResponse(error.json(), error.status, headers)
 
-# %% ../nbs/33b_server.ipynb #c072446b
+# %% ../nbs/33b_server.ipynb #d3fa494d
 def make_app(at:Addresses) -> object:
     "The Starlette application. ValueError with what to install if that is missing."
     try:
@@ -190,7 +190,7 @@ def make_app(at:Addresses) -> object:
     refused = (ApiError, HTTPException, ClientDisconnect, Exception)
     return Starlette(routes=routes, exception_handlers=dict.fromkeys(refused, at.refuse))
 
-# %% ../nbs/33b_server.ipynb #9ea0d73a
+# %% ../nbs/33b_server.ipynb #f2e1622b
 MOST_CLIENTS = 1000                    # connections; uvicorn answers others with 503
 
 def listen(
