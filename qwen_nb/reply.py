@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TextAnswer', 'fit_arguments', 'ChatAnswer', 'put_together', 'Reply']
 
-# %% ../nbs/33b_reply.ipynb #abbcf1e8
+# %% ../nbs/33b_reply.ipynb #fc6df388
 import time
 import uuid
 
@@ -15,7 +15,7 @@ from .generation import TextStream
 from .thinking import opens_thinking
 from .tools import ChatParts, fitting, parse_call
 
-# %% ../nbs/33b_reply.ipynb #d7aeb7d2
+# %% ../nbs/33b_reply.ipynb #1a156034
 class TextAnswer:
     "Ids in, changes out. `reason` says why it ended: None as long as it has not."
     def __init__(self,
@@ -51,7 +51,7 @@ class TextAnswer:
     def rest(self):
         return self.told(self.text.end())
 
-# %% ../nbs/33b_reply.ipynb #1e27f3f6
+# %% ../nbs/33b_reply.ipynb #b3646e3b
 def fit_arguments(
     call:dict,   # from `parse_call`
     tools:list,  # the client's
@@ -66,7 +66,7 @@ def fit_arguments(
             fitted[name] = value           # as the model wrote it; the client will judge
     return fitted
 
-# %% ../nbs/33b_reply.ipynb #9b067002
+# %% ../nbs/33b_reply.ipynb #4ff40000
 class ChatAnswer(TextAnswer):
     "The same for messages: `content`, `reasoning_content` and `tool_calls`."
     def __init__(self, asked:Asked, tokenizer, family:str=None):
@@ -114,7 +114,7 @@ class ChatAnswer(TextAnswer):
         if self.calls and self.reason == "stop": self.reason = "tool_calls"
         return changes
 
-# %% ../nbs/33b_reply.ipynb #1d3f4570
+# %% ../nbs/33b_reply.ipynb #5544d1ea
 def put_together(changes:list) -> dict:
     "All changes as one: texts joined, calls in a list."
     whole = {}

@@ -6,7 +6,7 @@
 __all__ = ['MAX_BODY', 'PATIENCE', 'MOST_CLIENTS', 'event', 'Gate', 'Speaker', 'Http', 'Addresses', 'make_app', 'listen',
            'make_server', 'open_addresses', 'running']
 
-# %% ../nbs/33b_server.ipynb #45b84b4a
+# %% ../nbs/33b_server.ipynb #0c300d0a
 import asyncio
 import hmac
 import json
@@ -19,7 +19,7 @@ from .reply import ChatAnswer, Reply, TextAnswer
 from .serve import Engine, longest_text
 from .worker import Ticket, Worker
 
-# %% ../nbs/33b_server.ipynb #c01f3540
+# %% ../nbs/33b_server.ipynb #391bdcfb
 MAX_BODY = 2**22                       # bytes of a request
 PATIENCE = 30                          # seconds in which it has to be there
 
@@ -60,7 +60,7 @@ class Gate:
                 raise ApiError(f"the body has more than {self.max_body:,} bytes", 413)
         return bytes(data)
 
-# %% ../nbs/33b_server.ipynb #6980defa
+# %% ../nbs/33b_server.ipynb #92787ca3
 class Speaker:
     "Answers to requests that have a place in the engine."
     def __init__(self,
@@ -100,7 +100,7 @@ class Speaker:
         except ApiError as e:                        # it has begun: too late for a status
             yield event(e.json())
 
-# %% ../nbs/33b_server.ipynb #e21d38d3
+# %% ../nbs/33b_server.ipynb #f4b5523c
 class Http(Speaker):
     "What is done at each address."
     def __init__(self,
@@ -135,7 +135,7 @@ class Http(Speaker):
         while (await request.receive())["type"] != "http.disconnect": pass
         self.worker.leave(ticket)
 
-# %% ../nbs/33b_server.ipynb #f796d866
+# %% ../nbs/33b_server.ipynb #2fae4b29
 class Addresses(Http):
     "All addresses, and what is told at any other."
     def about(self) -> dict:
@@ -171,7 +171,7 @@ class Addresses(Http):
         if error.status in (429, 503): headers = {"Retry-After": "1"}
         return JSONResponse(error.json(), error.status, headers)
 
-# %% ../nbs/33b_server.ipynb #d3fa494d
+# %% ../nbs/33b_server.ipynb #b3e24e12
 def make_app(at:Addresses) -> object:
     "The Starlette application. ValueError with what to install if that is missing."
     try:
@@ -190,7 +190,7 @@ def make_app(at:Addresses) -> object:
     refused = (ApiError, HTTPException, ClientDisconnect, Exception)
     return Starlette(routes=routes, exception_handlers=dict.fromkeys(refused, at.refuse))
 
-# %% ../nbs/33b_server.ipynb #f2e1622b
+# %% ../nbs/33b_server.ipynb #a39a1bf8
 MOST_CLIENTS = 1000                    # connections; uvicorn answers others with 503
 
 def listen(
@@ -208,7 +208,8 @@ def listen(
 def make_server(at:Addresses) -> object:
     "uvicorn's server for it, ready to `run(sockets=[…])`. ValueError if that is not installed."
     app = make_app(at)
-    try: import uvicorn
+    try:
+        import uvicorn
     except ImportError:
         raise ValueError('uvicorn is not installed: pip install "qwen_nb[serve]"') from None
 

@@ -395,7 +395,7 @@ def test_other_addresses(address):
 
 
 def test_noise_on_the_wire(address):
-    for noise in (b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"POST /v1/chat/completions HTTP/1.1\r\n"):
+    for noise in (b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\n"):
         with socket.create_connection(address, timeout=30) as wire:
             wire.sendall(noise)
             wire.shutdown(socket.SHUT_WR)
@@ -449,7 +449,8 @@ TOOL = dict(
         ),
     ),
 )
-JSON_CALL = '<tool_call>\n{"name": "weather", "arguments": {"place": "Ulm", "days": 3}}\n</tool_call>'
+WANTED = '{"name": "weather", "arguments": {"place": "Ulm", "days": 3}}'
+JSON_CALL = f"<tool_call>\n{WANTED}\n</tool_call>"
 XML_CALL = (
     "<tool_call>\n<function=weather>\n<parameter=place>\nUlm\n</parameter>\n"
     "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
@@ -580,8 +581,8 @@ def test_one_that_leaves_while_it_waits(small):
         for i in range(2):
             wire = socket.create_connection(where, timeout=30)
             data = json.dumps(MESSAGES | dict(stream=True, max_tokens=2000))
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
-            wire.sendall(f"{head}Content-Type: application/json\r\n\r\n{data}".encode())
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json"
+            wire.sendall(f"{head}\r\nContent-Length: {len(data)}\r\n\r\n{data}".encode())
             wires.append(wire)
             until(lambda n=i: len(engine.requests) == n + 1)
         wires[1].close()
