@@ -187,8 +187,8 @@ def main():
 
     growth = memory[-1] - memory[len(memory) // 3]
     print(f"{args.clients} clients, {args.seconds:.0f} s: {sum(count.values()):,} requests, "
-          f"{count['LOST']} lost; memory {memory[-1]:.0f} MB, {growth:+.0f} MB since a third of the "
-          f"time; at the end {left['running']} run and {left['waiting']} wait, "
+          f"{count['LOST']} lost; memory {memory[-1]:.0f} MB, {growth:+.0f} MB since a third of it; "
+          f"at the end {left['running']} run and {left['waiting']} wait, "
           f"{left['tokens_written']:,} tokens were written; "
           f"the server ended with {process.returncode}, saying {rest.strip()!r}")
     fine = not count["LOST"] and not left["running"] and not left["waiting"]

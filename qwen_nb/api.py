@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STATUS_TYPES', 'MANY', 'API_NUMBERS', 'API_TYPES', 'ONLY_SO', 'SWITCHES', 'PENALTIES', 'FILTERS', 'ApiError',
            'read_body', 'wrong_field', 'check_field', 'check_fields', 'read_stops', 'read_tools', 'as_we_write',
-           'Asked', 'read_switches', 'Prompts', 'Api']
+           'Asked', 'read_switches', 'Prompts', 'Limits', 'Api']
 
-# %% ../nbs/33b_api.ipynb #23e0d60f
+# %% ../nbs/33b_api.ipynb #747c6d07
 import json
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from .folder_prompt import PromptWriter
 from .generation import max_positions
 from .sampling import Sampling, sampling_for
 
-# %% ../nbs/33b_api.ipynb #2f0fa494
+# %% ../nbs/33b_api.ipynb #0e5a2c6e
 STATUS_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error",
                 500: "server_error"}
 
@@ -37,7 +37,7 @@ class ApiError(ValueError):
         about = dict(message=str(self), type=kind, param=self.param, code=self.code)
         return dict(error=about)
 
-# %% ../nbs/33b_api.ipynb #a2f81580
+# %% ../nbs/33b_api.ipynb #56334359
 def read_body(
     data:bytes,  # of a request
 ) -> dict:
@@ -59,7 +59,7 @@ def read_body(
         raise ApiError(f"the body is {found:.40}; expected an object {{…}}")
     return body
 
-# %% ../nbs/33b_api.ipynb #5f4cf5a0
+# %% ../nbs/33b_api.ipynb #0a710ae2
 MANY = 2**31                       # more than there will ever be
 API_NUMBERS = dict(                # name: whole (int) or any number (float), from, to
     max_tokens=(int, 1, MANY), max_completion_tokens=(int, 1, MANY), seed=(int, -2**63, 2**63 - 1),
@@ -78,7 +78,7 @@ ONLY_SO = dict(                    # what these would do is not done here
     tool_choice=("auto", "none"), functions=([],), function_call=("none",), modalities=(["text"],),
 )
 
-# %% ../nbs/33b_api.ipynb #395ae3e7
+# %% ../nbs/33b_api.ipynb #3745dd9f
 def wrong_field(name:str, value:object, expected:str) -> ApiError:
     "The error that names a field, what it holds and what it should hold."
     return ApiError(f"{name} is {json_text(value):.60}; expected {expected}", param=name)
@@ -90,7 +90,8 @@ def check_field(
     "ApiError if a field holds something that it cannot."
     if name in API_NUMBERS:
         kind, low, high = API_NUMBERS[name]
-        kinds, words = ((int,), "a whole number") if kind is int else ((int, float), "a number")
+        kinds = (int,) if kind is int else (int, float)
+        words = "a whole number" if kind is int else "a number"
         limits = f"from {low:g} to {high:g}" if high < MANY else f"from {low:g} up"
         if low < -MANY: limits = "of at most 64 bits"
         if type(value) not in kinds or not low <= value <= high:
@@ -110,7 +111,7 @@ def check_fields(body:dict) -> dict:
         check_field(name, value)
     return said
 
-# %% ../nbs/33b_api.ipynb #c2672738
+# %% ../nbs/33b_api.ipynb #7d4d7d53
 def read_stops(said:dict) -> list:
     "The stop strings. ApiError if they are none."
     stop = said.get("stop", [])
@@ -150,7 +151,7 @@ def as_we_write(
         message["tool_calls"].append(call)
     return message
 
-# %% ../nbs/33b_api.ipynb #02e1a795
+# %% ../nbs/33b_api.ipynb #d484a7d4
 @dataclass
 class Asked:
     "What a request wants, checked."
@@ -177,7 +178,7 @@ def read_switches(said:dict) -> dict:
         raise wrong_field("enable_thinking", given["enable_thinking"], "true or false")
     return given
 
-# %% ../nbs/33b_api.ipynb #4715a60c
+# %% ../nbs/33b_api.ipynb #6740ee3b
 class Prompts:
     "The ids of what clients send, for one model."
     def __init__(self,
@@ -215,33 +216,16 @@ class Prompts:
             return prompt
         raise wrong_field("prompt", prompt, f"a text, or a list of ids below {known:,}; not empty")
 
-# %% ../nbs/33b_api.ipynb #48b70ba1
+# %% ../nbs/33b_api.ipynb #f2ec4d30
 PENALTIES = "temperature", "presence_penalty", "repetition_penalty"
 FILTERS = "top_k", "top_p", "min_p"
 
-class Api(Prompts):
-    "Requests to one model."
+class Limits(Prompts):
+    "How much is written, and how it is chosen."
     def __init__(self, model, tokenizer, name:str,
                  longest:int=None):  # positions, prompt and answer together; None: the model's
         super().__init__(model, tokenizer, name)
         self.longest = longest or max_positions(model.config)
-
-    def unknown(self, name:str) -> ApiError:
-        return ApiError(f"there is no model {name!r:.80}; there is {self.name}", 404, "model",
-                        "model_not_found")
-
-    def read(self,
-             body:dict,  # from `read_body`
-             chat:bool=True) -> Asked:
-        "What is asked. ApiError says in a sentence what cannot be answered."
-        said = check_fields(body)
-        if said.get("model", self.name) != self.name: raise self.unknown(said["model"])
-        stop, tools = read_stops(said), read_tools(said)
-        ids = self.chat_ids(said, tools) if chat else self.text_ids(said)
-        new, sampling = self.room(said, len(ids), chat), self.sampling(said, chat)
-        usage = said.get("stream_options", {}).get("include_usage") is True
-        return Asked(ids, new, sampling, chat, said.get("seed"), stop, tools,
-                     said.get("stream", False), usage)
 
     def room(self, said:dict, length:int, chat:bool) -> int:
         "How many new tokens at most."
@@ -264,3 +248,23 @@ class Api(Prompts):
             given |= {name: max(0, said[name]) for name in FILTERS if name in said}
         stops = chat_stop_ids(self.model, self.tokenizer) if chat else None
         return sampling_for(self.model, stop_ids=stops, **given)
+
+# %% ../nbs/33b_api.ipynb #ee4c9e4d
+class Api(Limits):
+    "Requests to one model."
+    def unknown(self, name:str) -> ApiError:
+        return ApiError(f"there is no model {name!r:.80}; there is {self.name}", 404, "model",
+                        "model_not_found")
+
+    def read(self,
+             body:dict,  # from `read_body`
+             chat:bool=True) -> Asked:
+        "What is asked. ApiError says in a sentence what cannot be answered."
+        said = check_fields(body)
+        if said.get("model", self.name) != self.name: raise self.unknown(said["model"])
+        stop, tools = read_stops(said), read_tools(said)
+        ids = self.chat_ids(said, tools) if chat else self.text_ids(said)
+        new, sampling = self.room(said, len(ids), chat), self.sampling(said, chat)
+        usage = said.get("stream_options", {}).get("include_usage") is True
+        return Asked(ids, new, sampling, chat, said.get("seed"), stop, tools,
+                     said.get("stream", False), usage)

@@ -261,8 +261,7 @@ def parse(argv:list=None):
     args, rest = make_parser().parse_known_args(argv)
     if rest and args.run is not run_train:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.settings += rest
+    if rest: args.settings += rest
     return args
 
 # %% ../nbs/90c_cli.ipynb #83d509f9

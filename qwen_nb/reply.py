@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TextAnswer', 'fit_arguments', 'ChatAnswer', 'put_together', 'Reply']
 
-# %% ../nbs/33b_reply.ipynb #fc6df388
+# %% ../nbs/33b_reply.ipynb #72a8ac56
 import time
 import uuid
 
@@ -15,7 +15,7 @@ from .generation import TextStream
 from .thinking import opens_thinking
 from .tools import ChatParts, fitting, parse_call
 
-# %% ../nbs/33b_reply.ipynb #1a156034
+# %% ../nbs/33b_reply.ipynb #36d8b28b
 class TextAnswer:
     "Ids in, changes out. `reason` says why it ended: None as long as it has not."
     def __init__(self,
@@ -51,7 +51,7 @@ class TextAnswer:
     def rest(self):
         return self.told(self.text.end())
 
-# %% ../nbs/33b_reply.ipynb #b3646e3b
+# %% ../nbs/33b_reply.ipynb #cfdb5f78
 def fit_arguments(
     call:dict,   # from `parse_call`
     tools:list,  # the client's
@@ -66,7 +66,7 @@ def fit_arguments(
             fitted[name] = value           # as the model wrote it; the client will judge
     return fitted
 
-# %% ../nbs/33b_reply.ipynb #4ff40000
+# %% ../nbs/33b_reply.ipynb #fa333a86
 class ChatAnswer(TextAnswer):
     "The same for messages: `content`, `reasoning_content` and `tool_calls`."
     def __init__(self, asked:Asked, tokenizer, family:str=None):
@@ -114,18 +114,18 @@ class ChatAnswer(TextAnswer):
         if self.calls and self.reason == "stop": self.reason = "tool_calls"
         return changes
 
-# %% ../nbs/33b_reply.ipynb #5544d1ea
+# %% ../nbs/33b_reply.ipynb #ae6e5f12
 def put_together(changes:list) -> dict:
     "All changes as one: texts joined, calls in a list."
     whole = {}
     for change in changes:
         for key, value in change.items():
             whole[key] = whole[key] + value if key in whole else value
-    calls = whole.get("tool_calls", [])
-    if calls:
-        whole["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in calls]
+    for i, call in enumerate(whole.get("tool_calls", [])):
+        whole["tool_calls"][i] = {key: value for key, value in call.items() if key != "index"}
     return whole
 
+# %% ../nbs/33b_reply.ipynb #741a9fcc
 class Reply:
     "The JSON of one answer, whole or in chunks."
     def __init__(self,

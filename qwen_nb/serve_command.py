@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SERVE_EXAMPLES', 'is_loopback', 'warning', 'add_serve', 'model_name', 'tell_address', 'check_serve', 'run_serve']
 
-# %% ../nbs/90bb_serve.ipynb #a3752ee6
+# %% ../nbs/90bb_serve.ipynb #8bdb57a4
+import logging
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from .terminal import choose_model, load
 
-# %% ../nbs/90bb_serve.ipynb #96aa574c
+# %% ../nbs/90bb_serve.ipynb #2fc75721
 def is_loopback(host:str) -> bool:
     "Whether an address is this machine's own, which nobody outside reaches."
     if host == "localhost": return True
@@ -30,7 +31,7 @@ def warning(
     return (f"Everybody who reaches {host} can use this model: give an --api-key, "
             "or stay at --host 127.0.0.1.")
 
-# %% ../nbs/90bb_serve.ipynb #2047cb0e
+# %% ../nbs/90bb_serve.ipynb #7f2f2b5c
 SERVE_EXAMPLES = """examples:
   qwen-nb serve
   qwen-nb serve --model Qwen/Qwen3-0.6B --dtype bfloat16 --name qwen3
@@ -67,7 +68,7 @@ def add_serve(commands):
         help="requests that may wait for their turn (default: 1000); others get status 429")
     p.set_defaults(run=run_serve, parser=p)
 
-# %% ../nbs/90bb_serve.ipynb #6ece5cb7
+# %% ../nbs/90bb_serve.ipynb #82cb067b
 def model_name(args:Namespace) -> str:
     "What clients call the model."
     if args.name: return args.name
@@ -96,6 +97,7 @@ def check_serve(args:Namespace):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is {getattr(args, name)}; expected {least} or more")
 
+# %% ../nbs/90bb_serve.ipynb #62342c62
 def run_serve(args:Namespace) -> int:
     "Serve a model until Ctrl-C. The exit status."
     check_serve(args)
@@ -104,6 +106,7 @@ def run_serve(args:Namespace) -> int:
     from qwen_nb.server import listen, make_server, open_addresses
     key, limits = args.api_key or os.environ.get("QWEN_NB_API_KEY") or None, {}
     for limit in ("max_rows", "max_waiting"): limits[limit] = getattr(args, limit)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)   # it warns of each client that hangs up
     door = listen(args.host, args.port)        # taken? Then better now than after loading
     addresses = open_addresses(*load(args), name, key, **limits)
     server = make_server(addresses)
