@@ -186,11 +186,12 @@ def main():
         rest = process.communicate(timeout=60)[1]
 
     growth = memory[-1] - memory[len(memory) // 3]
-    print(f"{args.clients} clients, {args.seconds:.0f} s: {sum(count.values()):,} requests, "
-          f"{count['LOST']} lost; memory {memory[-1]:.0f} MB, {growth:+.0f} MB since a third of it; "
-          f"at the end {left['running']} run and {left['waiting']} wait, "
-          f"{left['tokens_written']:,} tokens were written; "
-          f"the server ended with {process.returncode}, saying {rest.strip()!r}")
+    print(f"{args.clients} clients, {args.seconds:.0f} s")
+    print(f"requests       {sum(count.values()):,}, of these lost: {count['LOST']}")
+    print(f"memory         {memory[-1]:.0f} MB, {growth:+.0f} MB in the last two thirds")
+    print(f"engine         {left['tokens_written']:,} tokens; at the end {left['running']} run, "
+          f"{left['waiting']} wait")
+    print(f"the server     ended with status {process.returncode}, saying {rest.strip()!r}")
     fine = not count["LOST"] and not left["running"] and not left["waiting"]
     return 0 if fine and process.returncode == 0 and "Traceback" not in rest else 1
 

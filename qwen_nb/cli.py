@@ -103,8 +103,7 @@ def settings_help() -> str:
     lines = ["settings, and what they are if not given:"]
     for name, value, why in settings_of():
         shown = f"{value:g}" if isinstance(value, float) else str(value)
-        if isinstance(value, bool):
-            shown = shown.lower()                        # as it is typed
+        if isinstance(value, bool): shown = shown.lower()    # as it is typed
         first, *rest = wrap(why, width - 32) or [""]
         lines.append(f"  {f'{name}={shown}':30}{first}".rstrip())
         lines += [" " * 32 + text for text in rest]
