@@ -83,7 +83,7 @@ class PagedCache:
     """Room for the keys and values of many texts, a slot for each token. A page is `page_size`
     neighbouring slots.
 
-    `kv[i]` is `(slots, 2, kv heads, head_dim)`, of the i-th layer with attention. `states` holds,
+    `kv[i]` is `(2, kv heads, slots, head_dim)`, of the i-th layer with attention. `states` holds,
     for each Gated DeltaNet of a hybrid, last inputs and state: `(rows, …)` each."""
     def __init__(self,
                  config,                           # the model's
@@ -97,8 +97,8 @@ class PagedCache:
         kinds = getattr(config, "layer_types", None)
         kinds = kinds or ["full_attention"] * config.num_hidden_layers
         self.layers = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-        one_slot = 2, config.num_key_value_heads, config.head_dim
-        shape = len(self.layers), num_pages * page_size, *one_slot
+        slots, heads = num_pages * page_size, config.num_key_value_heads
+        shape = len(self.layers), 2, heads, slots, config.head_dim
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.states = {}
         for i, kind in enumerate(kinds):
@@ -150,11 +150,13 @@ class PagedRows:
 
     def update(self, layer_idx:int, k:torch.Tensor, v:torch.Tensor):
         "Write the new `(rows, kv heads, seq, head_dim)` into their slots; all come back."
-        pool = self.cache.kv[self.cache.layers.index(layer_idx)]
-        both = torch.stack([k, v], 1).permute(0, 3, 1, 2, 4)    # (rows, seq, 2, kv heads, head_dim)
-        pool.index_copy_(0, self.new_slots, both.flatten(0, 1)[self.which])
-        seen = pool.index_select(0, self.slots).view(*self.shape, *pool.shape[1:])
-        return seen.permute(2, 0, 3, 1, 4)                      # two of (rows, kv heads, …)
+        pool = self.cache.kv[self.cache.layers.index(layer_idx)].flatten(0, 1)
+        both = torch.stack([k, v]).transpose(1, 2)           # (2, kv heads, rows, seq, head_dim)
+        both = both.flatten(2, 3).flatten(0, 1)              # (2 · kv heads, rows · seq, head_dim)
+        pool.index_copy_(1, self.new_slots, both.index_select(1, self.which))
+        seen = pool.index_select(1, self.slots)              # (2 · kv heads, rows · keys, head_dim)
+        seen = seen.view(2, k.shape[1], *self.shape, k.shape[-1])
+        return seen.transpose(1, 2)                          # two of (rows, kv heads, keys, …)
 
     def keep(self, layer_idx:int, recent:torch.Tensor, state:torch.Tensor, new:int):
         "A Gated DeltaNet's last inputs and states, after this pass."
