@@ -11,10 +11,11 @@ Three ways, in turn, the same dtype, greedy, without stop ids, written tokens a 
 - one after the other: `generate` for each request by itself,
 - a fixed batch: `generate` for as many prompts as the engine has rows, all of the same length and
   with the same number of new tokens, so that nothing is wasted. No batch can do better,
-- the engine: requests of different lengths, twice as many as it has rows, so that rows are refilled.
+- the engine: requests of different lengths, four times as many as it has rows, until none waits any
+  more. So all rows are under way, those that end are refilled, and prompts are read in between.
 
-A last line serves the same requests behind a beginning that all have, once in pages that are shared
-and once behind beginnings that differ in their first token. Figures are medians over the runs.
+The last lines serve the same requests behind a beginning that all have, once in pages that are
+shared and once behind beginnings that differ in their first token. Medians over the runs.
 """
 
 import argparse
@@ -53,14 +54,12 @@ def fixed_batch(model, rows, prompt, new):
     return rows * new
 
 
-def engine(model, requests, rows, counts=None):
-    served = Engine(model, max_rows=rows, prefill_chunk=512)
+def engine(model, requests, rows):
+    served = Engine(model, max_rows=rows, prefill_chunk=16 * rows)
     for ids, new in requests:
         served.add(ids, new, Sampling())
-    while not served.idle:
+    while served.waiting:
         served.step()
-    if counts is not None:
-        counts.update(served.counts)
     return served.counts["tokens_written"]
 
 
@@ -94,7 +93,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Qwen.from_pretrained(args.model, args.dtype, device)
     vocab_size, rows = model.config.vocab_size, args.rows
-    requests = draw(2 * rows, vocab_size, args.prompt, args.new, seed=0)
+    requests = draw(4 * rows, vocab_size, args.prompt, args.new, seed=0)
     begin = [1] * args.prompt
     alike = [(begin + ids, new) for ids, new in requests]
     apart = [([i % vocab_size] + begin[1:] + ids, new) for i, (ids, new) in enumerate(requests)]

@@ -109,6 +109,15 @@ class RequestQueue(PagedTexts):
 # %% ../nbs/33a_serve.ipynb #33apre7
 class RequestReader(RequestQueue):
     "Passes of the model over requests that run."
+    def worth_a_pass(self, writers:list, readers:list) -> bool:
+        "Prompts are read if they fill a piece, if nobody writes, or if it is some steps ago."
+        self.steps_ago += 1
+        full = sum(request.unread for request in readers) >= self.prefill_chunk
+        go = bool(readers) and (full or not writers or self.steps_ago >= self.prefill_every)
+        if go:
+            self.steps_ago = 0
+        return go
+
     def next_prompts(self, readers:list) -> tuple:
         "The oldest prompts, and pieces of them that make a batch of `prefill_chunk` tokens at most."
         chosen, new = [], []
@@ -191,12 +200,14 @@ class Engine(RequestReader):
                  num_pages:int=None,      # None: see `pages_that_fit`
                  page_size:int=16,        # ids in a page
                  prefill_chunk:int=256,   # ids of prompts that a step reads at most
-                 max_waiting:int=1000):   # requests that may wait
+                 max_waiting:int=1000,    # requests that may wait
+                 prefill_every:int=4):    # steps that a prompt smaller than a piece waits at most
         weight = next(p for p in model.parameters() if p.is_floating_point())
         kind = weight.dtype, weight.device
         num_pages = num_pages or pages_that_fit(model.config, *kind, max_rows, page_size)
         super().__init__(model.config, num_pages, page_size, max_rows, *kind)
         self.model, self.prefill_chunk, self.max_waiting = model, prefill_chunk, max_waiting
+        self.prefill_every = self.steps_ago = prefill_every
         self.waiting, self.running = deque(), []
         self.tokens_read = self.tokens_written = self.pages_shared = 0
 
@@ -212,12 +223,14 @@ class Engine(RequestReader):
         return request
 
     def step(self) -> list:
-        "An id for each text that writes, then one piece of the prompts. Who got an id."
+        "An id for each text that writes, then perhaps a piece of the prompts. Who got an id."
         self.admit()
         writers = self.make_room([r for r in self.running if r.unread == 1])
         got = self.advance(writers, [1] * len(writers))
         readers = [r for r in self.running if r.unread > 1]
-        return got + self.advance(*self.next_prompts(readers))
+        if self.worth_a_pass(writers, readers):
+            got = got + self.advance(*self.next_prompts(readers))
+        return got
 
     @property
     def idle(self) -> bool:
