@@ -39,7 +39,9 @@ def draw(n, vocab_size, prompt, new, seed):
     def around(mean):
         return rng.randint(mean // 4, 2 * mean - mean // 4)
 
-    return [([rng.randrange(vocab_size) for _ in range(around(prompt))], around(new)) for _ in range(n)]
+    return [
+        ([rng.randrange(vocab_size) for _ in range(around(prompt))], around(new)) for _ in range(n)
+    ]
 
 
 def one_after_the_other(model, requests):
@@ -115,7 +117,9 @@ def main():
     for name, found in medians.items():
         print(f"{name:26} {found:9,.0f} tokens/s")
     alone, fixed, ours = list(medians.values())[:3]
-    print(f"engine / fixed batch {ours / fixed:.2f}, engine / one after the other {ours / alone:.1f}")
+    print(
+        f"engine / fixed batch {ours / fixed:.2f}, engine / one after the other {ours / alone:.1f}"
+    )
 
 
 if __name__ == "__main__":
