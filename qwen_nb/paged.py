@@ -19,8 +19,7 @@ from .qwen1 import NTKCache
 # %% ../nbs/33_pages.ipynb #33book1
 class Pages:
     "Which pages belong to which number of texts, and which are kept in case they are wanted again."
-    def __init__(self,
-                 number:int):          # how many there are
+    def __init__(self, number:int):
         self.free = list(range(number))[::-1]    # nobody's
         self.owners = [0] * number               # how many texts use each page
         self.names = {}                          # page → its name, once it is full
@@ -48,12 +47,9 @@ class Pages:
     def give_back(self, page:int):
         "One text needs it no longer. The last one leaves it free, or kept if it has a name."
         self.owners[page] -= 1
-        if self.owners[page]:
-            return
-        if page in self.names:
-            self.kept[page] = None
-        else:
-            self.free.append(page)
+        if self.owners[page]: return
+        if page in self.names: self.kept[page] = None
+        else: self.free.append(page)
 
     def call(self, page:int, name:bytes):
         "A full page gets its name, unless another page of the same content has it."
@@ -116,15 +112,15 @@ class PagedCache:
 class PagedRows:
     """Some texts of a `PagedCache` as the padded batch of one pass: what `Qwen` takes as `cache`.
 
-    The last `new[i]` tokens of text i are read now. The batch has `seq` columns for them, the
-    longest row's; its keys have `length + seq`. All rows end in the last column."""
+    The last `new[i]` tokens of text i are read now, in `seq` columns; keys have `length + seq`.
+    All rows end in the last column."""
     def __init__(self,
                  cache:PagedCache,
                  tables:list,   # the pages of each text, in order
                  ends:list,     # tokens of each text after this pass
                  new:list,      # how many of them are read now
                  rows:list):    # the states' rows, for hybrids
-        device = cache.kv.device
+        device, size = cache.kv.device, cache.page_size
         longest, seq = max(ends), max(new)
         self.cache, self.length = cache, longest - seq
         self.rows = torch.tensor([row or 0 for row in rows], device=device)
@@ -136,23 +132,20 @@ class PagedRows:
         column = torch.arange(longest, device=device)[None]
         self.mask = column >= first                             # (rows, longest): no padding
         token = (column - first).clamp_min(0)
-        page = table.gather(1, token // cache.page_size)
-        slots = page * cache.page_size + token % cache.page_size
+        slots = table.gather(1, token // size) * size + token % size
         self.slots, self.shape = slots.flatten(), slots.shape
 
         self.position_ids = token[:, -seq:]
         is_new = column[:, -seq:] >= (longest - new)[:, None]   # (rows, seq)
         self.which = is_new.flatten().nonzero()[:, 0]
         self.new_slots = slots[:, -seq:][is_new]
-        taken = {i: (recent[self.rows], state[self.rows])
-                 for i, (recent, state) in cache.states.items()}
-        self.layers = taken                                     # where a Gated DeltaNet looks
+        self.layers = {i: (recent[self.rows], state[self.rows])  # where a Gated DeltaNet looks
+                       for i, (recent, state) in cache.states.items()}
 
     def update(self, layer_idx:int, k:torch.Tensor, v:torch.Tensor):
         "Write the new `(rows, kv heads, seq, head_dim)` into their slots; all come back."
         pool = self.cache.kv[self.cache.layers.index(layer_idx)].flatten(0, 1)
-        both = torch.stack([k, v]).transpose(1, 2)           # (2, kv heads, rows, seq, head_dim)
-        both = both.flatten(2, 3).flatten(0, 1)              # (2 · kv heads, rows · seq, head_dim)
+        both = torch.stack([k, v]).transpose(1, 2).flatten(2, 3).flatten(0, 1)
         pool.index_copy_(1, self.new_slots, both.index_select(1, self.which))
         seen = pool.index_select(1, self.slots)              # (2 · kv heads, rows · keys, head_dim)
         seen = seen.view(2, k.shape[1], *self.shape, k.shape[-1])
