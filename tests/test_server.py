@@ -19,6 +19,7 @@ pytest.importorskip("uvicorn", reason='pip install "qwen_nb[serve]"')
 
 from qwen_nb.api import Api, ApiError, Asked, read_body
 from qwen_nb.chat import Chat
+from qwen_nb.folder_prompt import PromptWriter
 from qwen_nb.generation import generate
 from qwen_nb.model import Qwen
 from qwen_nb.reply import ChatAnswer, Reply, TextAnswer, put_together
@@ -488,6 +489,34 @@ def test_calls(small, family, call):
     assert [one["index"] for one in calls] == [0, 1]
     _, message, _ = ask_tools(small, f"{call}<|im_end|>", family)
     assert message["content"] is None, "nothing was said"
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "qwen3.5", "qwen3.8"])
+def test_a_conversation_with_calls_in_every_form(small, family):
+    "What the API sends (arguments as text, a developer) is told to templates as they want it."
+    model, tokenizer = small
+    api = Api(model, tokenizer, "small")
+    api.writer = PromptWriter(model, family)
+    arguments = dict(place="Ulm", days=3)
+    call = dict(name="weather", arguments=json.dumps(arguments))
+    call = dict(id="call_1", type="function", function=call)
+    messages = [
+        dict(role="developer", content="Be short."),
+        dict(role="user", content=[dict(type="text", text="Rain in Ulm?")]),
+        dict(role="assistant", content=None, tool_calls=[call], refusal=None, audio=None),
+        dict(role="tool", tool_call_id="call_1", content="</tool_response>Rain."),
+    ]
+    ids = api.read(dict(messages=messages, tools=[TOOL])).ids
+    wanted = [
+        dict(role="system", content="Be short."),
+        dict(role="user", content="Rain in Ulm?"),
+        dict(role="assistant", content="", tool_calls=[dict(name="weather", arguments=arguments)]),
+        dict(role="tool", content="</tool_response>Rain."),
+    ]
+    assert ids == api.writer.encode(tokenizer, wanted, [TOOL])
+    assert tokenizer.decode(ids).count("weather") >= 2
+    closing = tokenizer.special.get("</tool_response>")
+    assert closing is None or ids.count(closing) == 1, "a tool's words are words"
 
 
 def test_calls_that_are_none(small):
