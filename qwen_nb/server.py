@@ -6,7 +6,7 @@
 __all__ = ['MAX_BODY', 'PATIENCE', 'MOST_CLIENTS', 'event', 'Gate', 'Speaker', 'Http', 'Addresses', 'make_app', 'listen',
            'make_server', 'open_addresses', 'running']
 
-# %% ../nbs/33b_server.ipynb #c1178e2e
+# %% ../nbs/33b_server.ipynb #376db326
 import asyncio
 import hmac
 import json
@@ -19,7 +19,7 @@ from .reply import ChatAnswer, Reply, TextAnswer
 from .serve import Engine, longest_text
 from .worker import Ticket, Worker
 
-# %% ../nbs/33b_server.ipynb #338f725e
+# %% ../nbs/33b_server.ipynb #b24ee3b3
 MAX_BODY = 2**22                       # bytes of a request
 PATIENCE = 30                          # seconds in which it has to be there
 
@@ -60,7 +60,7 @@ class Gate:
                 raise ApiError(f"the body has more than {self.max_body:,} bytes", 413)
         return bytes(data)
 
-# %% ../nbs/33b_server.ipynb #8411712f
+# %% ../nbs/33b_server.ipynb #1cc3cbb2
 class Speaker:
     "Answers to requests that have a place in the engine."
     def __init__(self,
@@ -100,7 +100,7 @@ class Speaker:
         except ApiError as e:                        # it has begun: too late for a status
             yield event(e.json())
 
-# %% ../nbs/33b_server.ipynb #28b076ca
+# %% ../nbs/33b_server.ipynb #03c4830b
 class Http(Speaker):
     "What is done at each address."
     def __init__(self,
@@ -135,7 +135,7 @@ class Http(Speaker):
         while (await request.receive())["type"] != "http.disconnect": pass
         self.worker.leave(ticket)
 
-# %% ../nbs/33b_server.ipynb #58ca4688
+# %% ../nbs/33b_server.ipynb #154474ca
 class Addresses(Http):
     "All addresses, and what is told at any other."
     def about(self) -> dict:
@@ -171,7 +171,7 @@ class Addresses(Http):
         if error.status in (429, 503): headers = {"Retry-After": "1"}
         return JSONResponse(error.json(), error.status, headers)
 
-# %% ../nbs/33b_server.ipynb #f9a77758
+# %% ../nbs/33b_server.ipynb #bda0580f
 def make_app(at:Addresses) -> object:
     "The Starlette application. ValueError with what to install if that is missing."
     try:
@@ -190,7 +190,7 @@ def make_app(at:Addresses) -> object:
     refused = (ApiError, HTTPException, ClientDisconnect, Exception)
     return Starlette(routes=routes, exception_handlers=dict.fromkeys(refused, at.refuse))
 
-# %% ../nbs/33b_server.ipynb #bbee70b0
+# %% ../nbs/33b_server.ipynb #1d7aee5d
 MOST_CLIENTS = 1000                    # connections; uvicorn answers others with 503
 
 def listen(
@@ -222,7 +222,7 @@ def make_server(at:Addresses) -> object:
         app, log_level="warning", access_log=False, lifespan="off", server_header=False,
         limit_concurrency=MOST_CLIENTS, timeout_graceful_shutdown=2))
 
-# %% ../nbs/33b_server.ipynb #7c18141f
+# %% ../nbs/33b_server.ipynb #e331f330
 def open_addresses(
     model, tokenizer,
     name:str="qwen_nb",  # by which clients call the model

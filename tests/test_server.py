@@ -495,7 +495,7 @@ def test_calls(small, family, call):
 def test_a_conversation_with_calls_in_every_form(small, family):
     "What the API sends (arguments as text, a developer) is told to templates as they want it."
     model, tokenizer = small
-    api = Api(model, tokenizer, "small")
+    api = Api(model, tokenizer, "small", 10_000)
     api.writer = PromptWriter(model, family)
     arguments = dict(place="Ulm", days=3)
     call = dict(name="weather", arguments=json.dumps(arguments))
