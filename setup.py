@@ -26,7 +26,7 @@ setup(
     package_data={cfg["lib_name"]: ["py.typed", "pretrained/*", "pretrained/*/*", "qwen1_tiny/*", "browser/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
-        extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "browser", "eval")
+        extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "browser", "eval", "serve")
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
