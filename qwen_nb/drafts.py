@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Lookup', 'ModelDraft', 'HeadDraft', 'pieces_limit', 'draft_for', 'speculate', 'expected_tokens', 'expected_speed']
 
-# %% ../nbs/32a_drafts.ipynb #bff0079e
+# %% ../nbs/32a_drafts.ipynb #3b14d4bc
 import torch
 from torch.nn import functional as F
 
@@ -14,7 +14,7 @@ from .mtp import MTPHead
 from .sampling import sampling_for
 from .speculation import Draft, Reader, TokenChoice, write_ahead
 
-# %% ../nbs/32a_drafts.ipynb #5cd877c6
+# %% ../nbs/32a_drafts.ipynb #5df3a1ca
 class Lookup(Draft):
     """What followed the last few tokens where they stood before.
 
@@ -36,7 +36,7 @@ class Lookup(Draft):
                 return ids[end:end + k], None
         return [], None
 
-# %% ../nbs/32a_drafts.ipynb #01ba7e53
+# %% ../nbs/32a_drafts.ipynb #6ca312ba
 class ModelDraft(Draft):
     "Another model that writes a few tokens ahead. Its tokens must be numbered alike."
     def __init__(self, model:torch.nn.Module):
@@ -56,7 +56,7 @@ class ModelDraft(Draft):
 
     def guess(self, ids:list, k:int, choice:TokenChoice):
         reader, guessed, rows = self.reader, [], []
-        both = min(len(reader.ids), len(ids))
+        both = min(len(reader.ids), len(ids) - 1)      # the last one is read in any case
         while reader.ids[:both] != ids[:both]:         # the rejected guesses
             both -= 1
         reader.go_back(both)
@@ -71,7 +71,7 @@ class ModelDraft(Draft):
                 break
         return guessed, torch.cat(rows) if rows else None
 
-# %% ../nbs/32a_drafts.ipynb #9e0c2b5e
+# %% ../nbs/32a_drafts.ipynb #15a95b5a
 class HeadDraft(Draft):
     "The head of Qwen3-Next and Qwen3.5, from `open_mtp`."
     def __init__(self, head:MTPHead):
@@ -108,7 +108,7 @@ class HeadDraft(Draft):
     def end(self):
         self.hook.remove()
 
-# %% ../nbs/32a_drafts.ipynb #5f409ddd
+# %% ../nbs/32a_drafts.ipynb #fb5cb610
 def pieces_limit(
     config:object,  # of a model
 ) -> int:
@@ -133,7 +133,7 @@ def draft_for(
     raise ValueError(f"draft is {draft!r:.80}; expected 'lookup', a model, a head from open_mtp, "
                      "or a Draft with guess()")
 
-# %% ../nbs/32a_drafts.ipynb #52b7210d
+# %% ../nbs/32a_drafts.ipynb #17c463a4
 def speculate(
     model:torch.nn.Module,        # ours
     input_ids:torch.Tensor,       # one prompt, (1, seq)
@@ -164,7 +164,7 @@ def speculate(
     written = torch.tensor([list(found)], dtype=input_ids.dtype, device=input_ids.device)
     return torch.cat([input_ids, written], 1)
 
-# %% ../nbs/32a_drafts.ipynb #62807f83
+# %% ../nbs/32a_drafts.ipynb #97541a5b
 def expected_tokens(
     alpha:float,  # the probability that a guess is accepted
     k:int,        # guesses in one pass
