@@ -162,8 +162,8 @@ def add_generate(commands):
                    help=r"stop before this text; \n is a line end; may be given several times")
     p.add_argument("--allow-special", action="store_true", help="names of special tokens, such as "
                    "<|im_start|>, are those tokens and not text")
-    p.add_argument("--chat", action="store_true", help="TEXT is a question: the prompt is written "
-                   "by the model's chat template")
+    p.add_argument("--chat", action="store_true", help="TEXT is a question, asked as in a chat")
+    p.add_argument("--draft", metavar="MODEL", help="guesses ahead: lookup, or a smaller model")
     add_shared(p)
     p.set_defaults(run=run_generate, parser=p)
 

@@ -154,7 +154,8 @@ def run_generate(args:Namespace) -> int:
     choose_model(args)
     import torch
 
-    from qwen_nb.generation import max_positions, stream
+    from qwen_nb.drafts import stream_ahead
+    from qwen_nb.generation import max_positions
     model, tokenizer = load(args)
     sampling = sampling_of(args)
     if args.chat: prompt, sampling["stop_ids"] = as_question(model, tokenizer, text)
@@ -166,7 +167,7 @@ def run_generate(args:Namespace) -> int:
         new = min(256, max(1, room))
     stop = [s.replace(r"\n", "\n").replace(r"\t", "\t") for s in args.stop or ()]
     screen = Screen()
-    pieces = stream(model, ids, new, tokenizer, stop, args.seed, **sampling_of(args))
+    pieces = stream_ahead(model, ids, new, tokenizer, stop, args.draft, args.seed, **sampling)
     try:
         for piece in pieces:
             screen.show(piece)

@@ -459,7 +459,7 @@ def test_refusals():
         ((prompt, 0), {}, "max_new_tokens is 0"),
         ((prompt, 500), {}, "the model knows 128 positions"),
         ((prompt, 5), dict(k=0), "k is 0"),
-        ((prompt, 5), dict(draft="sibling"), "draft is 'sibling'; expected 'lookup'"),
+        ((prompt, 5), dict(draft=3), "draft is 3; expected 'lookup'"),
         ((prompt, 5), dict(draft=None), "draft is None"),
         ((prompt, 5), dict(temperature=-1.0), "temperature is -1.0"),
         ((prompt, 5), dict(seed=2**70, temperature=1.0), "seed is"),
@@ -502,3 +502,21 @@ def test_half_as_many_passes_on_the_packaged_stories():
         checks += len(trace)
     assert 2 * 60 > 1.5 * checks
     assert drafts.pieces_limit(model.config) is None
+
+
+def test_pieces_of_text_are_those_of_stream():
+    from qwen_nb.drafts import stream_ahead
+    from qwen_nb.generation import stream
+    from qwen_nb.tokenizer import Tokenizer
+
+    folder = packaged_model()
+    model, tokenizer = (
+        Qwen.from_pretrained(folder, torch.float32),
+        Tokenizer.from_pretrained(folder),
+    )
+    ids = torch.tensor([tokenizer.encode("Max is in the attic.\nAnna has the ball.\nMax")])
+    for stop in (None, ["\n"], ["attic", "Anna"]):
+        expected = "".join(stream(model, ids, 40, tokenizer, stop, temperature=0.0))
+        for draft in (None, "lookup", packaged_model("qwen2")):
+            pieces = stream_ahead(model, ids, 40, tokenizer, stop, draft, temperature=0.0)
+            assert "".join(pieces) == expected
