@@ -520,3 +520,22 @@ def test_pieces_of_text_are_those_of_stream():
         for draft in (None, "lookup", packaged_model("qwen2")):
             pieces = stream_ahead(model, ids, 40, tokenizer, stop, draft, temperature=0.0)
             assert "".join(pieces) == expected
+
+
+@pytest.mark.parametrize("draft", [[], ["--draft", "lookup"]], ids=str)
+def test_the_command_hands_on_what_ends_a_chat(draft, monkeypatch, capsys):
+    from qwen_nb.chat import chat_stop_ids
+    from qwen_nb.cli import main
+    from qwen_nb.tokenizer import Tokenizer
+
+    found = []
+    monkeypatch.setattr(
+        drafts, "stream_ahead", lambda *args, **given: found.append((args, given)) or ()
+    )
+    monkeypatch.setattr("sys.argv", ["qwen-nb", "generate", "Where is Max?", "--chat", *draft])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    args, given = found[0]
+    model = args[0]
+    assert given["stop_ids"] == chat_stop_ids(model, Tokenizer.from_pretrained(model.folder))
+    assert args[5] == (draft[1] if draft else None)
