@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEHIND', 'accept_guesses', 'TokenChoice', 'bookmark', 'turn_back', 'Reader', 'Draft', 'write_ahead']
 
-# %% ../nbs/32_speculate.ipynb #ae7c988a
+# %% ../nbs/32_speculate.ipynb #a2642989
 import torch
 from torch.nn import functional as F
 
@@ -13,7 +13,7 @@ from .cache import KVCache
 from .sampling import Sampling, keep, penalize
 from .writing import generator_for
 
-# %% ../nbs/32_speculate.ipynb #5c6e57d3
+# %% ../nbs/32_speculate.ipynb #9c66ab7b
 def accept_guesses(
     p:torch.Tensor,     # (n + 1, vocab): the model's probabilities at each place, and behind
     q:torch.Tensor,     # (n, vocab): what the guesses were drawn from
@@ -32,7 +32,7 @@ def accept_guesses(
         return i, rest / total if total > 0 else p[i]  # no rest: p is q but for rounding
     return len(guessed), p[len(guessed)]               # the bonus
 
-# %% ../nbs/32_speculate.ipynb #6c60f3ec
+# %% ../nbs/32_speculate.ipynb #be7cc439
 class TokenChoice:
     "How one text chooses its tokens: probabilities at several places at once, and draws."
     def __init__(self,
@@ -74,7 +74,7 @@ class TokenChoice:
     def luck(self, n:int):
         return torch.rand(n, generator=self.generator, device=self.device)
 
-# %% ../nbs/32_speculate.ipynb #32df5c2f
+# %% ../nbs/32_speculate.ipynb #4b4da6e5
 def bookmark(cache:object) -> tuple:
     "What brings a cache of any family back to this moment; `turn_back` does it. Nothing is copied."
     layers = list(getattr(cache, "layers", ()))        # hybrids: pairs, states are replaced whole
@@ -89,7 +89,7 @@ def turn_back(cache:object, mark:tuple):
     if beside:
         cache.more = [dict(kept) for kept in beside]
 
-# %% ../nbs/32_speculate.ipynb #96b35b46
+# %% ../nbs/32_speculate.ipynb #3159127b
 class Reader:
     """What a model has read of one text, with a way back.
 
@@ -133,7 +133,7 @@ class Reader:
             self.cache.length = min(length, self.cache.length)
         del self.ids[self.cache.length:]
 
-# %% ../nbs/32_speculate.ipynb #aadab110
+# %% ../nbs/32_speculate.ipynb #7bfbb4d2
 class Draft:
     "Guesses how a text goes on. A subclass needs `guess`; the others if it has something to keep."
     def begin(self, model:torch.nn.Module, room:int):
@@ -149,7 +149,7 @@ class Draft:
     def end(self):
         "The text has ended."
 
-# %% ../nbs/32_speculate.ipynb #e469594c
+# %% ../nbs/32_speculate.ipynb #0c25c3be
 BEHIND = 16  # tokens that a recurrent model reads again, at most, before a pass without guesses
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def write_ahead(
     finally:
         draft.end()
 
-
+# %% ../nbs/32_speculate.ipynb #b5e8ce80
 def _one_check(reader, draft, ids, wanted, choice, trace):
     "One pass over what is not read yet and the guesses: the new ids, at least one."
     guessed, q = [], None
