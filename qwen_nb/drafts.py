@@ -6,7 +6,7 @@
 __all__ = ['Lookup', 'ModelDraft', 'HeadDraft', 'pieces_limit', 'draft_for', 'start_ahead', 'speculate', 'stream_ahead',
            'expected_tokens', 'expected_speed']
 
-# %% ../nbs/32a_drafts.ipynb #7a1432f2
+# %% ../nbs/32a_drafts.ipynb #9f284dcb
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from .mtp import MTPHead
 from .sampling import sampling_for
 from .speculation import Draft, Reader, TokenChoice, write_ahead
 
-# %% ../nbs/32a_drafts.ipynb #7f0bf1f6
+# %% ../nbs/32a_drafts.ipynb #183909c8
 class Lookup(Draft):
     """What followed the last few tokens where they stood before.
 
@@ -40,7 +40,7 @@ class Lookup(Draft):
                 return ids[end:end + k], None
         return [], None
 
-# %% ../nbs/32a_drafts.ipynb #4b1d10b6
+# %% ../nbs/32a_drafts.ipynb #6f46bc66
 class ModelDraft(Draft):
     "Another model that writes a few tokens ahead. Its tokens must be numbered alike."
     def __init__(self, model:torch.nn.Module):
@@ -75,7 +75,7 @@ class ModelDraft(Draft):
                 break
         return guessed, torch.cat(rows) if rows else None
 
-# %% ../nbs/32a_drafts.ipynb #3b66954d
+# %% ../nbs/32a_drafts.ipynb #88516241
 class HeadDraft(Draft):
     "The head of Qwen3-Next and Qwen3.5, from `open_mtp`."
     def __init__(self, head:MTPHead):
@@ -112,7 +112,7 @@ class HeadDraft(Draft):
     def end(self):
         self.hook.remove()
 
-# %% ../nbs/32a_drafts.ipynb #da5e9f7d
+# %% ../nbs/32a_drafts.ipynb #6487f3a6
 def pieces_limit(
     config:object,  # of a model
 ) -> int:
@@ -141,7 +141,7 @@ def draft_for(
     raise ValueError(f"draft is {draft!r:.80}; expected 'lookup', a model or its name, a head "
                      "from open_mtp, or a Draft with guess()")
 
-# %% ../nbs/32a_drafts.ipynb #c508d461
+# %% ../nbs/32a_drafts.ipynb #aed264be
 def start_ahead(
     model:torch.nn.Module, input_ids:torch.Tensor,
     max_new_tokens:int, draft:object, k:int, seed:int,
@@ -164,7 +164,7 @@ def start_ahead(
     ids = write_ahead(model, input_ids, new, sampling, guesser, k, seed, prefill_chunk, trace)
     return ids, sampling.stop_ids
 
-# %% ../nbs/32a_drafts.ipynb #e023388a
+# %% ../nbs/32a_drafts.ipynb #667c871f
 def speculate(
     model:torch.nn.Module,        # ours
     input_ids:torch.Tensor,       # one prompt, (1, seq)
@@ -201,7 +201,7 @@ def stream_ahead(
     ids, stop_ids = start_ahead(model, input_ids, max_new_tokens, draft, k, seed, **settings)
     return text_pieces(ids, text, stop_ids)
 
-# %% ../nbs/32a_drafts.ipynb #d3b73406
+# %% ../nbs/32a_drafts.ipynb #fbadd09b
 def expected_tokens(
     alpha:float,  # the probability that a guess is accepted
     k:int,        # guesses in one pass
