@@ -20,6 +20,7 @@ __all__ = [
     "render_chat",
     "render_folder",
     "save_pretrained",
+    "speculate",
     "stream",
 ]
 
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors: what `__getattr__` finds
     from .chat import Chat
+    from .drafts import speculate
     from .generation import generate, max_positions, stream
     from .inspect import packaged_model
     from .lora import load_lora
@@ -49,6 +51,7 @@ _HOME = {
     "render_chat": "template",
     "render_folder": "prompt",
     "save_pretrained": "durable",
+    "speculate": "drafts",
     "stream": "generation",
 }
 

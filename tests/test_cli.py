@@ -350,7 +350,7 @@ def test_a_terminal_that_lacks_characters():
     "A check mark on a terminal that knows ASCII only."
     code = """
 import qwen_nb.cli as c
-c.run_verify = lambda args: print('✓ ok') or 0
+import qwen_nb.report_commands as r; r.run_verify = lambda args: print('✓ ok') or 0
 c.main(['verify'])
 """
     done = subprocess.run(

@@ -206,12 +206,12 @@ def test_the_command_ends_in_one_sentence(tmp_path):
 
 
 def test_a_runtime_error_is_told_in_a_line(monkeypatch, capsys):
-    from qwen_nb import cli
+    from qwen_nb import cli, report_commands
 
     def stops(args):
         raise RuntimeError("expected m1 and m2 to have the same dtype\nat::native")
 
-    monkeypatch.setattr(cli, "run_verify", stops)
+    monkeypatch.setattr(report_commands, "run_verify", stops)
     with pytest.raises(SystemExit) as e:
         cli.main(["verify"])
     said = capsys.readouterr().err

@@ -15,7 +15,7 @@ import qwen_nb
 ROOT = Path(__file__).resolve().parent.parent
 PROMISED = (
     "Qwen QwenConfig Tokenizer Chat generate stream render_chat render_folder max_positions "
-    "packaged_model save_pretrained load_lora"
+    "packaged_model save_pretrained load_lora speculate"
 ).split()
 
 

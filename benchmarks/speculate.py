@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""How much faster does a draft make it? `speculate` against `generate`, on the same stories, in one
+run.
+
+    python benchmarks/speculate.py             # the packaged Qwen3 and Qwen3.5
+    python benchmarks/speculate.py --model DIR --draft DIR   # your own, beside lookup
+
+Both write the same stories on, greedily, and do not stop; each way is asked in turn, in both
+orders. In float32 the ids have to be the same, or the script ends with an error. (In bfloat16
+rounding may choose otherwise where two tokens are equally likely; how many texts are the same is
+printed.) A pass is one call of the model: plain writing takes one for each token. The ratio is that
+of the times, its median and range over the runs. The packaged Qwen2 is as large as the model that
+it guesses for, so it cannot pay: it is there to show that.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+import warnings
+from pathlib import Path
+from random import Random
+
+import torch
+
+warnings.filterwarnings("ignore")
+os.environ |= dict(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+
+clock = time.perf_counter  # --busy: time.thread_time
+
+
+def prompts_for(folder, stories):
+    "The first lines of some stories."
+    from qwen_nb.tokenizer import Tokenizer
+    from qwen_nb.world import Chooser, story
+
+    tokenizer, found = Tokenizer.from_pretrained(folder), []
+    for seed in range(10_000, 10_000 + stories):
+        lines = [line.text for line in story(Chooser(Random(seed)))][:8]
+        found.append(torch.tensor([tokenizer.encode("\n".join(lines) + "\n")]))
+    return found
+
+
+def measure(name, model, draft, k, prompts, new, runs):
+    "One line of the table."
+    from qwen_nb.drafts import speculate
+    from qwen_nb.generation import generate
+
+    greedy, traces = dict(temperature=0.0, stop_ids=()), []
+
+    def plain():
+        return [generate(model, ids, new, **greedy) for ids in prompts]
+
+    def ahead():
+        traces.clear()
+        return [speculate(model, ids, new, draft, k, trace=traces, **greedy) for ids in prompts]
+
+    ratios = []
+    for run in range(runs + 1):  # the first does not count
+        times, texts = {}, {}
+        for way in (plain, ahead) if run % 2 else (ahead, plain):
+            start = clock()
+            texts[way] = way()
+            times[way] = clock() - start
+        if run:
+            ratios.append(times[plain] / times[ahead])
+    same = sum(map(torch.equal, texts[plain], texts[ahead]))
+    if next(model.parameters()).dtype == torch.float32 and same < len(prompts):
+        raise SystemExit(f"{name}: {len(prompts) - same} texts are not those of generate")
+    guesses = sum(len(guessed) for guessed, _ in traces)
+    kept = sum(number for _, number in traces)
+    print(
+        f"{name:28}{k:4}{(kept + len(traces)) / len(traces):10.2f}{kept / max(1, guesses):11.0%}"
+        f"{same:7} of {len(prompts)}{statistics.median(ratios):9.2f}  "
+        f"({min(ratios):.2f} to {max(ratios):.2f})",
+        flush=True,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a folder with a Qwen checkpoint, in the place of ours")
+    parser.add_argument("--draft", help="a folder with a smaller one that has the same tokens")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--stories", type=int, default=8, help="texts (default: %(default)s)")
+    parser.add_argument(
+        "--new", type=int, default=100, help="tokens of each (default: %(default)s)"
+    )
+    parser.add_argument("--runs", type=int, default=5, help="that count (default: %(default)s)")
+    parser.add_argument(
+        "--busy", action="store_true", help="one thread, and its processor time for the clock"
+    )
+    args = parser.parse_args()
+    if args.busy:
+        global clock
+        clock = time.thread_time
+        torch.set_num_threads(1)
+    from qwen_nb.inspect import packaged_model
+    from qwen_nb.model import Qwen
+
+    def open_model(folder):
+        return Qwen.from_pretrained(folder, args.dtype, args.device)
+
+    folders = [Path(args.model)] if args.model else [packaged_model(), packaged_model("qwen3_5")]
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}, {args.dtype}"
+        f"{', processor time' * args.busy}, torch {torch.__version__}; {args.stories} stories of "
+        f"{args.new} tokens, {args.runs} runs"
+    )
+    print(f"{'model, draft':28}{'k':>4}{'tokens':>10}{'accepted':>11}{'same':>12}{'times as':>9}")
+    print(f"{'':32}{'a pass':>10}{'':23}{'fast':>9}")
+    for folder in folders:
+        model, prompts = open_model(folder), prompts_for(folder, args.stories)
+        prompts = [ids.to(args.device) for ids in prompts]
+        label = (
+            folder.name if args.model else dict(pretrained="Qwen3", qwen3_5="Qwen3.5")[folder.name]
+        )
+        for k in (4, 6, 10):
+            measure(f"{label}, lookup", model, "lookup", k, prompts, args.new, args.runs)
+        draft = args.draft or (None if args.model else packaged_model("qwen2"))
+        if draft:
+            guesser = open_model(draft)
+            for k in (2, 4):
+                words = f"{label}, {Path(draft).name} guesses"
+                measure(words, model, guesser, k, prompts, args.new, args.runs)
+
+
+if __name__ == "__main__":
+    main()
