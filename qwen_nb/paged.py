@@ -115,8 +115,7 @@ class PagedRows:
     The last `new[i]` tokens of text i are read now, in `seq` columns; keys have `length + seq`.
     All rows end in the last column."""
     def __init__(self,
-                 cache:PagedCache,
-                 tables:list,   # the pages of each text, in order
+                 cache:PagedCache, tables:list,   # and the pages of each text, in order
                  ends:list,     # tokens of each text after this pass
                  new:list,      # how many of them are read now
                  rows:list):    # the states' rows, for hybrids
