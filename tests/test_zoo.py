@@ -10,6 +10,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 from qwen_nb.alike import alike
 from qwen_nb.build import help_steps
 from qwen_nb.code_story import unread
-from qwen_nb.diagnose import diagnose, exercise
+from qwen_nb.diagnose import diagnose, exercise, with_mistakes
 from qwen_nb.edition import body_lines, is_comment
 from qwen_nb.mine import ZOO, all_pieces
 from qwen_nb.pieces import Probe, edited
@@ -93,6 +94,15 @@ def test_what_is_said_of_a_mistake(piece):
             assert text.endswith((".", ")")) and len(text) >= 15, (mistake.name, text)
         if mistake.public:
             assert "#" in mistake.public, mistake.public
+
+
+@pytest.mark.slow
+@each_piece
+def test_something_is_said_of_any_two_mistakes(piece):
+    "The pages of mistakes only look whether pairs are named."
+    for first, second in combinations(piece.mistakes, 2):
+        both = with_mistakes(piece, (first.name, second.name))
+        assert both is None or diagnose(piece, both).text
 
 
 @each_piece
