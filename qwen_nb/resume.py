@@ -7,12 +7,13 @@ __all__ = ['HELD_OUT_SEED', 'MOMENTS', 'MAY_CHANGE', 'OneProcess', 'rows_of_a_pa
            'not_a_number', 'model_sizes', 'save_run', 'compare_configs', 'load_run', 'latest_checkpoint', 'claim']
 
 # %% ../nbs/21e_resume.ipynb #e9edd7da
+import importlib
 import json
 import math
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -99,6 +100,9 @@ class Run:
         self.tokenizer = Tokenizer.from_pretrained(source)
         self.tokenizer_files = tokenizer_files(source)
         self.model = build_model(config, len(self.tokenizer), folder).to(engine.device)
+        width, sizes = importlib.import_module("qwen_nb.width"), self.model.config     # 30_width
+        dtype = engine.first(lambda: width.run_dtype(config, sizes, engine.device, last))
+        self.config = config = replace(config, dtype=dtype)                  # never "auto"
         if config.checkpointing: use_checkpointing(self.model)
         if config.dtype == "bfloat16": cast_once(self.model)
         self.objective = engine.wrap(Objective(self.model, config.dtype))
