@@ -6,7 +6,7 @@
 __all__ = ['NO_WORK', 'weights_read', 'Pass', 'pass_of', 'measure_bandwidth', 'least_seconds', 'roof', 'plot_roofline', 'Calls',
            'calls_of']
 
-# %% ../nbs/30_speed.ipynb #615d7cba
+# %% ../nbs/30_speed.ipynb #2e6a83a0
 import math
 import time
 from collections import Counter
@@ -23,7 +23,7 @@ from .hybrid import cache_parts
 from .inspect import OURS, QUIET, part_of
 from .model import QwenConfig
 
-# %% ../nbs/30_speed.ipynb #52df485d
+# %% ../nbs/30_speed.ipynb #9ced9ce6
 def weights_read(
     config:QwenConfig,       # of any Qwen
     tokens:int=1,            # in the pass
@@ -47,7 +47,7 @@ def weights_read(
         read["embedding"] -= layers * at_rest        # a table of n-grams, if there is one
     return {part: round(numbers) * bytes_per_number for part, numbers in read.items()}
 
-# %% ../nbs/30_speed.ipynb #425a8c00
+# %% ../nbs/30_speed.ipynb #972d82ba
 class Pass(NamedTuple):
     "What one pass through a model needs at least."
     operations: int
@@ -80,7 +80,7 @@ def pass_of(
     each, once = cache_parts(config, bytes_per_number)
     return Pass(operations, weights, batch * (each * (past + new) + once))
 
-# %% ../nbs/30_speed.ipynb #542e2519
+# %% ../nbs/30_speed.ipynb #fc5b6b8b
 def measure_bandwidth(
     device:str|torch.device="cpu",
     mebibytes:int=None,  # of the tensor; None: 256 on a CPU, 4096 on a GPU
@@ -108,7 +108,7 @@ def least_seconds(
     "No program is faster: the longer of computing and reading."
     return max(needs.operations / peak, needs.bytes / bandwidth)
 
-# %% ../nbs/30_speed.ipynb #a4d26f64
+# %% ../nbs/30_speed.ipynb #15423f2d
 def roof(
     intensity:float,  # operations a byte; or an array of them
     peak:float,       # operations a second
@@ -139,8 +139,8 @@ def plot_roofline(
     ax.set(xscale="log", yscale="log", xlabel="operations for each byte that is read",
            ylabel="billion operations a second")
 
-# %% ../nbs/30_speed.ipynb #1f310e99
-NO_WORK = "empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"
+# %% ../nbs/30_speed.ipynb #f499b73e
+NO_WORK = "empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view"
 
 class Calls(TorchDispatchMode):
     "Inside, `found` counts the calls that do work, by name. Views and empty tensors do none."
