@@ -6,7 +6,7 @@
 __all__ = ['LEAST_ROWS', 'MOST_ROWS', 'MOST_WIDE', 'by_way_of_float32', 'product_ways', 'product_seconds', 'faster_dtype', 'pays',
            'WideProducts', 'wide_products', 'run_seconds', 'span', 'run_dtype', 'dtype_warning']
 
-# %% ../nbs/30_width.ipynb #fa647b57
+# %% ../nbs/30_width.ipynb #66cf6b08
 import json
 import math
 import time
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from .log import flops_per_token
 from .model import QwenConfig
 
-# %% ../nbs/30_width.ipynb #b4c1083f
+# %% ../nbs/30_width.ipynb #bd5c343c
 def by_way_of_float32(
     x:torch.Tensor,          # (…, in) in bfloat16
     weight:torch.Tensor,     # (out, in) in bfloat16
@@ -35,7 +35,7 @@ def by_way_of_float32(
         out[..., part] = F.linear(x, weight[part].float(), own_bias)
     return out
 
-# %% ../nbs/30_width.ipynb #7965b20e
+# %% ../nbs/30_width.ipynb #c4bcc863
 def product_ways(rows:int, hidden:int, intermediate:int, device="cpu", training:bool=False) -> dict:
     "A product, `(rows, hidden) @ (hidden, intermediate)`, in both dtypes: name → what runs it."
     x = torch.ones(rows, hidden, device=device, requires_grad=training)    # no random numbers:
@@ -74,7 +74,7 @@ def faster_dtype(
     "bfloat16 if it saves a tenth of the time or more; float32, which rounds less, if not."
     return "bfloat16" if seconds["bfloat16"] <= 0.9 * seconds["float32"] else "float32"
 
-# %% ../nbs/30_width.ipynb #2dda8112
+# %% ../nbs/30_width.ipynb #876db1f3
 LEAST_ROWS, MOST_ROWS, MOST_WIDE = 8, 32, 4096     # of what is timed
 
 def pays(x:torch.Tensor, weight:torch.Tensor) -> bool:
@@ -100,7 +100,7 @@ def wide_products():
     products that a gradient is wanted of, stay as they are."""
     return WideProducts()
 
-# %% ../nbs/30_width.ipynb #6aa0342c
+# %% ../nbs/30_width.ipynb #c4caa4de
 def run_seconds(
     settings:object,     # a `TrainConfig`
     config:QwenConfig,   # of the model
