@@ -1159,6 +1159,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qwen_nb.rewards.grpo_objective': ('rewards.html#grpo_objective', 'qwen_nb/rewards.py'),
                                  'qwen_nb.rewards.kl_estimate': ('rewards.html#kl_estimate', 'qwen_nb/rewards.py'),
                                  'qwen_nb.rewards.marked': ('rewards.html#marked', 'qwen_nb/rewards.py')},
+            'qwen_nb.roofline': { 'qwen_nb.roofline.Point': ('roofline.html#point', 'qwen_nb/roofline.py'),
+                                  'qwen_nb.roofline.point_of': ('roofline.html#point_of', 'qwen_nb/roofline.py')},
             'qwen_nb.rope': { 'qwen_nb.rope.angle_tables': ('rope.html#angle_tables', 'qwen_nb/rope.py'),
                               'qwen_nb.rope.apply_rope': ('rope.html#apply_rope', 'qwen_nb/rope.py'),
                               'qwen_nb.rope.cos_sin': ('rope.html#cos_sin', 'qwen_nb/rope.py'),
