@@ -4,7 +4,7 @@
     python benchmarks/decode.py                            # all of it, within ten minutes
     python benchmarks/decode.py --only real packaged       # some sections
     python benchmarks/decode.py --json benchmarks/decode.json
-    python benchmarks/decode.py --model DIR                # another model in place of the random one
+    python benchmarks/decode.py --model DIR                # in place of random weights
     python benchmarks/decode.py --tiny --runs 1            # does the script itself work?
 
 The sections:
@@ -61,6 +61,8 @@ HAS_FAST = "fast" in inspect.signature(generate).parameters
 HAS_QUANTIZE = "quantize" in inspect.signature(Qwen.from_pretrained).parameters
 FAST = {"plain": False, "fast": True, "compiled": "compile"}
 GGUF = dict(bfloat16="BF16", int8="Q8_0", int4="Q4_0")  # our names → llama.cpp's
+
+SAID = set()
 
 # What was set out for: (kind, what, against whom, at least)
 GOALS = (
@@ -146,7 +148,12 @@ def llama_model(file, room):
 
     threads = torch.get_num_threads()
     return Llama(
-        str(file), n_ctx=room, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
+        str(file),
+        n_ctx=room,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_batch=512,
+        verbose=False,
     )
 
 
@@ -173,11 +180,11 @@ def gguf_file(folder, kind):
     return file
 
 
-def said_once(sentence, said=set()):
+def said_once(sentence):
     "What is missing is said once."
-    if sentence not in said:
+    if sentence not in SAID:
         print(f"  ({sentence})")
-    said.add(sentence)
+    SAID.add(sentence)
 
 
 def can_ask_llama():
@@ -258,9 +265,7 @@ def weight_bytes(model):
     "Bytes of weights that a step reads: all, without an embedding that is not the head."
     tensors = {name: t for name, t in model.state_dict().items() if torch.is_tensor(t)}
     own_head = any(name.startswith("lm_head.") for name in tensors)
-    return sum(
-        t.nbytes for name, t in tensors.items() if not (own_head and "embed_tokens" in name)
-    )
+    return sum(t.nbytes for name, t in tensors.items() if not (own_head and "embed_tokens" in name))
 
 
 def tell(name, kind, model, speeds, prompt, new, machine):
@@ -354,7 +359,8 @@ def training(args, folder, machine):
             speed = texts * length / statistics.median(took)
             print(f"  {kind:10}{name:14}{speed:10,.0f} tokens/s")
             rows.append(dict(kind=kind, way=name, tokens_per_second=speed))
-        print(f"  {kind:10}ours / transformers: {ratio_text(seconds['transformers'], seconds['ours'], 1.2)}")
+        ratio = ratio_text(seconds["transformers"], seconds["ours"], 1.2)
+        print(f"  {kind:10}ours / transformers: {ratio}")
     return rows
 
 
@@ -403,7 +409,7 @@ def best_of(run, times=3):
 
 @torch.no_grad()
 def child_dtype(folder, busy):
-    "Products of 1 to 64 rows with bfloat16 weights, as they stand and by way of float32; a prefill."
+    "Products of 1 to 64 rows with bfloat16 weights, both ways; and a prefill."
     from unittest import mock
 
     from torch.nn import functional as F
@@ -431,8 +437,12 @@ def child_dtype(folder, busy):
 
 def dtype_(args, folder, machine):
     print("\nproducts with bfloat16 weights, 1024 × 3072, milliseconds")
-    sides = [("without bfloat16 instructions", dict(ATEN_CPU_CAPABILITY="avx2",
-                                                    ONEDNN_MAX_CPU_ISA="AVX2"))]
+    sides = [
+        (
+            "without bfloat16 instructions",
+            dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2"),
+        )
+    ]
     if machine["bfloat16_instructions"]:
         sides.insert(0, ("with bfloat16 instructions", {}))
     rows = []
@@ -481,8 +491,10 @@ def about_the_machine(busy):
         bandwidth=measure_bandwidth("cpu", 1024, clock=clock),
     )
     peaks = ", ".join(f"{p / 1e9:,.0f} in {d}" for d, p in about["peak"].items())
-    print(f"{about['machine']}{', processor time' * busy}; memory read at "
-          f"{about['bandwidth'] / 1e9:.1f} GB/s, products at {peaks} GFLOP/s")
+    print(
+        f"{about['machine']}{', processor time' * busy}; memory read at "
+        f"{about['bandwidth'] / 1e9:.1f} GB/s, products at {peaks} GFLOP/s"
+    )
     return about
 
 
@@ -491,8 +503,15 @@ def tiny_checkpoint(folder):
     from qwen_nb.durable import save_pretrained
     from qwen_nb.train import init_weights
 
-    sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    sizes = dict(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
     save_pretrained(init_weights(Qwen(QwenConfig(**sizes))), folder, packaged_model())
 
 
@@ -516,16 +535,25 @@ def read_words():
     )
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections")
-    add("--kinds", nargs="+", choices=["float32", "bfloat16", "int8", "int4"],
-        default=["float32", "bfloat16", "int8", "int4"], help="of the section real")
+    add(
+        "--kinds",
+        nargs="+",
+        choices=["float32", "bfloat16", "int8", "int4"],
+        default=["float32", "bfloat16", "int8", "int4"],
+        help="of the section real",
+    )
     add("--model", help="a folder, in place of random weights of Qwen3-0.6B's size")
     add("--tiny", action="store_true", help="a tiny random model, to try this script")
     add("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     add("--new", type=int, default=16, help="tokens to write (default: %(default)s)")
     add("--runs", type=int, default=3, help="rounds that count (default: %(default)s)")
     add("--no-compile", action="store_true", help="leave out the compiled way")
-    add("--busy", action="store_true", help="one thread, and its processor time in place of the "
-        "clock: for a machine that has other work")
+    add(
+        "--busy",
+        action="store_true",
+        help="one thread, and its processor time in place of the "
+        "clock: for a machine that has other work",
+    )
     add("--json", type=Path, help="write what was measured into this file as well")
     add("--child", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()

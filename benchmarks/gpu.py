@@ -68,8 +68,14 @@ class Sizes(NamedTuple):
 
 
 TINY = QwenConfig(
-    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
 )
 BOTH = ("packaged size", packaged_config(), 16), ("12 × 512", wide_config(), 4)
 ON_GPU = Sizes(QwenConfig(), 128, 64, 16, 256, 64, BOTH, 512, 10)
@@ -137,6 +143,7 @@ class Bench:
 
 def ways_of_ours(model):
     "Name → way. Where there is no fast way yet, the plain one alone."
+
     def plain(ids, new):
         return generate(model, ids, new, **GREEDY, **(dict(fast=False) if HAS_FAST else {}))
 
@@ -154,7 +161,11 @@ def way_of_theirs(model, **settings):
     def write(ids, new):
         mask = torch.ones_like(ids)
         return model.generate(
-            ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
             **settings,
         )
 

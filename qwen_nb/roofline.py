@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Point', 'point_of']
 
-# %% ../nbs/30c_roofline.ipynb #8903c964
+# %% ../nbs/30c_roofline.ipynb #0202b810
 from typing import NamedTuple
 
 from .speed import roof
 
-# %% ../nbs/30c_roofline.ipynb #c1e6e695
+# %% ../nbs/30c_roofline.ipynb #585ac7fd
 class Point(NamedTuple):
     "A way to write, under the roof."
     intensity: float  # operations a byte

@@ -203,9 +203,9 @@ def loop(run:Run, on_log, asked:list):
         bar.close()
         if first: log.close()
 
-# %% ../nbs/21f_run.ipynb #6ff45380
+# %% ../nbs/21f_run.ipynb #1c33323b
 def say_before(run:Run):
-    "Print what is worth knowing before the first step: too few steps, or a dtype that is slow here."
+    "Print what is worth knowing before the first step: too few steps, a dtype that is slow here."
     c, sizes = run.config, run.model.config
     width = importlib.import_module("qwen_nb.width")     # 30_width
     for sentence in (too_short(c), width.dtype_warning(c, sizes, run.engine.device)):

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,8 +89,15 @@ def test_a_step_with_tables_of_n_grams():
 
 def test_several_tokens_ask_more_experts():
     config = MoEConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_experts=8, num_experts_per_tok=2,
-        moe_intermediate_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
     )
     expert, gate = 3 * 16 * 8 * 2, 8 * 16 * 2
     one, two, many = (speed.weights_read(config, n)["mlp"] for n in (1, 2, 1000))
@@ -118,11 +125,17 @@ def test_bandwidth_is_bytes_over_the_best_time():
     assert speed.least_seconds(speed.Pass(100, {}, 4), peak=50, bandwidth=4) == 2
 
 
+def test_labels_do_not_overlap():
+    assert speed.apart([0.5, 0.1, 0.12, 0.9], 0.05) == pytest.approx([0.5, 0.1, 0.15, 0.9])
+    assert speed.apart([0.2, 0.2, 0.2], 0.1) == pytest.approx([0.2, 0.3, 0.4])
+
+
 def test_calls_do_not_depend_on_the_size():
     model = small()
     one = speed.calls_of(model, Context)
     many = speed.calls_of(model, Context, batch=16, past=60)
-    assert one == many and one["mm"] == 7 * 2 + 1 and one["_scaled_dot_product_flash_attention_for_cpu"] == 2
+    assert one == many and one["mm"] == 7 * 2 + 1
+    assert sum(n for name, n in one.items() if "dot_product" in name) == 2
     assert not {"view", "t", "_unsafe_view", "empty", "transpose"} & one.keys()
 
 
@@ -226,7 +239,8 @@ def test_a_run_records_the_dtype_that_was_chosen(monkeypatch, config, capsys, se
     assert "dtype" not in capsys.readouterr().out
 
     other = "float32" if want == "bfloat16" else "bfloat16"
-    one_sentence(f"dtype was '{want}' and is now '{other}'", lambda: train(replace(auto, dtype=other)))
+    changed = f"dtype was '{want}' and is now '{other}'"
+    one_sentence(changed, lambda: train(replace(auto, dtype=other)))
 
 
 def test_a_slow_choice_is_warned_of(monkeypatch):
@@ -254,8 +268,13 @@ def test_the_warning_stands_before_the_run(monkeypatch, config, capsys):
 
 
 def test_spans():
-    for seconds, want in ((3.0, "3 seconds"), (90, "90 seconds"), (7200, "2.0 hours"),
-                          (200_000, "2.3 days"), (600, "10.0 minutes")):
+    for seconds, want in (
+        (3.0, "3 seconds"),
+        (90, "90 seconds"),
+        (7200, "2.0 hours"),
+        (200_000, "2.3 days"),
+        (600, "10.0 minutes"),
+    ):
         assert width.span(seconds) == want
 
 
