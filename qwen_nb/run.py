@@ -23,19 +23,9 @@ from tqdm.auto import tqdm
 from .durable import is_whole, model_files, prune, write_folder
 from .generation import generate
 from .inspect import OURS, QUIET
-from qwen_nb.log import (
-    ENDS,
-    Log,
-    bar_text,
-    cut_log,
-    find_question,
-    flops_per_token,
-    lesson_now,
-    measure_peak,
-    read_log,
-    too_short,
-    why_not_yet,
-)
+from .log import (
+    ENDS, Log, bar_text, cut_log, find_question, flops_per_token, lesson_now, measure_peak,
+    read_log, too_short, why_not_yet)
 from .model import Qwen
 from qwen_nb.resume import (
     HELD_OUT_SEED,
@@ -203,7 +193,7 @@ def loop(run:Run, on_log, asked:list):
         bar.close()
         if first: log.close()
 
-# %% ../nbs/21f_run.ipynb #1c33323b
+# %% ../nbs/21f_run.ipynb #f1a4b46b
 def say_before(run:Run):
     "Print what is worth knowing before the first step: too few steps, a dtype that is slow here."
     c, sizes = run.config, run.model.config

@@ -6,7 +6,7 @@
 __all__ = ['NO_WORK', 'weights_read', 'Pass', 'pass_of', 'measure_bandwidth', 'least_seconds', 'roof', 'apart', 'label_points',
            'plot_roofline', 'Calls', 'calls_of']
 
-# %% ../nbs/30_speed.ipynb #6cf443de
+# %% ../nbs/30_speed.ipynb #8ee8a1c9
 import math
 import time
 from collections import Counter
@@ -23,7 +23,7 @@ from .hybrid import cache_parts
 from .inspect import OURS, QUIET, part_of
 from .model import QwenConfig
 
-# %% ../nbs/30_speed.ipynb #19afd6a7
+# %% ../nbs/30_speed.ipynb #969a2c05
 def weights_read(
     config:QwenConfig,       # of any Qwen
     tokens:int=1,            # in the pass
@@ -47,7 +47,7 @@ def weights_read(
         read["embedding"] -= layers * at_rest        # a table of n-grams, if there is one
     return {part: round(numbers) * bytes_per_number for part, numbers in read.items()}
 
-# %% ../nbs/30_speed.ipynb #6f45d47b
+# %% ../nbs/30_speed.ipynb #ebfd5fc4
 class Pass(NamedTuple):
     "What one pass through a model needs at least."
     operations: int
@@ -80,7 +80,7 @@ def pass_of(
     each, once = cache_parts(config, bytes_per_number)
     return Pass(operations, weights, batch * (each * (past + new) + once))
 
-# %% ../nbs/30_speed.ipynb #dd6c6aca
+# %% ../nbs/30_speed.ipynb #be34df08
 def measure_bandwidth(
     device:str|torch.device="cpu",
     mebibytes:int=None,  # of the tensor; None: 256 on a CPU, 4096 on a GPU
@@ -108,7 +108,7 @@ def least_seconds(
     "No program is faster: the longer of computing and reading."
     return max(needs.operations / peak, needs.bytes / bandwidth)
 
-# %% ../nbs/30_speed.ipynb #a9d2e4c6
+# %% ../nbs/30_speed.ipynb #3698d4a2
 def roof(
     intensity:float,  # operations a byte; or an array of them
     peak:float,       # operations a second
@@ -145,6 +145,7 @@ def label_points(
             ax.text(x + .015, y, texts[name], fontsize=8, va="center", color=colours[name],
                     transform=ax.transAxes)
 
+# %% ../nbs/30_speed.ipynb #c824d123
 def plot_roofline(
     ax:plt.Axes,
     peak:float, bandwidth:float,
@@ -172,7 +173,7 @@ def plot_roofline(
         axis.set_minor_formatter("")
     label_points(ax, points, texts, colours)
 
-# %% ../nbs/30_speed.ipynb #fcf9522c
+# %% ../nbs/30_speed.ipynb #ca5f432f
 NO_WORK = "empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view"
 
 class Calls(TorchDispatchMode):

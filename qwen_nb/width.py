@@ -6,7 +6,7 @@
 __all__ = ['LEAST_ROWS', 'MOST_ROWS', 'MOST_WIDE', 'by_way_of_float32', 'product_ways', 'product_seconds', 'faster_dtype', 'pays',
            'WideProducts', 'wide_products', 'run_seconds', 'span', 'run_dtype', 'dtype_warning']
 
-# %% ../nbs/30_width.ipynb #0f18d0bf
+# %% ../nbs/30_width.ipynb #35d82e8b
 import json
 import math
 import time
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from .log import flops_per_token
 from .model import QwenConfig
 
-# %% ../nbs/30_width.ipynb #97a5d9f0
+# %% ../nbs/30_width.ipynb #f610a1ab
 def by_way_of_float32(
     x:torch.Tensor,          # (…, in) in bfloat16
     weight:torch.Tensor,     # (out, in) in bfloat16
@@ -35,7 +35,7 @@ def by_way_of_float32(
         out[..., part] = F.linear(x, weight[part].float(), own_bias)
     return out
 
-# %% ../nbs/30_width.ipynb #00bc149e
+# %% ../nbs/30_width.ipynb #7e714855
 def product_ways(rows:int, hidden:int, intermediate:int, device="cpu", training:bool=False) -> dict:
     "A product, `(rows, hidden) @ (hidden, intermediate)`, in both dtypes: name → what runs it."
     x = torch.ones(rows, hidden, device=device, requires_grad=training)    # no random numbers:
@@ -74,7 +74,7 @@ def faster_dtype(
     "bfloat16 if it saves a tenth of the time or more; float32, which rounds less, if not."
     return "bfloat16" if seconds["bfloat16"] <= 0.9 * seconds["float32"] else "float32"
 
-# %% ../nbs/30_width.ipynb #dbf8e1b8
+# %% ../nbs/30_width.ipynb #5680d04a
 LEAST_ROWS, MOST_ROWS, MOST_WIDE = 8, 32, 4096     # of what is timed
 
 def pays(x:torch.Tensor, weight:torch.Tensor) -> bool:
@@ -100,7 +100,7 @@ def wide_products():
     products that a gradient is wanted of, stay as they are."""
     return WideProducts()
 
-# %% ../nbs/30_width.ipynb #5f1af7a7
+# %% ../nbs/30_width.ipynb #7e3709fd
 def run_seconds(
     settings:object,     # a `TrainConfig`
     config:QwenConfig,   # of the model
@@ -121,6 +121,7 @@ def span(seconds:float) -> str:
         if seconds >= 2 * length: return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.2g} seconds"
 
+# %% ../nbs/30_width.ipynb #614b8380
 def run_dtype(settings:object, config:QwenConfig, device:str|torch.device="cpu",
               last:str|Path=None,  # the run's last checkpoint, if there is one
               say=print) -> str:
