@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['held_out_documents', 'choose_question', 'cut_at', 'write_sample', 'report_step', 'known_floor', 'stop_politely',
-           'loop', 'train', 'plot_log', 'live_plot']
+           'loop', 'say_before', 'train', 'plot_log', 'live_plot']
 
 # %% ../nbs/21f_run.ipynb #a56ab9e0
+import importlib
 import os
 import signal
 import threading
@@ -22,19 +23,9 @@ from tqdm.auto import tqdm
 from .durable import is_whole, model_files, prune, write_folder
 from .generation import generate
 from .inspect import OURS, QUIET
-from qwen_nb.log import (
-    ENDS,
-    Log,
-    bar_text,
-    cut_log,
-    find_question,
-    flops_per_token,
-    lesson_now,
-    measure_peak,
-    read_log,
-    too_short,
-    why_not_yet,
-)
+from .log import (
+    ENDS, Log, bar_text, cut_log, find_question, flops_per_token, lesson_now, measure_peak,
+    read_log, too_short, why_not_yet)
 from .model import Qwen
 from qwen_nb.resume import (
     HELD_OUT_SEED,
@@ -202,6 +193,14 @@ def loop(run:Run, on_log, asked:list):
         bar.close()
         if first: log.close()
 
+# %% ../nbs/21f_run.ipynb #f1a4b46b
+def say_before(run:Run):
+    "Print what is worth knowing before the first step: too few steps, a dtype that is slow here."
+    c, sizes = run.config, run.model.config
+    width = importlib.import_module("qwen_nb.width")     # 30_width
+    for sentence in (too_short(c), width.dtype_warning(c, sizes, run.engine.device)):
+        if sentence: print(sentence, flush=True)
+
 # %% ../nbs/21f_run.ipynb #360ad5a5
 def train(
     config:TrainConfig,
@@ -229,8 +228,7 @@ def train(
         final = Path(config.out) / "final"
         if run.step >= config.steps and engine.first(lambda: is_whole(final)):
             return final                                 # it had ended before
-        if too_short(config):
-            engine.first(lambda: print(too_short(config), flush=True))
+        engine.first(lambda: say_before(run))
         with stop_politely(engine.world_size == 1) as asked:
             loop(run, on_log, asked)
         weights = {name: engine.full(p) for name, p in run.model.named_parameters()}

@@ -56,7 +56,7 @@ class TrainConfig:
     beta1: float = 0.9                  # AdamW's two
     beta2: float = 0.95
     seed: int = 0                       # of the weights and of the order of the rows
-    dtype: str = "float32"              # or "bfloat16": autocast
+    dtype: str = "float32"              # "bfloat16": autocast; "auto": the faster one here
     checkpointing: bool = False         # of activations
     save_every: int = 200               # steps
     keep: int = 3                       # checkpoints; 0: all
@@ -99,8 +99,8 @@ def check_config(c:TrainConfig):
     check_values(c)
     if c.seed >= 2**64:
         raise ValueError(f"config: seed is {c.seed}; expected less than 2**64")
-    if c.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"config: dtype is {c.dtype!r}; expected 'float32' or 'bfloat16'")
+    if c.dtype not in ("float32", "bfloat16", "auto"):
+        raise ValueError(f"config: dtype is {c.dtype!r}; expected 'float32', 'bfloat16' or 'auto'")
     if not 0 < c.lr:
         raise ValueError("config: lr is 0; expected a number above 0")
     if not max(c.beta1, c.beta2) < 1:

@@ -39,7 +39,7 @@ def test_config(tmp_path):
         '{"stesp": 1}': "did you mean steps",
         '{"lr": "1e-3"}': "expected a number",
         "{": "is damaged",
-        '{"dtype": "int8"}': "expected 'float32' or 'bfloat16'",
+        '{"dtype": "int8"}': "expected 'float32', 'bfloat16' or 'auto'",
         '{"beta2": 1}': "below 1",
         '{"model": {"x": 1}}': "no setting 'model'",
         '{"num_hidden_layers": 0}': "at least 1",

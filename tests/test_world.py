@@ -126,6 +126,7 @@ def test_the_model_can_be_made_again(tmp_path):
         ROOT / "configs" / "packaged.toml",
         [
             f"out={tmp_path / 'run'}",
+            "dtype=bfloat16",  # as it was trained; the file leaves it to the machine
             "peak_tflops=1",
             "eval_every=0",
             "log_every=1",
@@ -163,6 +164,7 @@ def test_a_sibling_can_be_made_again(tmp_path, name):
         ROOT / "configs" / f"{name}.toml",
         [
             f"out={tmp_path / 'run'}",
+            "dtype=bfloat16",  # as it was trained; the file leaves it to the machine
             f"config_from={packaged_model(name) / 'config.json'}",
             "peak_tflops=1",
         ],
