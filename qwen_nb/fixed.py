@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['READY', 'FUSE_BELOW', 'FixedCache', 'open_columns', 'turning_tables', 'turn', 'scaled', 'together', 'products',
-           'GatedWeights', 'gated', 'MixtureWeights', 'mixed', 'LayerWeights', 'look_up', 'ask', 'answer', 'LeanStep']
+           'gated_weights', 'gated', 'MixtureWeights', 'mlp_weights', 'mixed', 'LayerWeights', 'look_up', 'ask',
+           'answer', 'LeanStep']
 
 # %% ../nbs/30a_fixed.ipynb #fx0imp00
 from contextlib import nullcontext
@@ -103,7 +104,7 @@ def scaled(x:torch.Tensor, weight:torch.Tensor, eps:float) -> torch.Tensor:
     "`RMSNorm` without its module; `weight` may differ from head to head, `(heads, head_dim)`."
     h = x.float()
     ms = h.square().mean(-1, keepdim=True)
-    h = h * torch.rsqrt(ms + eps)
+    h = h * ms.add_(eps).rsqrt_()
     return weight * h.to(x.dtype)
 
 # %% ../nbs/30a_fixed.ipynb #fx0fuse00
@@ -113,11 +114,10 @@ def together(layers:list, fuse:bool) -> tuple:
     "Weights and biases of linear layers that read the same: one of each if `fuse`, a copy."
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers]
-    if not fuse:
-        return weights, biases
-    bias = None if biases[0] is None else torch.cat(biases)
-    return [torch.cat(weights)], [bias]
-
+    if fuse:
+        weights = [torch.cat(weights)]
+        biases = [None if biases[0] is None else torch.cat(biases)]
+    return weights, biases
 
 def products(x:torch.Tensor, weights:list, biases:list) -> torch.Tensor:
     "x `(batch, in)` with each of the matrices, side by side: `(batch, out of all)`."
@@ -125,31 +125,27 @@ def products(x:torch.Tensor, weights:list, biases:list) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 # %% ../nbs/30a_fixed.ipynb #fx0gated0
-class GatedWeights(NamedTuple):
-    "What a step needs of a `SwiGLU`."
-    gate_up:tuple                              # weights and biases, from `together`
-    down:torch.Tensor                          # transposed, (units, hidden_size)
+def gated_weights(mlp:nn.Module, fuse:bool) -> tuple:
+    "What a step needs of a `SwiGLU`: gate and up from `together`, and down transposed."
+    return together([mlp.gate_proj, mlp.up_proj], fuse), mlp.down_proj.weight.t()
 
-    @classmethod
-    def of(cls, mlp:nn.Module, fuse:bool):
-        return cls(together([mlp.gate_proj, mlp.up_proj], fuse), mlp.down_proj.weight.t())
-
-
-def gated(x:torch.Tensor, w:GatedWeights, start:torch.Tensor) -> torch.Tensor:
+def gated(x:torch.Tensor, weights:tuple, start:torch.Tensor) -> torch.Tensor:
     "start + what a `SwiGLU` makes of x, `(batch, hidden_size)`."
-    gate, up = products(x, *w.gate_up).chunk(2, -1)
-    return torch.addmm(start, F.silu(gate) * up, w.down)
+    gate_up, down = weights
+    gate, up = products(x, *gate_up).chunk(2, -1)
+    return torch.addmm(start, F.silu(gate) * up, down)
 
-
+# %% ../nbs/30a_fixed.ipynb #fx0mixed0
 class MixtureWeights(NamedTuple):
     "What a step needs of a `SparseMLP`."
     module:nn.Module
-    experts:list                               # a `GatedWeights` for each
+    experts:list                               # `gated_weights` of each
 
-    @classmethod
-    def of(cls, mlp:nn.Module, fuse:bool):
-        return cls(mlp, [GatedWeights.of(expert, fuse) for expert in mlp.experts])
-
+def mlp_weights(mlp:nn.Module, fuse:bool):
+    "Of a `SwiGLU` or a `SparseMLP`."
+    if type(mlp) is SparseMLP:
+        return MixtureWeights(mlp, [gated_weights(expert, fuse) for expert in mlp.experts])
+    return gated_weights(mlp, fuse)
 
 def mixed(x:torch.Tensor, w:MixtureWeights, start:torch.Tensor) -> torch.Tensor:
     "start + what a `SparseMLP` makes of x. One row asks only its own experts, one by one."
@@ -173,7 +169,7 @@ class LayerWeights(NamedTuple):
     out:torch.Tensor                           # transposed, (heads * head_dim, hidden_size)
     out_bias:torch.Tensor                      # or None
     after:torch.Tensor                         # weight of the norm before the MLP
-    mlp:tuple                                  # `GatedWeights` or `MixtureWeights`
+    mlp:tuple                                  # from `mlp_weights`
     heads:tuple                                # query heads, kv heads, head_dim
     eps:float                                  # of the norms
     window:int                                 # how many positions it sees; 0: all
@@ -187,12 +183,11 @@ class LayerWeights(NamedTuple):
         if not isinstance(a.q_norm, nn.Identity):
             each = [a.q_norm.weight.expand(n, d), a.k_norm.weight.expand(n_kv, d)]
             qk_norm = torch.cat(each)
-        kind = MixtureWeights if type(block.mlp) is SparseMLP else GatedWeights
         grows = type(a) is LogNAttention and a.use_logn
         return cls(
             block.input_layernorm.weight, together([a.q_proj, a.k_proj, a.v_proj], fuse), qk_norm,
             a.o_proj.weight.t(), a.o_proj.bias, block.post_attention_layernorm.weight,
-            kind.of(block.mlp, fuse), (n, n_kv, d), block.input_layernorm.eps,
+            mlp_weights(block.mlp, fuse), (n, n_kv, d), block.input_layernorm.eps,
             a.window if type(a) is WindowAttention else 0, a.seq_length if grows else 0)
 
 # %% ../nbs/30a_fixed.ipynb #fx0look00
@@ -281,7 +276,7 @@ class LeanStep:
         "What runs for each token: nothing here waits for a number, or depends on one."
         position, model = self.cache.position, self.model
         for window, mask in self.masks.items():
-            mask.index_fill_(2, position + window, 0)
+            mask.index_fill_(2, position + window if window else position, 0)
             if window:
                 mask.index_fill_(2, position, -torch.inf)     # `window` columns before it
         cos, sin = self.tables.index_select(2, position).unbind()
@@ -299,8 +294,8 @@ class LeanStep:
     def attend(self, q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, w:LayerWeights, view:tuple):
         "Write keys and values where the position says, look everywhere: `(batch, heads * d)`."
         all_keys, all_values, keys, values = view
-        all_keys.index_copy_(2, self.cache.position, k[:, :, None])
-        all_values.index_copy_(2, self.cache.position, v[:, :, None])
+        all_keys.index_copy_(2, self.cache.position, k.unsqueeze(2))
+        all_values.index_copy_(2, self.cache.position, v.unsqueeze(2))
         batch, n, d = q.shape
         q = q.reshape(len(keys), -1, d)                   # heads ask as several tokens would
         return look_up(q, keys, values, self.seen[w.window]).view(batch, n * d)

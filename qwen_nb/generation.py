@@ -6,6 +6,8 @@
 __all__ = ['maybe_begun', 'check_stream', 'TextStream', 'max_positions', 'check_prompt', 'generate', 'text_pieces', 'stream']
 
 # %% ../nbs/09c_stream.ipynb #84d62437
+import importlib
+
 import torch
 
 from .model import QwenConfig
@@ -148,6 +150,14 @@ def check_prompt(
         raise ValueError(f"{asked}: {limit}")
     return new, mask
 
+# %% ../nbs/09c_stream.ipynb #a3e736d7
+def _loop(model, fast, use_cache=True, soon=False):
+    "`write`, or what 30aa_fast has in its place: the same ids by fewer calls; False: `write`."
+    if fast is False:
+        return write
+    later = importlib.import_module("qwen_nb.fast")      # 30aa_fast
+    return later.loop_for(model, fast, use_cache, soon)
+
 # %% ../nbs/09c_stream.ipynb #a3e736d8
 def generate(
     model:torch.nn.Module,             # ours
@@ -168,6 +178,7 @@ def generate(
     seed:int=None,  # the same seed, the same draws; None: PyTorch's own generator
     use_cache:bool=True,               # False: read everything again for each token
     prefill_chunk:int=None,            # read the prompt in pieces of this length, to save memory
+    fast:bool|str=None,                # None: by lean steps where the ids are the same; see `_loop`
 ) -> torch.Tensor:
     """The prompts and what the model writes after them, `(batch, seq + new)`.
 
@@ -186,10 +197,13 @@ def generate(
         if stop or sampling.temperature:
             todo = "leave out temperature and stop"
             raise ValueError(f"beam search neither samples nor looks for stop strings: {todo}")
+        if fast:
+            raise ValueError("beam search has no fast way: leave out fast")
         return _best_beams(model, input_ids, new, mask, sampling, num_beams, length_penalty)
 
     texts = [TextStream(tokenizer, stop) for _ in input_ids] if stop else None
-    steps = write(model, input_ids, new, sampling, mask, seed, texts, use_cache, prefill_chunk)
+    loop = _loop(model, fast, use_cache)
+    steps = loop(model, input_ids, new, sampling, mask, seed, texts, use_cache, prefill_chunk)
     return torch.cat([input_ids, torch.stack(list(steps), 1)], 1)
 
 # %% ../nbs/09c_stream.ipynb #51bd13e9
@@ -229,6 +243,7 @@ def stream(
     stop:str|list=None,       # a string or several; neither they nor stop ids are shown in the text
     seed:int=None,            # the same seed, the same draws; None: PyTorch's own generator
     prefill_chunk:int=None,   # read the prompt in pieces of this length, to save memory
+    fast:bool|str=None,       # None: by lean steps where the ids are the same; see `_loop`
     **settings,               # temperature, top_k, … and stop_ids, as for `generate`
 ):
     """Yield what the model writes as it comes.
@@ -244,7 +259,8 @@ def stream(
         raise ValueError(f"{found}; expected 1, as a stream is one text")
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer, to make text of ids")
-    steps = write(model, input_ids, new, sampling, seed=seed, prefill_chunk=prefill_chunk)
+    loop = _loop(model, fast, soon=True)
+    steps = loop(model, input_ids, new, sampling, seed=seed, prefill_chunk=prefill_chunk)
     ids = (step.item() for step in steps)
     if tokenizer is None:
         return ids
