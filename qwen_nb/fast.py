@@ -210,7 +210,7 @@ def loop_for(
         raise ValueError(f"fast is {fast!r}; expected None, True, False or 'compile'")
     if fast is False or (fast is None and not use_cache):
         return write
-    why = why_plain(model) if use_cache else "nothing is kept without a cache"
+    why = why_plain(model) if use_cache else "it needs a cache, and has a single beam"
     if why and fast:
         raise ValueError(f"the fast way cannot be taken: {why}; leave out fast, for the plain way")
     if why:

@@ -54,10 +54,9 @@ def open_columns(
     real:torch.Tensor=None,  # (batch, length), 0 where padding; None: nothing is
     window:int=0,            # how many positions a token sees, itself included; 0: all
 ) -> torch.Tensor:
-    """0 where the next tokens may look, -inf elsewhere: `(rows, 1, window + room)`.
+    """0 where the next tokens may look, -inf elsewhere: `(1 or batch * kv heads, 1, window + room)`.
 
-    One row for all, or with padding one for each of `batch * kv heads`. (The columns in front,
-    one for each position of the window, take what is closed before there is anything to close.)"""
+    (The columns in front take what a window closes before there is anything to close.)"""
     kv_heads = cache.kv.shape[3]
     rows = 1 if real is None else len(real) * kv_heads
     mask = cache.kv.new_full((rows, 1, window + cache.room), -torch.inf)
@@ -247,8 +246,8 @@ class LeanStep:
         self.masks = {window: open_columns(cache, real, window) for window in windows}
         self.logn = {w.logn for w in self.layers} - {0}
         cache.position.fill_(cache.length)
-        on_cpu, dtype = cache.kv.device.type == "cpu", cache.kv.dtype
-        self.one_row = on_cpu and dtype == torch.bfloat16 and cache.kv.shape[2] == 1
+        in_bfloat16 = cache.kv.device.type == "cpu" and cache.kv.dtype == torch.bfloat16
+        self.one_row = in_bfloat16 and cache.kv.shape[2] == 1
         self.make_ready(cache.length + 1)
 
     def make_ready(self, length:int):

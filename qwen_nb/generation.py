@@ -152,11 +152,10 @@ def check_prompt(
 
 # %% ../nbs/09c_stream.ipynb #a3e736d7
 def _loop(model, fast, use_cache=True, soon=False):
-    "`write`, or what 30aa_fast has in its place: the same ids by fewer calls; False: `write`."
+    "`write`, or what 30aa_fast has in its place: the same ids by fewer calls. False: `write`."
     if fast is False:
         return write
-    later = importlib.import_module("qwen_nb.fast")      # 30aa_fast
-    return later.loop_for(model, fast, use_cache, soon)
+    return importlib.import_module("qwen_nb.fast").loop_for(model, fast, use_cache, soon)
 
 # %% ../nbs/09c_stream.ipynb #a3e736d8
 def generate(
@@ -193,16 +192,14 @@ def generate(
     )
     counts = dict(num_beams=num_beams, prefill_chunk=prefill_chunk or 1)
     new, mask = check_prompt(model, input_ids, max_new_tokens, attention_mask, **counts)
+    loop = _loop(model, fast, use_cache and num_beams == 1)
     if num_beams > 1:
         if stop or sampling.temperature:
             todo = "leave out temperature and stop"
             raise ValueError(f"beam search neither samples nor looks for stop strings: {todo}")
-        if fast:
-            raise ValueError("beam search has no fast way: leave out fast")
         return _best_beams(model, input_ids, new, mask, sampling, num_beams, length_penalty)
 
     texts = [TextStream(tokenizer, stop) for _ in input_ids] if stop else None
-    loop = _loop(model, fast, use_cache)
     steps = loop(model, input_ids, new, sampling, mask, seed, texts, use_cache, prefill_chunk)
     return torch.cat([input_ids, torch.stack(list(steps), 1)], 1)
 
@@ -252,8 +249,7 @@ def stream(
     Who needs both takes ids and a `TextStream`. Raises ValueError, at once and not at the first
     piece, for what cannot work."""
     sampling = sampling_for(model, **settings)
-    chunk = prefill_chunk or 1
-    new, _ = check_prompt(model, input_ids, max_new_tokens, prefill_chunk=chunk)
+    new, _ = check_prompt(model, input_ids, max_new_tokens, prefill_chunk=prefill_chunk or 1)
     if len(input_ids) != 1:
         found = f"input_ids has {len(input_ids)} rows"
         raise ValueError(f"{found}; expected 1, as a stream is one text")
