@@ -231,13 +231,12 @@ class LeanStep:
 
     Ids `(batch,)` in, logits `(batch, vocab_size)` in float32 out; `cache` and `masks` go on by
     one position. Shapes change only where more positions are made ready."""
-    ask, answer = staticmethod(ask), staticmethod(answer)
-
     def __init__(self,
                  model:nn.Module,
                  cache:FixedCache,              # the prompt is in it
-                 real:torch.Tensor=None):       # (batch, prompt), 0 where the prompt is padding
-        self.model, self.cache = model, cache
+                 real:torch.Tensor=None,        # (batch, prompt), 0 where the prompt is padding
+                 halves:tuple=(ask, answer)):   # of a layer
+        self.model, self.cache, (self.ask, self.answer) = model, cache, halves
         blocks = model.model.layers
         own_bytes = sum(p.nbytes for p in blocks.parameters())
         self.layers = [LayerWeights.of(block, own_bytes < FUSE_BELOW) for block in blocks]
@@ -263,13 +262,21 @@ class LeanStep:
         places = places.view(-1, 1, cache.ready)          # counted from 1: (1 or batch, 1, ready)
         self.growth = {n: logn_scale(places, n).to(cache.kv.dtype) for n in self.logn}
 
+    def go_on(self):
+        "One more position, on the host's side."
+        self.cache.length += 1
+        if self.cache.length > self.cache.ready:
+            self.make_ready(self.cache.length)
+
     def __call__(self, ids:torch.Tensor) -> torch.Tensor:
-        cache = self.cache
-        if cache.length == cache.ready:
-            self.make_ready(cache.length + 1)
-        cache.length += 1
+        self.go_on()
         with one_row_kernels() if self.one_row else nullcontext():
             return self.step(ids)
+
+    def next(self, ids:torch.Tensor, choice) -> tuple:
+        "The ids that `choice` makes of the logits, and whether there was a NaN among those."
+        logits = self(ids)
+        return choice(logits), logits.isnan().any()
 
     def step(self, ids:torch.Tensor) -> torch.Tensor:
         "What runs for each token: nothing here waits for a number, or depends on one."

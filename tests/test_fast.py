@@ -2,8 +2,10 @@
 
 import gc
 import random
+import shutil
 import threading
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from torch import nn
 
 from qwen_nb import fast as fast_module
 from qwen_nb.cache import KVCache, count_rows
-from qwen_nb.fast import PLAIN_WAY, is_shipped, loop_for, why_plain, write_fast
-from qwen_nb.fixed import FixedCache, LeanStep, open_columns
+from qwen_nb.captured import CapturedStep
+from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
+from qwen_nb.fixed import READY, FixedCache, LeanStep, answer, ask, open_columns
 from qwen_nb.generation import generate, stream
 from qwen_nb.inspect import packaged_model
 from qwen_nb.mixture import MoEConfig
@@ -20,7 +23,7 @@ from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.qwen2 import WindowConfig
 from qwen_nb.qwen3_5 import HybridConfig
-from qwen_nb.sampling import Sampling
+from qwen_nb.sampling import Sampling, choose
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.writing import Context, write
 
@@ -499,3 +502,82 @@ def test_prompts_are_read_with_wide_products(monkeypatch):
         model, _ = random_model("qwen3", 0, dtype)
         generate(model, torch.tensor([[1, 2]]), 3, stop_ids=(), fast=True)
         assert len(entered) == count
+
+
+def test_draws_are_those_of_multinomial():
+    sampling, logits = Sampling(temperature=0.7, top_k=9), torch.randn(4, 50)
+    for seed in range(50):
+        g, h = (torch.Generator().manual_seed(seed) for _ in "gh")
+        assert torch.equal(draw(sampling, logits, g), choose(sampling, logits, h))
+        assert torch.equal(g.get_state(), h.get_state())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_captured_step(kind):
+    "On a CPU its function runs uncaptured: the same places, the same ids."
+    for seed in range(3):
+        model, rng = random_model(kind, seed)
+        ids, mask = random_prompts(model, rng)
+        settings = Sampling(temperature=seed / 2, repetition_penalty=1.2)
+        for look in (1, 8):
+            plain = list(write(model, ids, 30, settings, mask, seed=3))
+            ours = list(
+                write_fast(model, ids, 30, settings, mask, 3, look=look, stepper=CapturedStep)
+            )
+            assert torch.equal(torch.stack(plain), torch.stack(ours))
+
+
+def test_a_graph_is_captured_when_it_should_be(monkeypatch):
+    "With a stand-in for the graph: after the first step, and again when more is made ready."
+    captures, replays = [], []
+
+    class Graph:
+        def __init__(self, run, generator):
+            captures.append(len(replays))
+            self.run = run
+
+        def replay(self):
+            replays.append(1)
+            self.run()
+
+    class OnGPU(CapturedStep):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            self.captures = True
+
+    monkeypatch.setattr("qwen_nb.captured.captured", Graph)
+    model, _ = random_model("qwen3", 0)
+    ids = torch.tensor([[1, 2, 3]])
+    plain = list(write(model, ids, 200, Sampling()))
+    ours = list(write_fast(model, ids, 200, Sampling(), stepper=OnGPU))
+    assert torch.equal(torch.stack(plain), torch.stack(ours))
+    assert captures == [0, READY - 4], captures  # 3 of the prompt and 1 before the capture
+    assert len(replays) == 198
+
+
+@pytest.mark.slow
+def test_compiled_layers(capfd):
+    from torch._dynamo.testing import CompileCounter
+
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler here")
+    for kind in ("qwen3", "mixture"):
+        model, _ = random_model(kind, 2)
+        assert len(model.model.layers) > 1
+        ids = torch.tensor([[1, 2, 3]])
+        plain = generate(model, ids, 140, stop_ids=(), fast=False)
+        assert torch.equal(plain, generate(model, ids, 140, stop_ids=(), fast="compile"))
+    assert "compiled" in capfd.readouterr().err
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    halves = [torch.compile(f, backend=counter, fullgraph=True, dynamic=False) for f in (ask, answer)]
+    model, _ = random_model("qwen3", 2)
+    list(write_fast(model, ids, 140, Sampling(), stepper=partial(LeanStep, halves=halves)))
+    assert counter.frame_count == 2, "each half is compiled once for all layers and lengths"
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    model, _ = random_model("qwen3", 0)
+    with pytest.raises(ValueError, match="needs a C.. compiler"):
+        generate(model, torch.tensor([[1]]), 3, fast="compile")
