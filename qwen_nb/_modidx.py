@@ -475,6 +475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qwen_nb.fast.draw': ('fast.html#draw', 'qwen_nb/fast.py'),
                               'qwen_nb.fast.is_shipped': ('fast.html#is_shipped', 'qwen_nb/fast.py'),
                               'qwen_nb.fast.loop_for': ('fast.html#loop_for', 'qwen_nb/fast.py'),
+                              'qwen_nb.fast.numbers': ('fast.html#numbers', 'qwen_nb/fast.py'),
                               'qwen_nb.fast.odd_module': ('fast.html#odd_module', 'qwen_nb/fast.py'),
                               'qwen_nb.fast.why_plain': ('fast.html#why_plain', 'qwen_nb/fast.py'),
                               'qwen_nb.fast.wide': ('fast.html#wide', 'qwen_nb/fast.py'),

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'CACHES', 'PLAIN_WAY', 'HOMES', 'LOOK', 'is_shipped', 'odd_module', 'why_plain', 'draw', 'Choice', 'Rows',
-           'wide', 'write_fast', 'loop_for']
+           'wide', 'numbers', 'write_fast', 'loop_for']
 
 # %% ../nbs/30aa_fast.ipynb #fy0imp00
 import importlib
@@ -164,6 +164,13 @@ def wide(model:nn.Module):
     return importlib.import_module("qwen_nb.speed").wide_products() if found else nullcontext()
 
 # %% ../nbs/30aa_fast.ipynb #fy0write0
+def numbers(tensors:list) -> list:
+    "What tensors of one shape hold, on the host: here it waits, once for all of them."
+    if len(tensors) == 1:
+        return [tensors[0].tolist()]
+    return torch.stack(tensors).tolist()
+
+
 @torch.inference_mode()
 def write_fast(model:nn.Module, input_ids:torch.Tensor, max_new_tokens:int, sampling:Sampling,
                attention_mask:torch.Tensor=None, seed:int=None, texts:list=None,
@@ -193,8 +200,7 @@ def write_fast(model:nn.Module, input_ids:torch.Tensor, max_new_tokens:int, samp
                 ids, is_bad = choice(logits), logits.isnan().any()
             block.append(ids)
             bad.append(is_bad)
-        found = torch.stack(block).tolist()                # here the host waits
-        for ids, its_ids, is_bad in zip(block, found, torch.stack(bad).tolist()):
+        for ids, its_ids, is_bad in zip(block, numbers(block), numbers(bad)):
             refuse_nan(is_bad, context.dtype)
             had_ended = any(rows.done)
             its_ids = rows.end(its_ids)

@@ -25,15 +25,12 @@ READY = 128   # positions that are made ready at once
 class FixedCache(KVCache):
     """A `KVCache` for steps in which no shape changes: `position`, a tensor, says where to write.
 
-    The first `ready` positions hold numbers (zeros where nothing was written yet), the others
-    whatever the memory held. The prompt is read as with a `KVCache`."""
+    The first `ready` positions hold numbers, the others whatever the memory held."""
     ntk_alpha = None                           # as in `NTKCache`
-
     def __init__(self, config, batch:int, max_length:int,     # as there
                  dtype:torch.dtype=torch.float32, device:str|torch.device="cpu"):
-        max_length = -(-max_length // READY) * READY
-        super().__init__(config, batch, max_length, dtype, device)
-        self.room, self.ready = max_length, 0
+        self.room, self.ready = -(-max_length // READY) * READY, 0
+        super().__init__(config, batch, self.room, dtype, device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
 
     def make_ready(self, length:int):
@@ -97,7 +94,6 @@ def turn(x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor) -> torch.Tensor:
     x `(batch, heads, head_dim)`; cos and sin `(1 or batch, 1, head_dim)`, from `turning_tables`."""
     partner = x.roll(x.shape[-1] // 2, -1)     # the halves change places
     return x * cos + partner * sin
-
 
 def scaled(x:torch.Tensor, weight:torch.Tensor, eps:float) -> torch.Tensor:
     "`RMSNorm` without its module; `weight` may differ from head to head, `(heads, head_dim)`."
@@ -195,9 +191,8 @@ def look_up(
     keys:torch.Tensor, values:torch.Tensor,    # (batch * kv heads, ready, head_dim)
     mask:torch.Tensor,                         # (1 or batch * kv heads, 1, ready), 0 or -inf
 ) -> torch.Tensor:
-    """Attention over all that is ready, as two products with a mask between; shaped like q.
-
-    In bfloat16 on a CPU such products are slow: there PyTorch's own kernel does it."""
+    """Attention over all that is ready, as two products with a mask between; shaped like q. (In
+    bfloat16 such products are slow on a CPU: there PyTorch's own kernel does it.)"""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         q, keys, values = q[None], keys[None], values[None]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None])[0]
@@ -215,7 +210,6 @@ def ask(x:torch.Tensor, w:LayerWeights, cos:torch.Tensor, sin:torch.Tensor) -> t
         qk = scaled(qk, w.qk_norm, w.eps)
     q, k = turn(qk, cos, sin).to(x.dtype).split((n, n_kv), 1)
     return q, k, v
-
 
 def answer(x:torch.Tensor, mix:torch.Tensor, w:LayerWeights) -> torch.Tensor:
     "The second half: what attention found, `(batch, heads * head_dim)`, is added, then the MLP."
