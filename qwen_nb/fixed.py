@@ -20,7 +20,7 @@ from .qwen2 import WindowAttention
 from .rope import cos_sin
 
 # %% ../nbs/30a_fixed.ipynb #fx0cache0
-READY = 128   # positions that are made ready at once
+READY = 64    # positions that are made ready at once
 
 class FixedCache(KVCache):
     """A `KVCache` for steps in which no shape changes: `position`, a tensor, says where to write.
@@ -35,7 +35,7 @@ class FixedCache(KVCache):
 
     def make_ready(self, length:int):
         "Zeros in what was never written, so that at least `length` positions can be looked at."
-        ready = -(-length // READY) * READY
+        ready = min(self.room, -(-length // READY) * READY)
         self.kv[..., max(self.ready, self.length):ready, :] = 0
         self.ready = max(self.ready, ready)
 
@@ -70,9 +70,7 @@ def turning_tables(
     cache:FixedCache,
     missing:torch.Tensor=None,  # (batch,) columns of padding in each row; None: none
 ) -> torch.Tensor:
-    """cos and sin for each column that is ready, `(2, 1 or batch, ready, head_dim)`.
-
-    Half of sin has the other sign, so that `turn` needs no minus."""
+    "cos, and sin with a minus in its first half, of each ready column: `(2, 1 or batch, ready, d)`."
     columns = torch.arange(cache.ready, device=cache.kv.device)[None]
     if missing is not None:
         columns = (columns - missing[:, None]).clamp_min(0)
@@ -96,11 +94,11 @@ def turn(x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor) -> torch.Tensor:
     return x * cos + partner * sin
 
 def scaled(x:torch.Tensor, weight:torch.Tensor, eps:float) -> torch.Tensor:
-    "`RMSNorm` without its module; `weight` may differ from head to head, `(heads, head_dim)`."
-    h = x.float()
-    ms = h.square().mean(-1, keepdim=True)
-    h = h * ms.add_(eps).rsqrt_()
-    return weight * h.to(x.dtype)
+    """`RMSNorm` in four calls: x and -x side by side have mean 0 and, as their variance, x's mean
+    square, so that PyTorch's own layer norm does it. `weight` may be `(heads, head_dim)`."""
+    n = x.shape[-1]
+    both = torch.cat([x, -x], -1)
+    return F.layer_norm(both, (2 * n,), None, None, eps)[..., :n] * weight
 
 # %% ../nbs/30a_fixed.ipynb #fx0fuse00
 FUSE_BELOW = 2**24   # bytes of a model's layers; above, a copy costs more than the calls

@@ -15,7 +15,7 @@ from qwen_nb import fast as fast_module
 from qwen_nb.cache import KVCache, count_rows
 from qwen_nb.captured import CapturedStep
 from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
-from qwen_nb.fixed import READY, FixedCache, LeanStep, answer, ask, open_columns
+from qwen_nb.fixed import FixedCache, LeanStep, answer, ask, open_columns
 from qwen_nb.generation import generate, stream
 from qwen_nb.inspect import packaged_model
 from qwen_nb.mixture import MoEConfig
@@ -548,10 +548,11 @@ def test_a_graph_is_captured_when_it_should_be(monkeypatch):
     monkeypatch.setattr("qwen_nb.captured.captured", Graph)
     model, _ = random_model("qwen3", 0)
     ids = torch.tensor([[1, 2, 3]])
+    monkeypatch.setattr("qwen_nb.captured.BETWEEN", 64)
     plain = list(write(model, ids, 200, Sampling()))
     ours = list(write_fast(model, ids, 200, Sampling(), stepper=OnGPU))
     assert torch.equal(torch.stack(plain), torch.stack(ours))
-    assert captures == [0, READY - 4], captures  # 3 of the prompt and 1 before the capture
+    assert captures == [0, 60, 124, 188], captures  # 3 of the prompt, 1 before the first
     assert len(replays) == 198
 
 
