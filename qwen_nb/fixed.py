@@ -53,7 +53,7 @@ def open_columns(
     real:torch.Tensor=None,  # (batch, length), 0 where padding; None: nothing is
     window:int=0,            # how many positions a token sees, itself included; 0: all
 ) -> torch.Tensor:
-    """0 where the next tokens may look, -inf elsewhere: `(1 or batch * kv heads, 1, window + room)`.
+    """0 where the next tokens may look, else -inf: `(1 or batch * kv heads, 1, window + room)`.
 
     (The columns in front take what a window closes before there is anything to close.)"""
     kv_heads = cache.kv.shape[3]
@@ -72,14 +72,13 @@ def turning_tables(
     cache:FixedCache,
     missing:torch.Tensor=None,  # (batch,) columns of padding in each row; None: none
 ) -> torch.Tensor:
-    "cos, and sin with a minus in its first half, of each ready column: `(2, 1 or batch, ready, d)`."
+    "cos, and sin with a minus in its first half, of each column: `(2, 1 or batch, ready, d)`."
     columns = torch.arange(cache.ready, device=cache.kv.device)[None]
     if missing is not None:
         columns = (columns - missing[:, None]).clamp_min(0)
     rotary, dtype, factor = model.model.rotary, cache.kv.dtype, 1.0
     if type(rotary) is NTKRotary:              # the base that the prompt chose, in float32
-        alphas = cache.ntk_alpha or [1]
-        speeds = [ntk_frequencies(rotary.head_dim, rotary.theta, alpha) for alpha in alphas]
+        speeds = [ntk_frequencies(rotary.head_dim, rotary.theta, a) for a in cache.ntk_alpha or [1]]
         speeds, dtype = torch.stack(speeds)[:, None], torch.float32
     else:
         speeds, factor = rotary.inv_freq, rotary.attention_factor
@@ -99,7 +98,7 @@ def scaled(x:torch.Tensor, weight:torch.Tensor, eps:float) -> torch.Tensor:
     """`RMSNorm` in five calls: x and -x side by side have mean 0 and, as their variance, x's mean
     square, so that PyTorch's own layer norm does it. `weight` may be `(heads, head_dim)`."""
     n = x.shape[-1]
-    both = torch.cat([x, -x], -1)
+    both = torch.cat([x, -x], -1)              # (…, 2 n)
     return F.layer_norm(both, (2 * n,), None, None, eps)[..., :n] * weight
 
 # %% ../nbs/30a_fixed.ipynb #fx0fuse00
@@ -135,7 +134,6 @@ class MixtureWeights(NamedTuple):
     "What a step needs of a `SparseMLP`."
     module:nn.Module
     experts:list                               # `gated_weights` of each
-
 def mlp_weights(mlp:nn.Module, fuse:bool):
     "Of a `SwiGLU` or a `SparseMLP`."
     if type(mlp) is SparseMLP:
@@ -202,7 +200,7 @@ def look_up(
 
 # %% ../nbs/30a_fixed.ipynb #fx0step00
 def ask(x:torch.Tensor, w:LayerWeights, cos:torch.Tensor, sin:torch.Tensor) -> tuple:
-    "The first half of a layer: x `(batch, hidden_size)` → q, k, v, `(batch, heads, head_dim)` each."
+    "The first half of a layer: x `(batch, hidden_size)` → q, k, v, `(batch, heads, head_dim)`."
     n, n_kv, d = w.heads
     qkv = products(scaled(x, w.before, w.eps), *w.qkv).view(-1, n + 2 * n_kv, d)
     qk, v = qkv.split((n + n_kv, n_kv), 1)

@@ -1,4 +1,4 @@
-"""The fast way against the plain one: the same ids for many small models, and where it steps aside."""
+"""The fast way against the plain one: the same ids for many models, and where it steps aside."""
 
 import gc
 import random
@@ -571,7 +571,8 @@ def test_compiled_layers(capfd):
     assert "compiled" in capfd.readouterr().err
     counter = CompileCounter()
     torch._dynamo.reset()
-    halves = [torch.compile(f, backend=counter, fullgraph=True, dynamic=False) for f in (ask, answer)]
+    how = dict(backend=counter, fullgraph=True, dynamic=False)
+    halves = [torch.compile(half, **how) for half in (ask, answer)]
     model, _ = random_model("qwen3", 2)
     list(write_fast(model, ids, 140, Sampling(), stepper=partial(LeanStep, halves=halves)))
     assert counter.frame_count == 2, "each half is compiled once for all layers and lengths"
