@@ -172,7 +172,7 @@ def numbers(tensors:list) -> list:
         return [tensors[0].tolist()]
     return torch.stack(tensors).tolist()
 
-
+# %% ../nbs/30aa_fast.ipynb #fy0write9
 @torch.inference_mode()
 def write_fast(model:nn.Module, input_ids:torch.Tensor, max_new_tokens:int, sampling:Sampling,
                attention_mask:torch.Tensor=None, seed:int=None, texts:list=None,

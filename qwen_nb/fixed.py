@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READY', 'FUSE_BELOW', 'FixedCache', 'open_columns', 'turning_tables', 'turn', 'scaled', 'together', 'products',
            'gated_weights', 'gated', 'MixtureWeights', 'mlp_weights', 'mixed', 'LayerWeights', 'look_up', 'ask',
-           'answer', 'LeanStep']
+           'answer', 'LeanState', 'LeanStep']
 
 # %% ../nbs/30a_fixed.ipynb #fx0imp00
 from contextlib import nullcontext
@@ -218,11 +218,8 @@ def answer(x:torch.Tensor, mix:torch.Tensor, w:LayerWeights) -> torch.Tensor:
     return (mixed if isinstance(w.mlp, MixtureWeights) else gated)(normed, w.mlp, x)
 
 # %% ../nbs/30a_fixed.ipynb #fx0lean00
-class LeanStep:
-    """One token for each row, through a whole model of dense or sparse blocks, by few calls.
-
-    Ids `(batch,)` in, logits `(batch, vocab_size)` in float32 out; `cache` and `masks` go on by
-    one position. Shapes change only where more positions are made ready."""
+class LeanState:
+    "The weights, masks and tables of a `LeanStep`, for the positions that are ready."
     def __init__(self,
                  model:nn.Module,
                  cache:FixedCache,              # the prompt is in it
@@ -260,6 +257,12 @@ class LeanStep:
         if self.cache.length > self.cache.ready:
             self.make_ready(self.cache.length)
 
+# %% ../nbs/30a_fixed.ipynb #fx0lean01
+class LeanStep(LeanState):
+    """One token for each row, through a whole model of dense or sparse blocks, by few calls.
+
+    Ids `(batch,)` in, logits `(batch, vocab_size)` in float32 out; `cache` and `masks` go on by
+    one position. Shapes change only where more positions are made ready."""
     def __call__(self, ids:torch.Tensor) -> torch.Tensor:
         self.go_on()
         with one_row_kernels() if self.one_row else nullcontext():

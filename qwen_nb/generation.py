@@ -181,15 +181,13 @@ def generate(
 ) -> torch.Tensor:
     """The prompts and what the model writes after them, `(batch, seq + new)`.
 
-    A row ends with its stop id, or with the token that completes its stop string; `pad_id` (the
-    model's, or its first stop id) follows until the longest row has ended. Raises ValueError for
-    settings or prompts that cannot work, too long ones among them."""
+    A row ends with its stop id, or with the token that completes its stop string, and is filled
+    with `pad_id` (the model's, or its first stop id). ValueError for what cannot work."""
     if num_beams != 1:
         temperature = temperature or 0.0               # beams do not sample
     sampling = sampling_for(
         model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=stop_ids,
-        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
-    )
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty)
     counts = dict(num_beams=num_beams, prefill_chunk=prefill_chunk or 1)
     new, mask = check_prompt(model, input_ids, max_new_tokens, attention_mask, **counts)
     loop = _loop(model, fast, use_cache and num_beams == 1)

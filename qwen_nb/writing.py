@@ -32,7 +32,7 @@ def refuse_nan(found:bool, dtype:torch.dtype):
         said = f"the model gave NaN in {dtype}"
         raise ValueError(f"{said}; float16 is too narrow for Qwen: use bfloat16 or float32")
 
-
+# %% ../nbs/09b_batch.ipynb #1ca89527
 class Context:
     "What a model has read so far. `read` takes more and gives the logits of the next token."
     def __init__(self,
