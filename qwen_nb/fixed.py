@@ -55,7 +55,7 @@ def open_columns(
 ) -> torch.Tensor:
     """0 where the next tokens may look, else -inf: `(1 or batch * kv heads, 1, window + room)`.
 
-    (The columns in front take what a window closes before there is anything to close.)"""
+    (The columns in front take what a window closes too early.)"""
     kv_heads = cache.kv.shape[3]
     rows = 1 if real is None else len(real) * kv_heads
     mask = cache.kv.new_full((rows, 1, window + cache.room), -torch.inf)
@@ -88,9 +88,8 @@ def turning_tables(
 
 # %% ../nbs/30a_fixed.ipynb #fx0turn00
 def turn(x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor) -> torch.Tensor:
-    """`apply_rope` with a table whose first half of sin is negative: four calls where it has eight.
-
-    x `(batch, heads, head_dim)`; cos and sin `(1 or batch, 1, head_dim)`, from `turning_tables`."""
+    """`apply_rope` of x `(batch, heads, head_dim)` in four calls where it has eight; cos and sin
+    `(1 or batch, 1, head_dim)` are from `turning_tables`."""
     partner = x.roll(x.shape[-1] // 2, -1)     # the halves change places
     return x * cos + partner * sin
 
@@ -261,8 +260,7 @@ class LeanState:
 class LeanStep(LeanState):
     """One token for each row, through a whole model of dense or sparse blocks, by few calls.
 
-    Ids `(batch,)` in, logits `(batch, vocab_size)` in float32 out; `cache` and `masks` go on by
-    one position. Shapes change only where more positions are made ready."""
+    Ids `(batch,)` in, logits `(batch, vocab_size)` in float32 out; the cache goes on by one."""
     def __call__(self, ids:torch.Tensor) -> torch.Tensor:
         self.go_on()
         with one_row_kernels() if self.one_row else nullcontext():
