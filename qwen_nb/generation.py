@@ -6,6 +6,8 @@
 __all__ = ['maybe_begun', 'check_stream', 'TextStream', 'max_positions', 'check_prompt', 'generate', 'text_pieces', 'stream']
 
 # %% ../nbs/09c_stream.ipynb #84d62437
+import importlib
+
 import torch
 
 from .model import QwenConfig
@@ -148,6 +150,13 @@ def check_prompt(
         raise ValueError(f"{asked}: {limit}")
     return new, mask
 
+# %% ../nbs/09c_stream.ipynb #a3e736d7
+def _loop(model, fast, use_cache=True, soon=False):
+    "`write`, or what 30aa_fast has in its place: the same ids by fewer calls. False: `write`."
+    if fast is False:
+        return write
+    return importlib.import_module("qwen_nb.fast").loop_for(model, fast, use_cache, soon)
+
 # %% ../nbs/09c_stream.ipynb #a3e736d8
 def generate(
     model:torch.nn.Module,             # ours
@@ -168,20 +177,20 @@ def generate(
     seed:int=None,  # the same seed, the same draws; None: PyTorch's own generator
     use_cache:bool=True,               # False: read everything again for each token
     prefill_chunk:int=None,            # read the prompt in pieces of this length, to save memory
+    fast:bool|str=None,                # None: by lean steps where the ids are the same; see `_loop`
 ) -> torch.Tensor:
     """The prompts and what the model writes after them, `(batch, seq + new)`.
 
-    A row ends with its stop id, or with the token that completes its stop string; `pad_id` (the
-    model's, or its first stop id) follows until the longest row has ended. Raises ValueError for
-    settings or prompts that cannot work, too long ones among them."""
+    A row ends with its stop id, or with the token that completes its stop string, and is filled
+    with `pad_id` (the model's, or its first stop id). ValueError for what cannot work."""
     if num_beams != 1:
         temperature = temperature or 0.0               # beams do not sample
     sampling = sampling_for(
         model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=stop_ids,
-        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
-    )
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty)
     counts = dict(num_beams=num_beams, prefill_chunk=prefill_chunk or 1)
     new, mask = check_prompt(model, input_ids, max_new_tokens, attention_mask, **counts)
+    loop = _loop(model, fast, use_cache and num_beams == 1)
     if num_beams > 1:
         if stop or sampling.temperature:
             todo = "leave out temperature and stop"
@@ -189,7 +198,7 @@ def generate(
         return _best_beams(model, input_ids, new, mask, sampling, num_beams, length_penalty)
 
     texts = [TextStream(tokenizer, stop) for _ in input_ids] if stop else None
-    steps = write(model, input_ids, new, sampling, mask, seed, texts, use_cache, prefill_chunk)
+    steps = loop(model, input_ids, new, sampling, mask, seed, texts, use_cache, prefill_chunk)
     return torch.cat([input_ids, torch.stack(list(steps), 1)], 1)
 
 # %% ../nbs/09c_stream.ipynb #51bd13e9
@@ -229,6 +238,7 @@ def stream(
     stop:str|list=None,       # a string or several; neither they nor stop ids are shown in the text
     seed:int=None,            # the same seed, the same draws; None: PyTorch's own generator
     prefill_chunk:int=None,   # read the prompt in pieces of this length, to save memory
+    fast:bool|str=None,       # None: by lean steps where the ids are the same; see `_loop`
     **settings,               # temperature, top_k, … and stop_ids, as for `generate`
 ):
     """Yield what the model writes as it comes.
@@ -237,14 +247,14 @@ def stream(
     Who needs both takes ids and a `TextStream`. Raises ValueError, at once and not at the first
     piece, for what cannot work."""
     sampling = sampling_for(model, **settings)
-    chunk = prefill_chunk or 1
-    new, _ = check_prompt(model, input_ids, max_new_tokens, prefill_chunk=chunk)
+    new, _ = check_prompt(model, input_ids, max_new_tokens, prefill_chunk=prefill_chunk or 1)
     if len(input_ids) != 1:
         found = f"input_ids has {len(input_ids)} rows"
         raise ValueError(f"{found}; expected 1, as a stream is one text")
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer, to make text of ids")
-    steps = write(model, input_ids, new, sampling, seed=seed, prefill_chunk=prefill_chunk)
+    loop = _loop(model, fast, soon=True)
+    steps = loop(model, input_ids, new, sampling, seed=seed, prefill_chunk=prefill_chunk)
     ids = (step.item() for step in steps)
     if tokenizer is None:
         return ids

@@ -1,0 +1,585 @@
+"""The fast way against the plain one: the same ids for many models, and where it steps aside."""
+
+import gc
+import random
+import shutil
+import threading
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from qwen_nb import fast as fast_module
+from qwen_nb.cache import KVCache, count_rows
+from qwen_nb.captured import CapturedStep
+from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
+from qwen_nb.fixed import FixedCache, LeanStep, answer, ask, open_columns
+from qwen_nb.generation import generate, stream
+from qwen_nb.inspect import packaged_model
+from qwen_nb.mixture import MoEConfig
+from qwen_nb.model import Qwen, QwenConfig
+from qwen_nb.qwen1 import Qwen1Config
+from qwen_nb.qwen2 import WindowConfig
+from qwen_nb.qwen3_5 import HybridConfig
+from qwen_nb.sampling import Sampling, choose
+from qwen_nb.tokenizer import Tokenizer
+from qwen_nb.writing import Context, write
+
+KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows", "mixture", "shared"]
+
+
+def random_config(kind, rng):
+    "A tiny config of one of KINDS."
+    kv_heads = rng.choice([1, 2, 3])
+    heads, head_dim = kv_heads * rng.choice([1, 2, 3]), 2 * rng.randint(2, 8)
+    sizes = dict(
+        vocab_size=rng.randint(30, 90),
+        hidden_size=rng.randint(8, 40),
+        intermediate_size=rng.randint(8, 60),
+        num_hidden_layers=rng.randint(1, 3),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=rng.choice([1e3, 1e4, 1e6]),
+        max_position_embeddings=400,
+        tie_word_embeddings=rng.random() < 0.5,
+    )
+    if kind == "qwen1":
+        sizes |= dict(hidden_size=heads * head_dim, num_key_value_heads=heads)
+        switches = dict(use_dynamic_ntk=rng.random() < 0.7, use_logn_attn=rng.random() < 0.7)
+        return Qwen1Config(**sizes, seq_length=rng.choice([8, 20, 150]), **switches)
+    if kind == "qwen2":
+        return QwenConfig(**sizes, qkv_bias=True, qk_norm=False)
+    if kind == "yarn":
+        scaling = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=20)
+        return QwenConfig(**sizes, rope_scaling=scaling)
+    if kind == "linear":
+        scaling = dict(rope_type="linear", factor=2.0)
+        return QwenConfig(**sizes, rope_scaling=scaling, o_bias=True, qkv_bias=True)
+    if kind == "windows":
+        choices = [None, rng.randint(1, 12), rng.randint(1, 30)]
+        windows = [rng.choice(choices) for _ in range(sizes["num_hidden_layers"])]
+        return WindowConfig(**sizes, windows=windows)
+    if kind in ("mixture", "shared"):
+        experts = rng.randint(2, 6)
+        shared = dict(shared_expert_intermediate_size=rng.randint(4, 20), qk_norm=False)
+        return MoEConfig(
+            **sizes,
+            num_experts=experts,
+            num_experts_per_tok=rng.randint(1, experts),
+            moe_intermediate_size=rng.randint(4, 30),
+            norm_topk_prob=rng.random() < 0.5,
+            decoder_sparse_step=rng.choice([1, 2]),
+            **(shared if kind == "shared" else {}),
+        )
+    return QwenConfig(**sizes)
+
+
+def random_model(kind, seed, dtype=torch.float32):
+    rng = random.Random(f"{kind} {seed}")
+    torch.manual_seed(seed)
+    model = Qwen(random_config(kind, rng)).eval()
+    for p in model.parameters():  # norms and biases too: none may be forgotten
+        p.data = p.data + torch.randn_like(p) * 0.3
+    return model.to(dtype), rng
+
+
+def random_prompts(model, rng, longest=40):
+    "Prompts of one or several rows, with or without padding on the left."
+    batch, length = rng.choice([1, 1, 2, 3]), rng.randint(1, longest)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length))
+    mask = None
+    if batch > 1 and rng.random() < 0.7:
+        missing = torch.tensor([rng.randint(0, length - 1) for _ in range(batch)])
+        mask = (torch.arange(length) >= missing[:, None]).long()
+    return ids, mask
+
+
+def both(model, ids, new, mask=None, **settings):
+    "What the plain way and the fast way write."
+    plain = generate(model, ids, new, mask, fast=False, **settings)
+    return plain, generate(model, ids, new, mask, fast=True, **settings)
+
+
+def same_in_float32(kind, seed):
+    model, rng = random_model(kind, seed)
+    ids, mask = random_prompts(model, rng)
+    stops = [rng.randrange(model.config.vocab_size) for _ in range(rng.choice([0, 0, 3]))]
+    chunk = rng.choice([None, None, 3, 7]) if kind != "qwen1" else None
+    new = rng.choice([1, 2, 30, 150])
+    sampled = dict(temperature=0.9, top_p=0.9, top_k=20, seed=seed, repetition_penalty=1.3)
+    settings = [dict(), dict(presence_penalty=0.5), sampled][seed % 3]
+    plain, fast = both(model, ids, new, mask, stop_ids=stops, prefill_chunk=chunk, **settings)
+    assert torch.equal(plain, fast), f"{kind}, seed {seed}: {plain.tolist()}, {fast.tolist()}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_ids_as_the_plain_way(kind):
+    for seed in range(20):
+        same_in_float32(kind, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_ids_as_the_plain_way_for_many_more(kind):
+    for seed in range(20, 65):
+        same_in_float32(kind, seed)
+
+
+@torch.no_grad()
+def nearly_best(model, ids, mask, prompt, share):
+    """Whether each written token is the plain model's likeliest, or as good as that: in bfloat16
+    two ways of adding differ by rounding, and a tie may fall either way."""
+    context = Context(model, len(ids), ids.shape[1], mask)
+    logits = context.read(ids[:, :prompt])
+    for i in range(prompt, ids.shape[1]):
+        missing = logits.amax(-1) - logits.gather(-1, ids[:, i : i + 1])[:, 0]
+        if (missing > share * logits.abs().amax(-1)).any():
+            return False
+        logits = context.read(ids[:, i : i + 1])
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_differs_in_ties_alone(kind):
+    for seed in range(5):
+        model, rng = random_model(kind, seed, torch.bfloat16)
+        ids, mask = random_prompts(model, rng)
+        fast = generate(model, ids, 30, mask, stop_ids=(), fast=True)
+        if kind in ("mixture", "shared"):  # a tie between experts changes more than a rounding
+            assert fast.shape == (len(ids), ids.shape[1] + 30)
+            continue
+        assert nearly_best(model, fast, mask, ids.shape[1], 0.05), f"{kind}, seed {seed}"
+        worst = fast.clone()
+        worst[:, ids.shape[1]] = model(ids, mask)[:, -1].argmin(-1)
+        assert not nearly_best(model, worst, mask, ids.shape[1], 0.05), "the worst token is seen"
+
+
+@pytest.mark.parametrize("name", [None, "qwen1", "qwen2", "qwen3_moe"])
+def test_packaged_models(name):
+    folder = packaged_model(name) if name else packaged_model()
+    model = Qwen.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer.encode("Anna is in the garden.\n")])
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    for settings in (dict(temperature=0.0), dict(temperature=0.9, seed=1)):
+        plain, fast = both(model, ids, 100, stop_ids=(), **settings)
+        assert torch.equal(plain, fast)
+    stopped = both(model, ids, 100, stop=["garden", "."], tokenizer=tokenizer)
+    assert torch.equal(*stopped)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
+
+
+def test_stream_and_generate_take_it(monkeypatch):
+    model, _ = random_model("qwen3", 0)
+    ids = torch.tensor([[1, 2, 3]])
+    made = []
+    kept = LeanStep.__init__
+    monkeypatch.setattr(LeanStep, "__init__", lambda self, *a: made.append(1) or kept(self, *a))
+    generate(model, ids, 5, stop_ids=())
+    written = list(stream(model, ids, 5, stop_ids=()))
+    assert len(made) == 2, f"{len(made)} lean steps were made, expected one a text"
+    generate(model, ids, 5, stop_ids=(), fast=False)
+    assert len(made) == 2, "fast=False took the fast way"
+    assert written == list(stream(model, ids, 5, stop_ids=(), fast=False))
+
+
+def test_the_logits_are_the_same():
+    model, rng = random_model("qwen3", 3)
+    ids = torch.randint(0, 30, (1, 100))
+    cache, plain = FixedCache(model.config, 1, 300), KVCache(model.config, 1, 300)
+    with torch.inference_mode():
+        first = model(ids, cache=cache, last_only=True)[:, -1]
+        model(ids, cache=plain, last_only=True)
+        step, new = LeanStep(model, cache), first.argmax(-1)
+        for _ in range(80):  # past the end of what was ready at first
+            theirs = model(new[:, None], cache=plain, last_only=True)[:, -1]
+            ours = step(new)
+            assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+            new = ours.argmax(-1)
+
+
+def test_what_was_never_written_does_no_harm():
+    model, _ = random_model("qwen3", 1)
+    ids = torch.tensor([[1, 2, 3]])
+
+    class Dirty(FixedCache):  # memory as it may be found
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.kv.fill_(torch.nan)
+
+    with torch.inference_mode():
+        cache = Dirty(model.config, 1, 300)
+        model(ids, cache=cache)
+        step = LeanStep(model, cache)
+        for _ in range(200):
+            assert not step(torch.tensor([1])).isnan().any()
+
+
+def test_a_window_closes_behind():
+    model, _ = random_model("qwen3", 1)
+    cache = FixedCache(model.config, 1, 20)
+    cache.length = 5
+    mask = open_columns(cache, window=3)[0, 0, 3:]
+    assert (mask == 0).nonzero()[:, 0].tolist() == [2, 3, 4]  # the step closes one and opens one
+
+
+@pytest.mark.parametrize("look", [1, 4, 16, 1000])
+def test_the_host_may_look_later(look):
+    for seed in range(6):
+        model, rng = random_model("qwen3", seed)
+        ids, mask = random_prompts(model, rng)
+        sampling = Sampling(stop_ids=tuple(range(0, 30, 4)), temperature=seed % 2, pad_id=7)
+        plain = list(write(model, ids, 40, sampling, mask, seed=5))
+        later = list(write_fast(model, ids, 40, sampling, mask, seed=5, look=look))
+        assert torch.equal(torch.stack(plain), torch.stack(later))
+
+
+def spoilt(model, layer=-1):
+    "NaN in the head of one token: its logit is NaN from the first step on."
+    model.model.norm.weight.data[0] = torch.nan
+    return model
+
+
+def test_nan_is_the_same_error():
+    model, _ = random_model("qwen3", 0)
+    ids = torch.tensor([[1, 2, 3]])
+    words = []
+    for way in (False, True):
+        with pytest.raises(ValueError, match="gave NaN in torch.float32") as error:
+            generate(spoilt(model), ids, 5, fast=way)
+        words.append(str(error.value))
+    assert words[0] == words[1]
+
+
+@pytest.mark.parametrize("look", [1, 4])
+def test_nan_while_writing(look, monkeypatch):
+    model, _ = random_model("qwen3", 0)
+    kept = LeanStep.step
+
+    def third(self, ids):
+        logits = kept(self, ids)
+        if self.cache.length == 6:
+            logits[0, 3] = torch.nan
+        return logits
+
+    monkeypatch.setattr(LeanStep, "step", third)
+    ids, written = torch.tensor([[1, 2, 3]]), []
+    with pytest.raises(ValueError, match="float16 is too narrow"):
+        for new in write_fast(model, ids, 20, Sampling(), look=look):
+            written.append(new)
+    assert len(written) == 3, f"{len(written)} tokens came before the error, expected 3"
+
+
+def test_the_same_errors():
+    model, _ = random_model("qwen3", 0)
+    ids = torch.tensor([[1, 2, 3]])
+    wrong = [
+        (dict(max_new_tokens=1000), "knows 400 positions"),
+        (dict(max_new_tokens=5, top_k=3), "temperature is 0"),
+        (dict(max_new_tokens=5, temperature=1.0, seed=2**70), "64 bits"),
+        (dict(max_new_tokens=5, stop="a"), "decode"),
+    ]
+    for settings, words in wrong:
+        for way in (None, True, False):
+            with pytest.raises(ValueError, match=words):
+                generate(model, ids, fast=way, **settings)
+    with pytest.raises(ValueError, match="input_ids go from"):
+        generate(model, torch.tensor([[10_000]]), 5, fast=True)
+    with pytest.raises(ValueError, match="fast is 'quick'; expected"):
+        generate(model, ids, 5, fast="quick")
+    for settings in (dict(use_cache=False), dict(num_beams=2)):
+        with pytest.raises(ValueError, match="cannot be taken: it needs a cache"):
+            generate(model, ids, 5, fast=True, **settings)
+        generate(model, ids, 5, **settings)
+
+
+@contextmanager
+def own_method(model):
+    attention = model.model.layers[0].self_attn
+    attention.forward = lambda *args: type(attention).forward(attention, *args)
+    yield
+    del attention.forward
+
+
+@contextmanager
+def own_class(model):
+    class Louder(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.model.layers[0].mlp.down_proj.__class__ = Louder
+    yield
+    model.model.layers[0].mlp.down_proj.__class__ = nn.Linear
+
+
+@contextmanager
+def training(model):
+    model.train()
+    yield
+    model.eval()
+
+
+@contextmanager
+def one_norm_in_double(model):
+    norm = model.model.norm
+    norm.weight.data = norm.weight.data.double()
+    yield
+    norm.weight.data = norm.weight.data.float()
+
+
+@contextmanager
+def hook_on_all(model):
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    yield
+    handle.remove()
+
+
+ASIDE = {
+    "has a method of its own": own_method,
+    "is a Louder": own_class,
+    "training mode": training,
+    "hooks watch layers": None,
+    "hooks watch all": hook_on_all,
+    "differ in dtype": one_norm_in_double,
+    "autocast": lambda model: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("words", ASIDE)
+def test_it_steps_aside(words):
+    model, _ = random_model("qwen3", 0)
+    around = ASIDE[words] or (lambda model: count_rows(model))
+    assert why_plain(model) is None
+    with around(model):
+        why = why_plain(model)
+        expected = "hooks watch" if ASIDE[words] is None else words
+        assert why and expected in why, f"{why!r}, expected {expected!r}"
+        assert loop_for(model) is write
+        with pytest.raises(ValueError, match="the fast way cannot be taken: .*leave out fast"):
+            loop_for(model, True)
+    assert why_plain(model) is None, "it is sure again afterwards"
+
+
+@pytest.mark.parametrize("path", PLAIN_WAY)
+def test_a_function_in_anothers_place_is_seen(path, monkeypatch):
+    assert is_shipped(path), f"{path} is the package's own"
+    module, *names = path.split(".")
+    holder = __import__(f"qwen_nb.{module}", fromlist=["x"])
+    for name in names[:-1]:
+        holder = getattr(holder, name)
+    kept = getattr(holder, names[-1])
+    monkeypatch.setattr(holder, names[-1], lambda *args, **kw: kept(*args, **kw))
+    model, _ = random_model("qwen3", 0)
+    assert path in why_plain(model)
+    assert loop_for(model) is write
+
+
+def test_a_piece_in_use_is_seen():
+    from qwen_nb.mine import all_pieces
+    from qwen_nb.pieces import put_in, take_out
+
+    model, _ = random_model("qwen3", 0)
+    piece = all_pieces()["rotate_half"]
+    put_in(piece, lambda x: torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1))
+    try:
+        assert "pieces of your own" in why_plain(model)
+    finally:
+        take_out(piece)
+    assert why_plain(model) is None
+
+
+def test_other_families_step_aside():
+    config = HybridConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    model = Qwen(config).eval()
+    assert "whose work it does not know" in why_plain(model)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(generate(model, ids, 5), generate(model, ids, 5, fast=False))
+
+
+def test_an_int8_cache_steps_aside():
+    config = random_config("qwen1", random.Random(0))
+    config.use_cache_quantization = True
+    assert "its cache is a Int8Cache" in why_plain(Qwen(config).eval())
+
+
+def test_nothing_is_kept():
+    model, _ = random_model("qwen3", 0)
+    before = {id(module): set(vars(module)) for module in model.modules()}
+    generate(model, torch.tensor([[1, 2, 3]]), 20, stop_ids=(), fast=True)
+    gc.collect()
+    left = [o for o in gc.get_objects() if type(o) in (FixedCache, LeanStep)]
+    assert not left, f"{len(left)} caches or steps are left"
+    assert before == {id(module): set(vars(module)) for module in model.modules()}
+
+
+def test_the_ids_can_be_used_in_training():
+    model, _ = random_model("qwen3", 0)
+    ids = generate(model, torch.tensor([[1, 2, 3]]), 5, stop_ids=(), fast=True)
+    ids[0, 0] = 4
+    loss = model(ids).square().mean()
+    loss.backward()
+    assert not ids.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def test_weights_that_changed_are_seen():
+    model, _ = random_model("qwen3", 0)
+    ids = torch.tensor([[1, 2, 3]])
+    first = generate(model, ids, 20, stop_ids=(), fast=True)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(-1)
+    plain, fast = both(model, ids, 20, stop_ids=())
+    assert torch.equal(plain, fast) and not torch.equal(first, fast)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_threads(dtype):
+    model, _ = random_model("qwen3", 0, dtype)
+    prompts = [torch.tensor([[i, 2, 3]]) for i in range(6)]
+    alone = [generate(model, p, 40, stop_ids=(), fast=True) for p in prompts]
+    found = {}
+
+    def one(i):
+        found[i] = generate(model, prompts[i], 40, stop_ids=(), fast=True)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[i], alone[i]) for i in range(6))
+
+
+def test_large_layers_are_not_copied(monkeypatch):
+    model, _ = random_model("qwen3", 0)
+    cache = FixedCache(model.config, 1, 10)
+    monkeypatch.setattr("qwen_nb.fixed.FUSE_BELOW", 0)
+    step = LeanStep(model, cache)
+    own = {p.data_ptr() for p in model.parameters()}
+    for w in step.layers:
+        (gate_up, _), down = w.mlp
+        for weight in (*w.qkv[0], *gate_up, w.out, down):
+            assert weight.data_ptr() in own, "a weight was copied"
+    same_in_float32("qwen2", 0)
+
+
+def test_prompts_are_read_with_wide_products(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def wide_products():
+        entered.append(1)
+        yield
+
+    class Speed:
+        pass
+
+    Speed.wide_products = staticmethod(wide_products)
+    kept = fast_module.importlib.import_module
+
+    def find(name):
+        return Speed if name == "qwen_nb.speed" else kept(name)
+
+    monkeypatch.setattr(fast_module.importlib, "import_module", find)
+    monkeypatch.setattr(fast_module.importlib.util, "find_spec", lambda name: True)
+    for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1)):
+        model, _ = random_model("qwen3", 0, dtype)
+        generate(model, torch.tensor([[1, 2]]), 3, stop_ids=(), fast=True)
+        assert len(entered) == count
+
+
+def test_draws_are_those_of_multinomial():
+    sampling, logits = Sampling(temperature=0.7, top_k=9), torch.randn(4, 50)
+    for seed in range(50):
+        g, h = (torch.Generator().manual_seed(seed) for _ in "gh")
+        assert torch.equal(draw(sampling, logits, g), choose(sampling, logits, h))
+        assert torch.equal(g.get_state(), h.get_state())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_captured_step(kind):
+    "On a CPU its function runs uncaptured: the same places, the same ids."
+    for seed in range(3):
+        model, rng = random_model(kind, seed)
+        ids, mask = random_prompts(model, rng)
+        settings = Sampling(temperature=seed / 2, repetition_penalty=1.2)
+        for look in (1, 8):
+            plain = list(write(model, ids, 30, settings, mask, seed=3))
+            ours = list(
+                write_fast(model, ids, 30, settings, mask, 3, look=look, stepper=CapturedStep)
+            )
+            assert torch.equal(torch.stack(plain), torch.stack(ours))
+
+
+def test_a_graph_is_captured_when_it_should_be(monkeypatch):
+    "With a stand-in for the graph: after the first step, and again when more is made ready."
+    captures, replays = [], []
+
+    class Graph:
+        def __init__(self, run, generator):
+            captures.append(len(replays))
+            self.run = run
+
+        def replay(self):
+            replays.append(1)
+            self.run()
+
+    class OnGPU(CapturedStep):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            self.captures = True
+
+    monkeypatch.setattr("qwen_nb.captured.captured", Graph)
+    model, _ = random_model("qwen3", 0)
+    ids = torch.tensor([[1, 2, 3]])
+    monkeypatch.setattr("qwen_nb.captured.BETWEEN", 64)
+    plain = list(write(model, ids, 200, Sampling()))
+    ours = list(write_fast(model, ids, 200, Sampling(), stepper=OnGPU))
+    assert torch.equal(torch.stack(plain), torch.stack(ours))
+    assert captures == [0, 60, 124, 188], captures  # 3 of the prompt, 1 before the first
+    assert len(replays) == 198
+
+
+@pytest.mark.slow
+def test_compiled_layers(capfd):
+    from torch._dynamo.testing import CompileCounter
+
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler here")
+    for kind in ("qwen3", "mixture"):
+        model, _ = random_model(kind, 2)
+        assert len(model.model.layers) > 1
+        ids = torch.tensor([[1, 2, 3]])
+        plain = generate(model, ids, 140, stop_ids=(), fast=False)
+        assert torch.equal(plain, generate(model, ids, 140, stop_ids=(), fast="compile"))
+    assert "compiled" in capfd.readouterr().err
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    how = dict(backend=counter, fullgraph=True, dynamic=False)
+    halves = [torch.compile(half, **how) for half in (ask, answer)]
+    model, _ = random_model("qwen3", 2)
+    list(write_fast(model, ids, 140, Sampling(), stepper=partial(LeanStep, halves=halves)))
+    assert counter.frame_count == 2, "each half is compiled once for all layers and lengths"
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    model, _ = random_model("qwen3", 0)
+    with pytest.raises(ValueError, match="needs a C.. compiler"):
+        generate(model, torch.tensor([[1]]), 3, fast="compile")
