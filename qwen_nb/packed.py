@@ -170,7 +170,9 @@ class FourBits:
 
     def __init__(self, codes:torch.Tensor, scales:torch.Tensor):
         self.group, self.width = 2 * codes.shape[1] // scales.shape[1], 2 * codes.shape[1]
-        self.layout = torch.cat([self.arrange(part) for part in codes.split(4096)])
+        self.layout = torch.empty_like(codes)
+        for part, place in zip(codes.split(256), self.layout.split(256)):
+            place.copy_(self.arrange(part))
         self.scales = torch.stack([scales, torch.zeros_like(scales)], -1).transpose(0, 1)
         self.scales = self.scales.to(torch.bfloat16).contiguous()  # (groups, outputs, 2)
         self.nbytes = self.layout.nbytes + self.scales.nbytes

@@ -45,12 +45,16 @@ def round_matrix(
     "Codes as a `QuantisedMatrix` wants them, and scales; a few rows at a time."
     group = 32 if bits == 4 and w.shape[1] % 32 == 0 else None
     dtype = torch.bfloat16 if bits == 4 else torch.float32
-    codes, scales = [], []
-    for rows in w.split(max(1, 2**20 // w.shape[1])):
-        some, its_scales = to_codes(rows, bits, group, dtype)
-        codes.append(some if bits == 8 else pack_nibbles(some))
-        scales.append(its_scales)
-    return torch.cat(codes), torch.cat(scales)
+    outputs, inputs = w.shape
+    form = (torch.int8, inputs) if bits == 8 else (torch.uint8, inputs // 2)
+    codes = torch.empty(outputs, form[1], dtype=form[0])
+    scales = torch.empty(outputs, inputs // (group or inputs), dtype=dtype)
+    few = max(1, 2**16 // inputs)                        # what is small leaves no large holes
+    for at in range(0, outputs, few):
+        some, its_scales = to_codes(w[at:at + few], bits, group, dtype)
+        codes[at:at + few] = some if bits == 8 else pack_nibbles(some)
+        scales[at:at + few] = its_scales
+    return codes, scales
 
 # %% ../nbs/31aa_opened.ipynb #q3bput00
 def put_codes(
