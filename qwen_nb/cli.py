@@ -19,6 +19,7 @@ from pathlib import Path
 from . import __version__
 from .commands import run_data, run_train
 from .conversation import add_prompt_options, run_chat
+from .quantize_command import add_quantize
 from .terminal import add_embed, add_eval, choose_model, run_generate
 
 # %% ../nbs/90c_cli.ipynb #142e8230
@@ -65,6 +66,8 @@ def add_shared(parser):
         "in the building edition (default folder: my_qwen, see qwen-nb build)")
     add("--dtype", choices=["float32", "bfloat16", "float16", "float64"],
         help="of weights and computation (default: as stored)")
+    add("--quantize", choices=["int8", "int4"],
+        help="keep a weight in 8 or 4 bits; smaller, and faster on a CPU (see qwen-nb quantize)")
     group = parser.add_argument_group(
         "how it writes", "What is not given is as the model's generation_config.json says.")
     one = group.add_mutually_exclusive_group()
@@ -251,7 +254,7 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"qwen-nb {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     talk = add_chat, add_generate, add_embed
-    for add in (*talk, add_data, add_train, add_verify, add_eval, add_build):
+    for add in (*talk, add_data, add_train, add_verify, add_eval, add_quantize, add_build):
         add(commands)
     return parser
 

@@ -132,7 +132,8 @@ def load(args:Namespace) -> tuple:
     from qwen_nb.model import Qwen
     from qwen_nb.tokenizer import Tokenizer
     folder = find_model(args.model)
-    return Qwen.from_pretrained(folder, dtype=args.dtype), Tokenizer.from_pretrained(folder)
+    model = Qwen.from_pretrained(folder, args.dtype, quantize=getattr(args, "quantize", None))
+    return model, Tokenizer.from_pretrained(folder)
 
 def sampling_of(args:Namespace) -> dict:
     "The options that `sampling_for` knows; None: as the model's generation_config.json says."
