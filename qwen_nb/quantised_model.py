@@ -185,6 +185,7 @@ def bits_for(quantize:str, raw:dict) -> int:
                          f"{quantize!r}; open it without, or the model that it was made from")
     return stored or BITS[quantize]
 
+# %% ../nbs/31aa_opened.ipynb #q3bopen3
 def open_quantised(
     kind:type,                     # the class to make: `Qwen`, or one that extends it
     folder:Path,                   # from `find_model`
