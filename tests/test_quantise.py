@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from qwen_nb import packed
+from qwen_nb.cli import main
 from qwen_nb.generation import generate
+from qwen_nb.gptq import as_stored, gptq, gptq_codes
 from qwen_nb.hub import find_model, read_json
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
@@ -260,6 +262,74 @@ def test_refusals(tmp_path):
     (out / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="tensors missing"):
         Qwen.from_pretrained(out)
+
+
+# ---- GPTQ
+
+
+def by_inverses(w, H, rounding):
+    "The formula of arXiv:2210.17323 as it stands: an inverse for each column."
+    w, codes = w.double().clone(), []
+    for i in range(len(w)):
+        inverse = torch.linalg.inv(H.double()[i:, i:])
+        code = rounding(w[i])
+        w[i:] += inverse[:, 0] / inverse[0, 0] * (code - w[i])
+        codes.append(code)
+    return torch.stack(codes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gptq_equals_explicit_inverses_and_lowers_the_error(seed):
+    x = random_matrix(300, 12, seed) @ random_matrix(12, 12, seed + 50)
+    H, w = x.T @ x, random_matrix(6, 12, seed + 100)
+    codes, scales = gptq(w, H, bits=4, damp=0.0)
+    for row, scale, found in zip(w, scales[:, 0].double(), codes):
+        by_hand = by_inverses(row, H, lambda v: (v / scale).round().clamp(-7, 7) * scale)
+        assert torch.equal(found.double(), (by_hand / scale).round())
+    updated, nearest = from_codes(codes, scales), from_codes(*to_codes(w, 4))
+    assert (x @ (updated - w).T).norm() < 0.9 * (x @ (nearest - w).T).norm()
+    alone, _ = gptq(w, torch.eye(12), bits=4)
+    assert torch.equal(alone, to_codes(w, 4)[0])
+    for dead in (torch.zeros(12, 12), H * 0 + 1):  # inputs that are always zero, always equal
+        assert torch.isfinite(from_codes(*gptq(w, dead, 4, 4))).all()
+
+
+@pytest.mark.parametrize("name", [None, "qwen3_moe", "qwen3_5"])
+def test_gptq_of_whole_models(name):
+    folder = name and packaged_model(name)
+    model = Qwen.from_pretrained(folder, torch.float32)
+    codes = gptq_codes(model, [IDS, IDS.flip(1)], 4)
+    made = Qwen.from_pretrained(folder, torch.float32)
+    quantise_model(made, 4, as_stored(codes, 4), packed=False)
+    for layer in codes:  # the codes say what the model has become
+        found, wanted = made.get_submodule(layer), model.get_submodule(layer)
+        assert torch.equal(found.plain_weight(), wanted.weight)
+    assert torch.isfinite(made(IDS)).all()
+
+
+# ---- commands
+
+
+def test_the_command(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Max is in the attic.\nAnna has the ball.\n" * 40)
+    model = str(find_model(None))
+    for more in ([], ["--bits", "4"], ["--bits", "4", "--gptq", str(text)]):
+        out = tmp_path / f"out{len(more)}"
+        assert main(["quantize", model, str(out), *more]) == 0
+        assert "of what it was" in capsys.readouterr().err
+        assert main(["generate", "Max is in the", "--model", str(out), "--greedy",
+                     "--max-new-tokens", "4"]) == 0
+        assert capsys.readouterr().out.strip()
+    assert main(["quantize", model, str(tmp_path / "out0")]) == 2
+    assert "holds weights already" in capsys.readouterr().err
+    text.write_text("short")
+    assert main(["quantize", model, str(tmp_path / "new"), "--gptq", str(text)]) == 2
+    assert "GPTQ learns from some pages" in capsys.readouterr().err
+    assert main(["generate", "Max is in the", "--quantize", "int8", "--greedy"]) == 0
+
+
+# ---- memory
 
 
 PEAK = """
