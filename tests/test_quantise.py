@@ -281,7 +281,7 @@ def by_inverses(w, H, rounding):
 @pytest.mark.parametrize("seed", range(5))
 def test_gptq_equals_explicit_inverses_and_lowers_the_error(seed):
     x = random_matrix(300, 12, seed) @ random_matrix(12, 12, seed + 50)
-    H, w = x.T @ x, random_matrix(6, 12, seed + 100)
+    H, w = x.double().T @ x.double(), random_matrix(6, 12, seed + 100)
     codes, scales = gptq(w, H, bits=4, damp=0.0)
     for row, scale, found in zip(w, scales[:, 0].double(), codes):
         by_hand = by_inverses(row, H, lambda v: (v / scale).round().clamp(-7, 7) * scale)
@@ -310,23 +310,30 @@ def test_gptq_of_whole_models(name):
 # ---- commands
 
 
+def run(*argv):
+    "The command's exit status."
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    return end.value.code
+
+
 def test_the_command(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("Max is in the attic.\nAnna has the ball.\n" * 40)
     model = str(find_model(None))
     for more in ([], ["--bits", "4"], ["--bits", "4", "--gptq", str(text)]):
         out = tmp_path / f"out{len(more)}"
-        assert main(["quantize", model, str(out), *more]) == 0
+        assert run("quantize", model, str(out), *more) == 0
         assert "of what it was" in capsys.readouterr().err
-        assert main(["generate", "Max is in the", "--model", str(out), "--greedy",
-                     "--max-new-tokens", "4"]) == 0
+        assert run("generate", "Max is in the", "--model", str(out), "--greedy",
+                   "--max-new-tokens", "4") == 0
         assert capsys.readouterr().out.strip()
-    assert main(["quantize", model, str(tmp_path / "out0")]) == 2
+    assert run("quantize", model, str(tmp_path / "out0")) == 2
     assert "holds weights already" in capsys.readouterr().err
     text.write_text("short")
-    assert main(["quantize", model, str(tmp_path / "new"), "--gptq", str(text)]) == 2
+    assert run("quantize", model, str(tmp_path / "new"), "--gptq", str(text)) == 2
     assert "GPTQ learns from some pages" in capsys.readouterr().err
-    assert main(["generate", "Max is in the", "--quantize", "int8", "--greedy"]) == 0
+    assert run("generate", "Max is in the", "--quantize", "int8", "--greedy") == 0
 
 
 # ---- memory
