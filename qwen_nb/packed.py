@@ -170,7 +170,7 @@ class FourBits:
 
     def __init__(self, codes:torch.Tensor, scales:torch.Tensor):
         self.group, self.width = 2 * codes.shape[1] // scales.shape[1], 2 * codes.shape[1]
-        self.layout = torch.empty_like(codes)
+        self.layout = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
         for part, place in zip(codes.split(256), self.layout.split(256)):
             place.copy_(self.arrange(part))
         self.scales = torch.stack([scales, torch.zeros_like(scales)], -1).transpose(0, 1)
@@ -192,7 +192,7 @@ class FourBits:
         ones[..., 0] = 1
         each = torch.eye(self.width, dtype=torch.bfloat16, device=ones.device)
         codes = self.product(each, ones).T.to(torch.int8)
-        return pack_nibbles(codes), self.scales[..., 0].T.contiguous()
+        return pack_nibbles(codes).contiguous(), self.scales[..., 0].T.contiguous()
 
 # %% ../nbs/31a_packed.ipynb #q3afour2
 class FourBitsGPU(FourBits):
