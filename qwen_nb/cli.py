@@ -20,6 +20,7 @@ from . import __version__
 from .commands import run_data, run_train
 from .conversation import add_prompt_options, run_chat
 from .page import add_page
+from .quantize_command import add_quantize
 from .report_commands import add_embed, add_eval, add_verify
 from .serve_command import add_serve
 from .terminal import run_generate
@@ -61,6 +62,8 @@ def add_shared(parser):
         "in the building edition (default folder: my_qwen, see qwen-nb build)")
     add("--dtype", choices=["float32", "bfloat16", "float16", "float64"],
         help="of weights and computation (default: as stored)")
+    add("--quantize", choices=["int8", "int4"],
+        help="keep a weight in 8 or 4 bits; smaller, and faster on a CPU (see qwen-nb quantize)")
     group = parser.add_argument_group(
         "how it writes", "What is not given is as the model's generation_config.json says.")
     one = group.add_mutually_exclusive_group()
@@ -235,7 +238,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     talk = add_chat, add_generate, add_serve, add_page
     look = add_verify, add_eval, add_embed
-    for add in (*talk, add_data, add_train, *look, add_build):
+    for add in (*talk, add_data, add_train, add_quantize, *look, add_build):
         add(commands)
     return parser
 

@@ -162,8 +162,8 @@ class Rows:
 def wide(model:nn.Module):
     "Around the reading of a prompt: products as the machine does them fastest (30_speed)."
     on_cpu = model.device.type == "cpu" and model.dtype == torch.bfloat16
-    found = on_cpu and importlib.util.find_spec("qwen_nb.speed")
-    return importlib.import_module("qwen_nb.speed").wide_products() if found else nullcontext()
+    found = on_cpu and importlib.util.find_spec("qwen_nb.width")
+    return importlib.import_module("qwen_nb.width").wide_products() if found else nullcontext()
 
 # %% ../nbs/30aa_fast.ipynb #fy0write0
 def numbers(tensors:list) -> list:

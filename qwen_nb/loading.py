@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from .files import DTYPE_NAMES, check_heads, check_plain, left_aside, one_dtype, text_only
 from .hub import find_model, open_weights, read_json
 from .model import Qwen, QwenConfig
-from .quantised import dequantised
+from .quantised import dequantised, quantisation_of
 
 # %% ../nbs/08a_loading.ipynb #7b5423ed
 def text_settings(
@@ -246,10 +246,14 @@ def open_model(
     dtype:str|torch.dtype=None,    # None: as stored; or torch.float32, "bfloat16", …
     device:str|torch.device=None,  # None: the CPU
     progress=iter,                 # or `tqdm`: goes round the tensors as they are read
+    quantize:str=None,             # None: as stored; or "int8", "int4"
 ) -> Qwen:
     "What `Qwen.from_pretrained` does: plan, compare, put the file's tensors in place."
     dtype, folder = as_dtype(dtype, device), find_model(name_or_path)
     raw = read_json(folder, "config.json")
+    if quantize or quantisation_of(raw).get("format") == "pack-quantized":
+        later = importlib.import_module("qwen_nb.quantised_model")     # 31aa_opened
+        return later.open_quantised(kind, folder, raw, dtype, device, progress, quantize)
     config = family_config(raw)
     with torch.device("meta"), SkipInit():
         model = kind(config)                              # shapes without numbers

@@ -227,7 +227,7 @@ class Qwen(Placed):
                         name_or_path:str=None,  # None: the packaged model; or a folder, or a hub id
                         dtype:str|torch.dtype=None,    # None: as stored; or torch.float32, …
                         device:str|torch.device=None,  # None: the CPU
-                        progress=iter):  # or `tqdm`: goes round the tensors as they are read
+                        progress=iter, quantize:str=None):  # or `tqdm`: a bar; "int8" or "int4"
         "Open a checkpoint, ready to run. ValueError or OSError, in one sentence, if it cannot."
         loading = importlib.import_module("qwen_nb.loading")   # the next notebook
-        return loading.open_model(cls, name_or_path, dtype, device, progress)
+        return loading.open_model(cls, name_or_path, dtype, device, progress, quantize)

@@ -31,10 +31,11 @@ def shuffled(matrix:torch.Tensor, generator:torch.Generator):
     order = torch.randperm(matrix.numel(), generator=generator)
     return matrix.flatten()[order].view_as(matrix)
 
-# %% ../nbs/22d_rank.ipynb #d09a7f12
+# %% ../nbs/22d_rank.ipynb #59a1daf3
 def open_whole(
     name_or_path:str|Path=None,      # a model, or the folder of an adapter
     dtype:str|torch.dtype=None,      # as for `Qwen.from_pretrained`
+    quantize:str=None,               # as for `Qwen.from_pretrained`; not with an adapter
 ) -> tuple:
     """Model and tokenizer. An adapter's model is opened first, and the adapter put into it.
 
@@ -42,7 +43,11 @@ def open_whole(
     folder = find_model(name_or_path)
     has = {name: (folder / name).is_file() for name in ("config.json", "adapter_config.json")}
     if has["config.json"] or not has["adapter_config.json"]:
-        return Qwen.from_pretrained(folder, dtype=dtype), Tokenizer.from_pretrained(folder)
+        model = Qwen.from_pretrained(folder, dtype, quantize=quantize)
+        return model, Tokenizer.from_pretrained(folder)
+    if quantize:
+        raise ValueError(f"{folder} is an adapter, which cannot change rounded weights: merge it "
+                         "with its model and save the whole, or leave quantize out")
     name = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{folder} holds an adapter and does not say to which model it belongs "

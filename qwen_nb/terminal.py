@@ -128,7 +128,7 @@ SAMPLING = (
 def load(args:Namespace) -> tuple:
     "Model and tokenizer that the options name."
     from qwen_nb.rank import open_whole
-    return open_whole(args.model, args.dtype)
+    return open_whole(args.model, args.dtype, getattr(args, "quantize", None))
 
 def sampling_of(args:Namespace) -> dict:
     "The options that `sampling_for` knows; None: as the model's generation_config.json says."

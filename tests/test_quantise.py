@@ -1,0 +1,384 @@
+"""Weights in 8 and 4 bits: codes, kernels against the plain product, whole models from their files,
+folders of codes, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qwen_nb import packed
+from qwen_nb.cli import main
+from qwen_nb.generation import generate
+from qwen_nb.gptq import as_stored, gptq, gptq_codes
+from qwen_nb.hub import find_model, read_json
+from qwen_nb.inspect import packaged_model
+from qwen_nb.model import Qwen
+from qwen_nb.packed import (
+    KERNELS,
+    QuantisedEmbedding,
+    QuantisedLinear,
+    QuantisedMatrix,
+    digits_of,
+    pack_nibbles,
+    unpack_nibbles,
+    works,
+)
+from qwen_nb.quantise import from_codes, from_codes_with_zero, to_codes, to_codes_with_zero
+from qwen_nb.quantised_model import (
+    from_words,
+    held_bytes,
+    open_quantised,
+    quantise_model,
+    rounded_layers,
+    save_quantized,
+    to_words,
+)
+
+IDS = torch.tensor([[5, 17, 3, 250, 81, 7, 7, 44, 9]])
+
+
+def random_matrix(outputs, inputs, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(outputs, inputs, generator=g)
+
+
+def layer_of(w, bits, group=None):
+    dtype = torch.bfloat16 if bits == 4 else torch.float32
+    codes, scales = to_codes(w, bits, group, dtype)
+    return QuantisedLinear(codes if bits == 8 else pack_nibbles(codes), scales)
+
+
+# ---- codes
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("group", [None, 8, 32])
+def test_no_weight_is_off_by_more_than_half_a_step(bits, group):
+    w = random_matrix(7, 64) * torch.logspace(-6, 6, 7)[:, None]
+    w[2] = 0
+    codes, scales = to_codes(w, bits, group)
+    most = 2 ** (bits - 1) - 1
+    assert codes.dtype == torch.int8 and codes.abs().max() == most
+    assert scales.shape == (7, 64 // (group or 64))
+    apart = (from_codes(codes, scales) - w).abs()
+    half = scales.repeat_interleave(group or 64, 1) / 2
+    assert (apart <= half * 1.0001).all()
+    assert not from_codes(codes, scales)[2].any()
+    with pytest.raises(ValueError, match="64 inputs cannot be cut into groups of 24"):
+        to_codes(w, bits, 24)
+
+
+def test_with_a_zero_point_zero_comes_back_and_no_code_is_outside():
+    w = torch.cat([random_matrix(4, 32), random_matrix(4, 32).abs() + 3, torch.zeros(1, 32)])
+    w[:, 5] = 0
+    codes, scales, zeros = to_codes_with_zero(w, 4, 16)
+    back = from_codes_with_zero(codes, scales, zeros)
+    assert codes.max() <= 15 and codes.dtype == torch.uint8 and (zeros == zeros.round()).all()
+    assert 0 <= zeros.min() and zeros.max() <= 15
+    assert not back[:, 5].any()
+    # the zero is rounded, so that the end may be cut by half a step more
+    assert ((back - w).abs() <= scales.repeat_interleave(16, 1) * 1.001).all()
+
+
+def test_nibbles_and_words_as_compressed_tensors_lays_them():
+    codes = torch.arange(-8, 8, dtype=torch.int8)[None].repeat(3, 1)
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+    for bits, own in ((4, pack_nibbles(codes)), (8, codes)):
+        words = to_words(own)
+        assert words.dtype == torch.int32
+        each = 32 // bits
+        for j in range(16):  # by the format's words: place j of a word lies in bits j * bits
+            place = words[:, j // each].long() >> bits * (j % each) & 2**bits - 1
+            assert (place - 2 ** (bits - 1) == codes[:, j]).all()
+        assert torch.equal(from_words(words, bits), own)
+
+
+# ---- products
+
+
+def test_digits_say_the_number_and_fit_a_byte():
+    x = random_matrix(6, 50) * torch.logspace(-20, 20, 6)[:, None]
+    x[1, 3] *= 1000
+    x[4] = 0
+    digits, size = digits_of(x)
+    assert digits.abs().max() <= 64 and (digits == digits.round()).all()
+    powers = torch.tensor([1.0, 126.0, 126.0**2], dtype=torch.float64)[:, None, None]
+    again = (digits.double() / powers).sum(0) * size.double() / 63
+    assert ((again - x).abs() <= size * 6e-7).all()
+
+
+SHAPES = [(64, 128), (16, 32), (48, 96), (200, 64), (4096 + 64, 32)]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 130])
+def test_the_kernel_equals_the_plain_product_within_its_bound(bits, shape, rows):
+    kind = KERNELS[0] if bits == 8 else KERNELS[1]
+    if not works(kind):
+        pytest.skip(f"{kind.__name__} is not here")
+    layer = layer_of(random_matrix(*shape), bits, 32 if bits == 4 else None)
+    x = random_matrix(rows, shape[1], 1)
+    x[:, 3] *= 100
+    wanted, w = layer(x), layer.plain_weight()
+    before = layer.stored()
+    layer.pack()
+    if shape[0] % 16 and bits == 4:
+        assert layer.kernel is None  # 200 outputs: the plain product stays
+        return
+    assert type(layer.kernel) is kind and layer.codes is None
+    size, weight_sum = x.abs().amax(-1, keepdim=True), w.abs().sum(1)
+    if bits == 8:  # each input is off by half of its last digit; float32's own sums
+        bound = size * weight_sum * 6e-7 + (x.abs() @ w.abs().T) * 1e-6
+    else:  # bfloat16: the inputs, the weights and the result
+        bound = (x.abs() @ w.abs().T) * 2.0**-7 + wanted.abs() * 2.0**-8
+    assert ((layer(x) - wanted).abs() <= bound).all()
+    for found, kept in zip(layer.stored(), before):
+        assert torch.equal(found, kept)
+
+
+def test_rows_do_not_touch_each_other():
+    layer = layer_of(random_matrix(64, 64), 8).pack()
+    x = random_matrix(5, 64, 1)
+    alone = torch.cat([layer(row[None]) for row in x])
+    x[4] *= 1e4
+    assert torch.equal(layer(x)[:4], alone[:4])
+
+
+def test_a_kernel_that_is_wrong_or_gone_is_not_used(monkeypatch):
+    class Wrong(packed.ThreeDigits):
+        def __call__(self, x):
+            return super().__call__(x) * 1.01
+
+    class Gone(packed.ThreeDigits):
+        def __init__(self, codes, scales):
+            self.product = torch.ops.quantized.no_such_product
+
+    assert not works(Wrong) and not works(Gone)
+    monkeypatch.setattr(packed, "KERNELS", (Wrong, Gone))
+    layer = layer_of(random_matrix(64, 64), 8).pack()
+    assert layer.kernel is None
+    assert layer(torch.ones(1, 64)).shape == (1, 64)
+
+
+def test_other_dtypes_and_places_keep_codes_and_scales():
+    for bits in (8, 4):
+        layer = layer_of(random_matrix(32, 64), bits, 32 if bits == 4 else None)
+        layer.bias = nn.Parameter(torch.ones(32))
+        x, w, scales = random_matrix(2, 3 * 64).view(2, 3, 64), layer.plain_weight(), layer.scales
+        plain = F.linear(x, w, layer.bias)
+        layer.pack().to(torch.bfloat16)
+        assert layer.bias.dtype == torch.bfloat16
+        assert torch.equal(layer.stored()[1], scales)
+        y = layer(x.bfloat16())
+        assert y.dtype == torch.bfloat16 and y.shape == plain.shape
+        assert ((y - plain).norm() / plain.norm()) < 2e-2
+        assert layer(x[:, :0].bfloat16()).shape == (2, 0, 32)
+        assert torch.equal(layer.state_dict()["scales"], scales)
+
+
+def test_the_embedding_gives_the_rows_of_the_plain_weight():
+    for bits in (8, 4):
+        layer = layer_of(random_matrix(40, 64), bits, 32 if bits == 4 else None)
+        rows = QuantisedEmbedding(*layer.stored(), torch.float32)
+        ids = torch.tensor([[3, 39, 0], [3, 3, 1]])
+        assert torch.equal(rows(ids), F.embedding(ids, layer.plain_weight()))
+
+
+# ---- whole models
+
+
+def dense_of(quantised, name):
+    "The plain model with the weights that the codes stand for."
+    model = Qwen.from_pretrained(name and packaged_model(name), torch.float32)
+    for path, m in quantised.named_modules():
+        if isinstance(m, QuantisedMatrix) and path != "lm_head":
+            model.get_submodule(path).weight.data.copy_(m.plain_weight())
+    if "lm_head" in dict(model.named_modules()):
+        model.lm_head.weight.data.copy_(quantised.lm_head.plain_weight())
+    return model
+
+
+FAMILIES = ["qwen1", "qwen2", None, "qwen3_moe", "qwen3_5"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_packaged_models(tmp_path, name, bits):
+    folder = name and packaged_model(name)
+    model = Qwen.from_pretrained(folder, torch.float32, quantize=f"int{bits}")
+    left = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+    assert not rounded_layers(model)
+    assert all("proj" not in n or n.endswith(("_a", "_b")) for n in left)
+    dense = dense_of(model, name)
+    wanted, found = dense(IDS), model(IDS)
+    apart = ((found - wanted).norm() / wanted.norm()).item()
+    assert apart < (1e-4 if bits == 8 else 5e-2)
+    if bits == 8:
+        assert torch.equal(generate(model, IDS, 8, temperature=0.0),
+                           generate(dense, IDS, 8, temperature=0.0))
+
+    save_quantized(model, tmp_path / "out")
+    again = Qwen.from_pretrained(tmp_path / "out", torch.float32)
+    assert torch.equal(again(IDS), found)
+    assert again.bits == bits
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert written < 1.15 * held_bytes(model)
+    with pytest.raises(FileExistsError, match="holds weights already"):
+        save_quantized(again, tmp_path / "out")
+
+
+def test_from_file_equals_from_model():
+    folder = find_model(None)
+    raw = read_json(folder, "config.json")
+    for bits in (8, 4):
+        a = open_quantised(Qwen, folder, raw, torch.float32, quantize=f"int{bits}", packed=False)
+        b = quantise_model(Qwen.from_pretrained(None, torch.float32), bits, packed=False)
+        assert a.state_dict().keys() == b.state_dict().keys()
+        assert all(torch.equal(t, b.state_dict()[n]) for n, t in a.state_dict().items())
+        c = Qwen.from_pretrained(None, quantize=f"int{bits}")
+        assert c.dtype == torch.bfloat16 and c(IDS).dtype == torch.bfloat16
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="quantize is 'int5'; expected one of int8, int4"):
+        Qwen.from_pretrained(None, quantize="int5")
+    model = Qwen.from_pretrained(None, quantize="int8")
+    out = save_quantized(model, tmp_path / "out")
+    with pytest.raises(ValueError, match="holds 8 bits a weight and quantize is 'int4'"):
+        Qwen.from_pretrained(out, quantize="int4")
+    raw = json.loads((out / "config.json").read_text())
+    weights = raw["quantization_config"]["config_groups"]["group_0"]["weights"]
+    weights["symmetric"] = False
+    (out / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="in another way than symmetrically"):
+        Qwen.from_pretrained(out)
+    weights["symmetric"], raw["num_hidden_layers"] = True, 5
+    (out / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="tensors missing"):
+        Qwen.from_pretrained(out)
+
+
+# ---- GPTQ
+
+
+def by_inverses(w, H, rounding):
+    "The formula of arXiv:2210.17323 as it stands: an inverse for each column."
+    w, codes = w.double().clone(), []
+    for i in range(len(w)):
+        inverse = torch.linalg.inv(H.double()[i:, i:])
+        code = rounding(w[i])
+        w[i:] += inverse[:, 0] / inverse[0, 0] * (code - w[i])
+        codes.append(code)
+    return torch.stack(codes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gptq_equals_explicit_inverses_and_lowers_the_error(seed):
+    x = random_matrix(300, 12, seed) @ random_matrix(12, 12, seed + 50)
+    H, w = x.double().T @ x.double(), random_matrix(6, 12, seed + 100)
+    codes, scales = gptq(w, H, bits=4, damp=0.0)
+    for row, scale, found in zip(w, scales[:, 0].double(), codes):
+        by_hand = by_inverses(row, H, lambda v: (v / scale).round().clamp(-7, 7) * scale)
+        assert torch.equal(found.double(), (by_hand / scale).round())
+    updated, nearest = from_codes(codes, scales), from_codes(*to_codes(w, 4))
+    assert (x @ (updated - w).T).norm() < 0.9 * (x @ (nearest - w).T).norm()
+    alone, _ = gptq(w, torch.eye(12), bits=4)
+    assert torch.equal(alone, to_codes(w, 4)[0])
+    for dead in (torch.zeros(12, 12), H * 0 + 1):  # inputs that are always zero, always equal
+        assert torch.isfinite(from_codes(*gptq(w, dead, 4, 4))).all()
+
+
+@pytest.mark.parametrize("name", [None, "qwen3_moe", "qwen3_5"])
+def test_gptq_of_whole_models(name):
+    folder = name and packaged_model(name)
+    model = Qwen.from_pretrained(folder, torch.float32)
+    codes = gptq_codes(model, [IDS, IDS.flip(1)], 4)
+    made = Qwen.from_pretrained(folder, torch.float32)
+    quantise_model(made, 4, as_stored(codes, 4), packed=False)
+    for layer in codes:  # the codes say what the model has become
+        found, wanted = made.get_submodule(layer), model.get_submodule(layer)
+        assert torch.equal(found.plain_weight(), wanted.weight)
+    assert torch.isfinite(made(IDS)).all()
+
+
+# ---- commands
+
+
+def run(*argv):
+    "The command's exit status."
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    return end.value.code
+
+
+def test_the_command(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Max is in the attic.\nAnna has the ball.\n" * 40)
+    model = str(find_model(None))
+    for more in ([], ["--bits", "4"], ["--bits", "4", "--gptq", str(text)]):
+        out = tmp_path / f"out{len(more)}"
+        assert run("quantize", model, str(out), *more) == 0
+        assert "of what it was" in capsys.readouterr().err
+        assert run("generate", "Max is in the", "--model", str(out), "--greedy",
+                   "--max-new-tokens", "4") == 0
+        assert capsys.readouterr().out.strip()
+    assert run("quantize", model, str(tmp_path / "out0")) == 2
+    assert "holds weights already" in capsys.readouterr().err
+    text.write_text("short")
+    assert run("quantize", model, str(tmp_path / "new"), "--gptq", str(text)) == 2
+    assert "GPTQ learns from some pages" in capsys.readouterr().err
+    assert run("generate", "Max is in the", "--quantize", "int8", "--greedy") == 0
+
+
+# ---- memory
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from qwen_nb.model import Qwen
+from qwen_nb.quantised_model import held_bytes
+Qwen.from_pretrained(None, quantize=sys.argv[2])   # all modules are there, all kernels tried
+def own(key):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if key in l)
+    return int(line.split()[1]) * 1024
+import threading, time
+most, stop = [0], []
+def watch():
+    while not stop:
+        most[0] = max(most[0], own("RssAnon")); time.sleep(.002)
+torch.set_num_threads(1)
+before = own("RssAnon")
+t = threading.Thread(target=watch); t.start()
+model = Qwen.from_pretrained(sys.argv[1], quantize=sys.argv[2])
+stop.append(1); t.join()
+print(most[0] - before, held_bytes(model))
+"""
+
+
+def big_checkpoint(folder, **sizes):
+    "A random checkpoint, in bfloat16."
+    from qwen_nb.durable import save_pretrained
+    from qwen_nb.model import QwenConfig
+
+    torch.manual_seed(0)
+    model = Qwen(QwenConfig(**sizes)).to(torch.bfloat16)
+    return save_pretrained(model, folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_peak_memory_of_a_load(tmp_path, quantize):
+    folder = big_checkpoint(tmp_path / "m", hidden_size=512, intermediate_size=2048,
+                            num_hidden_layers=24, vocab_size=4096)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(folder), quantize],
+                          capture_output=True, text=True, check=True)
+    peak, held = map(int, done.stdout.split())
+    # one block of rows at work is 4 MB of floats, a few times: of a larger model nothing
+    assert peak < 1.1 * held + 25e6, f"{peak:,} bytes for a model that holds {held:,}"
