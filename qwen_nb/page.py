@@ -20,7 +20,8 @@ from safetensors.torch import save
 from .hub import find_model, read_json
 from .model import Qwen
 from .sampling import sampling_for
-from .vocabulary import SPLIT, Vocabulary, read_vocabulary
+from .bpe import SPLIT
+from .vocabulary import Vocabulary, read_vocabulary
 
 # %% ../nbs/34_page.ipynb #34fits
 KNOWN = ("qwen", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe",
