@@ -13,22 +13,23 @@ from functools import cache, partial
 import torch
 from torch import nn
 
-from .fixed import LeanStep, MixtureWeights, answer, ask
+from .fixed import LeanStep, MixtureWeights, after_attention, before_attention
 
 # %% ../nbs/30b_captured.ipynb #fz0comp0
 SHAPES = 64   # so many different models or batches may be compiled in one process
 
 @cache
 def compiled_halves() -> tuple:
-    """`ask` and `answer`, each compiled when it is first called with a shape. Weights are
+    """`before_attention` and `after_attention`, each compiled when it is first called with a
+    shape. Weights are
     arguments, so that all layers share what was compiled."""
     torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
-    first = torch.compile(ask, fullgraph=True, dynamic=False)
-    second = torch.compile(answer, fullgraph=True, dynamic=False)
+    first = torch.compile(before_attention, fullgraph=True, dynamic=False)
+    second = torch.compile(after_attention, fullgraph=True, dynamic=False)
 
     def answer_either(x, mix, w):
         "Experts are chosen on the host, so a mixture stays as it is."
-        return (answer if isinstance(w.mlp, MixtureWeights) else second)(x, mix, w)
+        return (after_attention if isinstance(w.mlp, MixtureWeights) else second)(x, mix, w)
 
     return first, answer_either
 

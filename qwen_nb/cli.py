@@ -13,16 +13,14 @@ import os
 import re
 import shutil
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 from . import __version__
 from .commands import run_data, run_train
 from .conversation import add_prompt_options, run_chat
-from .page import add_page
 from .quantize_command import add_quantize
 from .report_commands import add_embed, add_eval, add_verify
-from .serve_command import add_serve
+from .serve_command import add_page, add_serve
 from .terminal import run_generate
 
 # %% ../nbs/90c_cli.ipynb #0c9bee2f

@@ -38,7 +38,6 @@ def outcome_of(piece:Piece, names:tuple, number:int):
         piece.memory[names, number] = made
     return piece.memory[names, number]
 
-
 def with_mistakes(piece:Piece, names:tuple):
     "The right function with one or two mistakes in it; None if they change the same place."
     chosen = [mistake for mistake in piece.mistakes if mistake.name in names]
@@ -51,12 +50,10 @@ def with_mistakes(piece:Piece, names:tuple):
         except (LookupError, SyntaxError, OSError, TypeError):
             continue
 
-
 def seen_again(piece:Piece, ours:Outcome, theirs:Outcome):
     "Whether two outcomes are the same, errors to the word."
     same_words = str(ours.error) == str(theirs.error)
     return same_words and same_outcome(piece, ours, theirs)
-
 
 def explains(piece:Piece, names:tuple, mine:list):
     "Whether these mistakes do on every probe what was seen. Stops at the first difference."

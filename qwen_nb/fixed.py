@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READY', 'FUSE_BELOW', 'FixedCache', 'open_columns', 'turning_tables', 'turn', 'scaled', 'together', 'products',
-           'gated_weights', 'gated', 'MixtureWeights', 'mlp_weights', 'mixed', 'LayerWeights', 'look_up', 'ask',
-           'answer', 'LeanState', 'LeanStep']
+           'gated_weights', 'gated', 'MixtureWeights', 'mlp_weights', 'mixed', 'LayerWeights', 'look_up',
+           'before_attention', 'after_attention', 'LeanState', 'LeanStep']
 
 # %% ../nbs/30a_fixed.ipynb #fx0imp00
 from contextlib import nullcontext
@@ -198,7 +198,7 @@ def look_up(
     return torch.bmm(weights, values)
 
 # %% ../nbs/30a_fixed.ipynb #fx0step00
-def ask(x:torch.Tensor, w:LayerWeights, cos:torch.Tensor, sin:torch.Tensor) -> tuple:
+def before_attention(x:torch.Tensor, w:LayerWeights, cos:torch.Tensor, sin:torch.Tensor):
     "The first half of a layer: x `(batch, hidden_size)` → q, k, v, `(batch, heads, head_dim)`."
     n, n_kv, d = w.heads
     qkv = products(scaled(x, w.before, w.eps), *w.qkv).view(-1, n + 2 * n_kv, d)
@@ -208,7 +208,7 @@ def ask(x:torch.Tensor, w:LayerWeights, cos:torch.Tensor, sin:torch.Tensor) -> t
     q, k = turn(qk, cos, sin).to(x.dtype).split((n, n_kv), 1)
     return q, k, v
 
-def answer(x:torch.Tensor, mix:torch.Tensor, w:LayerWeights) -> torch.Tensor:
+def after_attention(x:torch.Tensor, mix:torch.Tensor, w:LayerWeights) -> torch.Tensor:
     "The second half: what attention found, `(batch, heads * head_dim)`, is added, then the MLP."
     x = torch.addmm(x, mix, w.out)
     if w.out_bias is not None:
@@ -223,8 +223,8 @@ class LeanState:
                  model:nn.Module,
                  cache:FixedCache,              # the prompt is in it
                  real:torch.Tensor=None,        # (batch, prompt), 0 where the prompt is padding
-                 halves:tuple=(ask, answer)):   # of a layer
-        self.model, self.cache, (self.ask, self.answer) = model, cache, halves
+                 halves:tuple=(before_attention, after_attention)):   # of a layer
+        self.model, self.cache, (self.before, self.after) = model, cache, halves
         blocks = model.model.layers
         own_bytes = sum(p.nbytes for p in blocks.parameters())
         self.layers = [LayerWeights.of(block, own_bytes < FUSE_BELOW) for block in blocks]
@@ -282,10 +282,10 @@ class LeanStep(LeanState):
         growth = {n: scale.index_select(2, position) for n, scale in self.growth.items()}
         x = F.embedding(ids, model.model.embed_tokens.weight)
         for w, view in zip(self.layers, self.views):
-            q, k, v = self.ask(x, w, cos, sin)
+            q, k, v = self.before(x, w, cos, sin)
             if w.logn:
                 q = q * growth[w.logn]
-            x = self.answer(x, self.attend(q, k, v, w, view), w)
+            x = self.after(x, self.attend(q, k, v, w, view), w)
         position += 1
         norm = model.model.norm
         return model.head(scaled(x, norm.weight, norm.eps)).float()

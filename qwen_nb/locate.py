@@ -40,7 +40,6 @@ def ratio_spread(ratio:torch.Tensor, use:torch.Tensor, axes:tuple):
     varies = (high - low) / high.abs().clamp_min(1e-30)
     return varies[seen].max().item()
 
-
 def factor_story(ours:torch.Tensor, theirs:torch.Tensor):
     "A factor that explains everything: one for all, for each vector, each channel or each head."
     a, b = ours.double(), theirs.double()
@@ -86,7 +85,6 @@ def slices_from(ours:torch.Tensor, theirs:torch.Tensor, axis:int, steps:float):
         found.append(equal[0].item())
     return found
 
-
 def order_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float):
     "An axis along which the entries are right but stand in another order."
     for axis in range(ours.ndim):
@@ -116,7 +114,6 @@ def order_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float):
 def is_scattered(places:list):
     "Whether places in order lie here and there: in more than three groups."
     return sum(n + 1 not in places for n in places) > 3
-
 
 def place_story(wrong:torch.Tensor):
     "Along which axis it goes wrong, and from where on."
@@ -189,7 +186,6 @@ def sorted_story(ours:torch.Tensor, theirs:torch.Tensor):
         return ("The right numbers, but sorted: bring them back into the order they came in "
                 "(`scatter`, or gather with the order's `argsort`).")
     return ""
-
 
 def broken_story(ours:torch.Tensor, theirs:torch.Tensor):
     "Where NaN or infinity begins, where a finite number is expected."

@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'LARGEST', 'STORY', 'check_fits', 'browser_file', 'spelled_vocabulary', 'model_parts', 'script_json', 'fill',
-           'make_page', 'run_page', 'add_page']
+           'make_page']
 
 # %% ../nbs/34_page.ipynb #34imp
 import base64
 import html
 import json
-from argparse import Namespace
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
+from .bpe import SPLIT
 from .hub import find_model, read_json
 from .model import Qwen
 from .sampling import sampling_for
-from .bpe import SPLIT
 from .vocabulary import Vocabulary, read_vocabulary
 
 # %% ../nbs/34_page.ipynb #34fits
@@ -116,25 +115,3 @@ def make_page(
     out = Path(out)
     out.write_text(page, encoding="utf-8")
     return out
-
-# %% ../nbs/34_page.ipynb #34cmd
-def run_page(args:Namespace) -> int:
-    "Write the page. The exit status."
-    out = make_page(args.out, args.model, args.title, texts=args.text or ())
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser, or send it.")
-    return 0
-
-def add_page(commands):
-    p = commands.add_parser(
-        "page", help="write a page with the model in it, which answers in any browser",
-        usage="qwen-nb page OUT.html [--model MODEL] [--title TITLE] [--text TEXT …]",
-        description="Write one file that holds the model, its tokenizer and a program that runs "
-        "them. It can be sent, and opened without a network. At most 20 MB.")
-    p.add_argument("out", metavar="OUT.html", help="the file to write")
-    p.add_argument("--model", metavar="MODEL", help="a folder, or the folder of a training run "
-                   "(default: the small model in the package)")
-    p.add_argument("--title", default="A small Qwen, live", help="stands above (default: "
-                   "%(default)s)")
-    p.add_argument("--text", action="append", metavar="TEXT", help="to begin with; may be given "
-                   "several times (default: a story)")
-    p.set_defaults(run=run_page, parser=p)

@@ -20,8 +20,13 @@ import torch
 from torch import nn
 
 from .budget import Objective, cast_once, label_weight, use_checkpointing
-from .durable import (
-    checkpoints, json_bytes, load_checkpoint, save_checkpoint, tokenizer_files)
+from qwen_nb.durable import (
+    checkpoints,
+    json_bytes,
+    load_checkpoint,
+    save_checkpoint,
+    tokenizer_files,
+)
 from .model import Qwen
 from .settings import TrainConfig, begin_from, build_model, open_data
 from .tokenizer import Tokenizer
@@ -87,8 +92,7 @@ def rows_of_a_part(config:TrainConfig, engine:OneProcess) -> int:
 def adamw(model:Qwen, config:TrainConfig):
     "The optimizer of a run."
     groups = parameter_groups(model, config.weight_decay)
-    betas = config.beta1, config.beta2
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
 
 # %% ../nbs/21e_resume.ipynb #86007e1c
 class Run:

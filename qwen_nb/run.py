@@ -23,9 +23,21 @@ from tqdm.auto import tqdm
 from .durable import is_whole, model_files, prune, write_folder
 from .generation import generate
 from .inspect import OURS, QUIET
-from .log import (
-    ENDS, Log, bar_text, cut_log, find_question, flops_per_token, lesson_now, measure_peak,
-    read_log, too_short, why_not_yet)
+from qwen_nb.log import (
+    ENDS,
+    Log,
+    bar_text,
+    cut_log,
+    find_question,
+    flops_per_token,
+    lesson_now,
+    measure_peak,
+    read_log,
+    too_short,
+    why_not_yet,
+)
+
+# %% ../nbs/21f_run.ipynb #21frunim
 from .model import Qwen
 from qwen_nb.resume import (
     HELD_OUT_SEED,

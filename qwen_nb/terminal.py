@@ -10,7 +10,7 @@ __all__ = ['STEERING', 'EXAMPLE_TEXT', 'SAMPLING', 'visible', 'has_colours', 'Sc
 import os
 import re
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from pathlib import Path
 
 # %% ../nbs/90_terminal.ipynb #1c7acec5

@@ -23,9 +23,9 @@ from qwen_nb.conversation import talk as talk_with
 from qwen_nb.files import DTYPE_NAMES as DTYPES
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
+from qwen_nb.report_commands import EMBED_EXAMPLES
 from qwen_nb.settings import last_model
 from qwen_nb.terminal import SAMPLING, Screen
-from qwen_nb.report_commands import EMBED_EXAMPLES
 from qwen_nb.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")

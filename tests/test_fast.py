@@ -15,7 +15,7 @@ from qwen_nb import fast as fast_module
 from qwen_nb.cache import KVCache, count_rows
 from qwen_nb.captured import CapturedStep
 from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
-from qwen_nb.fixed import FixedCache, LeanStep, answer, ask, open_columns
+from qwen_nb.fixed import FixedCache, LeanStep, after_attention, before_attention, open_columns
 from qwen_nb.generation import generate, stream
 from qwen_nb.inspect import packaged_model
 from qwen_nb.mixture import MoEConfig
@@ -572,7 +572,7 @@ def test_compiled_layers(capfd):
     counter = CompileCounter()
     torch._dynamo.reset()
     how = dict(backend=counter, fullgraph=True, dynamic=False)
-    halves = [torch.compile(half, **how) for half in (ask, answer)]
+    halves = [torch.compile(half, **how) for half in (before_attention, after_attention)]
     model, _ = random_model("qwen3", 2)
     list(write_fast(model, ids, 140, Sampling(), stepper=partial(LeanStep, halves=halves)))
     assert counter.frame_count == 2, "each half is compiled once for all layers and lengths"

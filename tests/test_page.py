@@ -13,7 +13,8 @@ from siblings import SIBLINGS
 from qwen_nb.durable import save_pretrained
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.page import browser_file, fill, make_page, model_parts, run_page, script_json
+from qwen_nb.page import browser_file, fill, make_page, model_parts, script_json
+from qwen_nb.serve_command import run_page
 from qwen_nb.tokenizer import Tokenizer
 
 
