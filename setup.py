@@ -23,7 +23,15 @@ setup(
     license_expression="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
-    package_data={cfg["lib_name"]: ["py.typed", "pretrained/*", "pretrained/*/*", "qwen1_tiny/*", "browser/*"]},
+    package_data={
+        cfg["lib_name"]: [
+            "py.typed",
+            "pretrained/*",
+            "pretrained/*/*",
+            "qwen1_tiny/*",
+            "browser/*",
+        ]
+    },
     install_requires=cfg["requirements"].split(),
     extras_require={
         extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "browser", "eval", "serve")
