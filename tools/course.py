@@ -22,6 +22,7 @@ PARTS = {
     "09": "Writing and talking",
     "11": "Every generation",
     "20": "Training",
+    "30": "Fast, small, and for many",
     "80": "Build it yourself",
     "90": "The command",
 }
