@@ -46,7 +46,8 @@ def run_eval(args:Namespace) -> int:
 
     def bar(batches): return tqdm(batches, unit="batch", leave=False, disable=None)
     for name, found in evaluate(model, tokenizer, items, args.batch_size, bar).items():
-        what = f"{found.share:7.2%} ± {found.error:.2%}"
+        error = f"{found.error:.2%}" if found.questions > 1 else "unknown"
+        what = f"{found.share:7.2%} ± {error}"
         print(f"{name:14} {what} of {found.questions:,} questions")
     return 0
 
