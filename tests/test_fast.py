@@ -13,7 +13,7 @@ from torch import nn
 
 from qwen_nb import fast as fast_module
 from qwen_nb.cache import KVCache, count_rows
-from qwen_nb.captured import CapturedStep
+from qwen_nb.captured import CapturedStep, stepper_for
 from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
 from qwen_nb.fixed import FixedCache, LeanStep, after_attention, before_attention, open_columns
 from qwen_nb.generation import generate, stream
@@ -583,3 +583,12 @@ def test_without_a_compiler(monkeypatch):
     model, _ = random_model("qwen3", 0)
     with pytest.raises(ValueError, match="needs a C.. compiler"):
         generate(model, torch.tensor([[1]]), 3, fast="compile")
+
+
+def test_compiling_is_said_once(capsys, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)  # as if there were a compiler
+    model = Qwen.from_pretrained()
+    monkeypatch.setattr("qwen_nb.captured.COMPILED", set())
+    for _ in range(2):
+        stepper_for(model, compiled=True)
+    assert capsys.readouterr().err.count("takes a while") == 1
