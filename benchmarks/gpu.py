@@ -23,7 +23,6 @@ goes on. Weights are random where none are named.
 
 import argparse
 import gc
-import inspect
 import json
 import os
 import sys
@@ -41,6 +40,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch  # noqa: E402
 from train import Side, make_batch, make_models, packaged_config, wide_config  # noqa: E402
 
+from qwen_nb.fast import why_plain  # noqa: E402
 from qwen_nb.generation import generate  # noqa: E402
 from qwen_nb.inspect import packaged_model  # noqa: E402
 from qwen_nb.log import flops_per_token, measure_peak  # noqa: E402
@@ -48,7 +48,6 @@ from qwen_nb.model import Qwen, QwenConfig  # noqa: E402
 from qwen_nb.sampling import sampling_for  # noqa: E402
 from qwen_nb.speed import measure_bandwidth, pass_of  # noqa: E402
 
-HAS_FAST = "fast" in inspect.signature(generate).parameters
 GREEDY = dict(temperature=0.0, stop_ids=())
 CHECKED = None, "qwen1", "qwen2", "qwen3_moe", "qwen3_5"  # packaged models; None: Qwen3
 
@@ -142,15 +141,15 @@ class Bench:
 
 
 def ways_of_ours(model):
-    "Name → way. Where there is no fast way yet, the plain one alone."
+    "Name → way. Where there is no fast way (hybrids), the plain one alone."
 
     def plain(ids, new):
-        return generate(model, ids, new, **GREEDY, **(dict(fast=False) if HAS_FAST else {}))
+        return generate(model, ids, new, **GREEDY, fast=False)
 
     def fast(ids, new):
         return generate(model, ids, new, **GREEDY, fast=True)
 
-    return dict(plain=plain, fast=fast) if HAS_FAST else dict(plain=plain)
+    return dict(plain=plain) if why_plain(model) else dict(plain=plain, fast=fast)
 
 
 def way_of_theirs(model, **settings):
@@ -234,7 +233,7 @@ def speeds(bench, batch, told):
         found[way], first = measured
         bench.note(f"{told}, {way}, tokens/s", found[way], f"{found[way]:,.0f}")
         bench.note(f"{told}, {way}, seconds of the first calls", first)
-    if HAS_FAST and batch == 1:
+    if batch == 1:
         same = torch.equal(*[ways[w](ids, sizes.new) for w in ("plain", "fast")])
         bench.note(f"{told}, bfloat16: greedy ids of plain and fast alike", float(same))
     best = "fast" if "fast" in found else "plain"

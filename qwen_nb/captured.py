@@ -34,7 +34,7 @@ def compiled_halves() -> tuple:
     return first, answer_either
 
 # %% ../nbs/30b_captured.ipynb #fz0graph
-def captured(run, generator:torch.Generator=None) -> "torch.cuda.CUDAGraph":
+def captured(run:object, generator:torch.Generator=None) -> "torch.cuda.CUDAGraph":
     """The kernels that `run` launches, as one graph; nothing of it is computed yet.
 
     The generator's place moves on with each replay, as PyTorch's own does by itself."""
@@ -69,13 +69,13 @@ class CapturedStep(LeanStep):
         super().make_ready(-(-length // BETWEEN) * BETWEEN)
         self.graph = None                                  # its shapes are old
 
-    def run(self, choice):
+    def run(self, choice:object):
         "What is captured: from the ids of one step to those of the next, in their places."
         logits = self.step(self.ids)
         self.bad.copy_(logits.isnan().any())
         self.ids.copy_(choice(logits))
 
-    def next(self, ids:torch.Tensor, choice) -> tuple:
+    def next(self, ids:torch.Tensor, choice:object) -> tuple:
         self.go_on()
         self.ids.copy_(ids)
         if self.captures and self.warm:

@@ -266,7 +266,7 @@ class LeanStep(LeanState):
         with one_row_kernels() if self.one_row else nullcontext():
             return self.step(ids)
 
-    def next(self, ids:torch.Tensor, choice) -> tuple:
+    def next(self, ids:torch.Tensor, choice:object) -> tuple:
         "The ids that `choice` makes of the logits, and whether there was a NaN among those."
         logits = self(ids)
         return choice(logits), logits.isnan().any()

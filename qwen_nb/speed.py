@@ -191,7 +191,7 @@ class Calls(TorchDispatchMode):
 @torch.no_grad()
 def calls_of(
     model:torch.nn.Module,  # a `Qwen`
-    make,                   # `Context`, or one that is called as it is
+    make:object,            # `Context`, or one that is called as it is
     batch:int=1, new:int=1, past:int=8,
 ) -> Counter:
     "The calls of one pass, by name."

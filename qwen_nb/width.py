@@ -36,7 +36,8 @@ def by_way_of_float32(
     return out
 
 # %% ../nbs/30_width.ipynb #7e714855
-def product_ways(rows:int, hidden:int, intermediate:int, device="cpu", training:bool=False) -> dict:
+def product_ways(rows:int, hidden:int, intermediate:int,
+                 device:str="cpu", training:bool=False) -> dict:
     "A product, `(rows, hidden) @ (hidden, intermediate)`, in both dtypes: name → what runs it."
     x = torch.ones(rows, hidden, device=device, requires_grad=training)    # no random numbers:
     weight = torch.ones(intermediate, hidden, device=device, requires_grad=training)  # those count

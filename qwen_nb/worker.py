@@ -116,7 +116,7 @@ class Worker(EngineRoom):
             command(ticket)
             wait = False
 
-    def stop(self, _):
+    def stop(self, _:object):
         self.closed, error = True, ApiError("the server is being stopped", 503)
         self.fail(error)
         while not self.commands.empty():             # who came too late

@@ -494,7 +494,7 @@ def test_prompts_are_read_with_wide_products(monkeypatch):
     kept = fast_module.importlib.import_module
 
     def find(name):
-        return Speed if name == "qwen_nb.speed" else kept(name)
+        return Speed if name == "qwen_nb.width" else kept(name)
 
     monkeypatch.setattr(fast_module.importlib, "import_module", find)
     monkeypatch.setattr(fast_module.importlib.util, "find_spec", lambda name: True)

@@ -173,7 +173,7 @@ def qwen3(home):
 @pytest.fixture
 def nb(capsys, monkeypatch):
     "The command without a process: (status, what it wrote, what it said, the prompts it read)."
-    from qwen_nb import generation, thinking
+    from qwen_nb import drafts, generation, thinking
 
     prompts, stream = [], generation.stream
 
@@ -183,6 +183,7 @@ def nb(capsys, monkeypatch):
 
     monkeypatch.setattr(generation, "stream", logged)
     monkeypatch.setattr(thinking, "stream", logged)
+    monkeypatch.setattr(drafts, "stream", logged)
 
     def call(*args, stdin=""):
         prompts.clear()

@@ -147,7 +147,7 @@ def test_the_model_can_be_made_again(tmp_path):
 def test_a_second_seed_is_the_same_run_with_another_seed(tmp_path, name):
     "Its log is in the package; its weights are not."
     out, config_from = f"out={tmp_path / 'run'}", packaged_model(name) / "config.json"
-    settings = [out, f"config_from={config_from}", "peak_tflops=1", "seed=1"]
+    settings = [out, f"config_from={config_from}", "peak_tflops=1", "seed=1", "dtype=bfloat16"]
     config = read_run_config(ROOT / "configs" / f"{name}.toml", settings)
     log = (packaged_model(name) / "training_log_seed1.jsonl").read_text().splitlines()
     first, *rest = map(json.loads, log)
