@@ -49,7 +49,7 @@ def make_checkpoint(folder):
 
 
 def memory(field):
-    "VmRSS or VmHWM of this process, in bytes (Linux)."
+    "VmRSS, VmHWM or RssAnon of this process, in bytes (Linux)."
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) * 1024
 

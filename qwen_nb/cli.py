@@ -61,7 +61,7 @@ def add_shared(parser):
     add("--dtype", choices=["float32", "bfloat16", "float16", "float64"],
         help="of weights and computation (default: as stored)")
     add("--quantize", choices=["int8", "int4"],
-        help="keep a weight in 8 or 4 bits; smaller, and faster on a CPU (see qwen-nb quantize)")
+        help="keep a weight in 8 or 4 bits, which takes less memory (see qwen-nb quantize)")
     group = parser.add_argument_group(
         "how it writes", "What is not given is as the model's generation_config.json says.")
     one = group.add_mutually_exclusive_group()
