@@ -113,7 +113,7 @@ def order_story(ours:torch.Tensor, theirs:torch.Tensor, steps:float):
 # %% ../nbs/01c_locate.ipynb #dc5954a1
 def is_scattered(places:list):
     "Whether places in order lie here and there: in more than three groups."
-    return sum(n + 1 not in places for n in places) > 3
+    return sum(after > n + 1 for n, after in zip(places, places[1:])) > 2
 
 def place_story(wrong:torch.Tensor):
     "Along which axis it goes wrong, and from where on."
