@@ -182,8 +182,8 @@ def read_switches(said:dict) -> dict:
 class Prompts:
     "The ids of what clients send, for one model."
     def __init__(self,
-                 model,            # ours
-                 tokenizer,
+                 model:object,            # ours
+                 tokenizer:object,
                  name:str):        # by which clients call it
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.writer = PromptWriter(model)
@@ -222,7 +222,7 @@ FILTERS = "top_k", "top_p", "min_p"
 
 class Limits(Prompts):
     "How much is written, and how it is chosen."
-    def __init__(self, model, tokenizer, name:str,
+    def __init__(self, model:object, tokenizer:object, name:str,
                  longest:int=None):  # positions, prompt and answer together; None: the model's
         super().__init__(model, tokenizer, name)
         self.longest = longest or max_positions(model.config)

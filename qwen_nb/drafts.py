@@ -188,7 +188,7 @@ def speculate(
 
 def stream_ahead(
     model:torch.nn.Module, input_ids:torch.Tensor, max_new_tokens:int,
-    tokenizer,               # anything with `decode(ids)`
+    tokenizer:object,               # anything with `decode(ids)`
     stop:str|list=None,      # a string or several that end the text, as for `stream`
     draft:object="lookup",   # None: without one, as `stream`
     seed:int=None, k:int=6,

@@ -29,7 +29,7 @@ class FixedCache(KVCache):
 
     The first `ready` positions hold numbers, the others whatever the memory held."""
     ntk_alpha = None                           # as in `NTKCache`
-    def __init__(self, config, batch:int, max_length:int,     # as there
+    def __init__(self, config:object, batch:int, max_length:int,     # as there
                  dtype:torch.dtype=torch.float32, device:str|torch.device="cpu"):
         self.room, self.ready = -(-max_length // READY) * READY, 0
         super().__init__(config, batch, self.room, dtype, device)

@@ -66,7 +66,7 @@ class Pages:
 
 # %% ../nbs/33_pages.ipynb #33chk01
 def check_paged(
-    config,  # a model's
+    config:object,  # a model's
 ):
     "ValueError for a model that keeps more than pages hold."
     kind = getattr(config, "cache", KVCache)
@@ -82,7 +82,7 @@ class PagedCache:
     `kv[i]` is `(2, kv heads, slots, head_dim)`, of the i-th layer with attention. `states` holds,
     for each Gated DeltaNet of a hybrid, last inputs and state: `(rows, …)` each."""
     def __init__(self,
-                 config,                           # the model's
+                 config:object,                           # the model's
                  num_pages:int,                    # of all texts together
                  page_size:int,                    # tokens in a page
                  rows:int,                         # texts at once; needed by hybrids only
@@ -181,7 +181,7 @@ class PagedText:
 # %% ../nbs/33_pages.ipynb #33ptx13
 class TextPool:
     "A `PagedCache` and who has which of its pages."
-    def __init__(self, config, num_pages:int, page_size:int, rows:int,
+    def __init__(self, config:object, num_pages:int, page_size:int, rows:int,
                  dtype:torch.dtype=torch.float32, device:str|torch.device="cpu"):
         self.cache = PagedCache(config, num_pages, page_size, rows, dtype, device)
         self.pages, self.free_rows = Pages(num_pages), list(range(rows))[::-1]

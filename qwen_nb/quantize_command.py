@@ -19,7 +19,7 @@ QUANTIZE_EXAMPLES = """examples:
   qwen-nb quantize out small --bits 4 --gptq stories.txt
   qwen-nb chat --model small"""
 
-def add_quantize(commands):
+def add_quantize(commands:object):
     "The command `quantize` and its options."
     p = commands.add_parser(
         "quantize", help="write a model with 8 or 4 bits a weight", epilog=QUANTIZE_EXAMPLES,

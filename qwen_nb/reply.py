@@ -20,7 +20,7 @@ class TextAnswer:
     "Ids in, changes out. `reason` says why it ended: None as long as it has not."
     def __init__(self,
                  asked:Asked,
-                 tokenizer,
+                 tokenizer:object,
                  family:str=None):  # how its calls are written
         self.asked, self.family, self.written, self.reason = asked, family, 0, None
         self.text = TextStream(tokenizer, asked.stop)
@@ -69,7 +69,7 @@ def fit_arguments(
 # %% ../nbs/33b_reply.ipynb #fa333a86
 class ChatAnswer(TextAnswer):
     "The same for messages: `content`, `reasoning_content` and `tool_calls`."
-    def __init__(self, asked:Asked, tokenizer, family:str=None):
+    def __init__(self, asked:Asked, tokenizer:object, family:str=None):
         super().__init__(asked, tokenizer, family)
         self.parts, self.calls = ChatParts(tokenizer, opens_thinking(tokenizer, asked.ids)), 0
 

@@ -20,7 +20,7 @@ def run_verify(args:Namespace) -> int:
     from qwen_nb.real import verify_model
     return 0 if verify_model(args.model, args.known_as) else 1
 
-def add_verify(commands):
+def add_verify(commands:object):
     p = commands.add_parser(
         "verify", help="check a model against published numbers and against transformers",
         description="Run a model and compare it with every number published for it, and with "
@@ -51,7 +51,7 @@ def run_eval(args:Namespace) -> int:
         print(f"{name:14} {what} of {found.questions:,} questions")
     return 0
 
-def add_eval(commands):
+def add_eval(commands:object):
     p = commands.add_parser(
         "eval", help="how often a model is right, on a file of questions",
         usage="qwen-nb eval FILE [--model MODEL] [options]",
@@ -74,7 +74,7 @@ EMBED_EXAMPLES = """examples:
   qwen-nb embed notes.txt --model Qwen/Qwen3-Embedding-0.6B --query "who pays?" -n 3
   cat notes.txt | qwen-nb embed - -o vectors.npy"""
 
-def add_embed(commands):
+def add_embed(commands:object):
     "The command `embed` and its options."
     p = commands.add_parser(
         "embed", help="find the lines that are near in meaning", epilog=EMBED_EXAMPLES,

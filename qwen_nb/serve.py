@@ -171,14 +171,14 @@ class RequestWriter(PromptQueue):
                     tokens_read=self.tokens_read, tokens_written=self.tokens_written)
 
 # %% ../nbs/33a_serve.ipynb #33afit9
-def longest_text(config) -> int:
+def longest_text(config:object) -> int:
     "How many ids of a text the engine can read with this model."
     known = max_positions(config)
     if getattr(config, "use_dynamic_ntk", False):   # Qwen1: a longer prompt has another base
         known = min(known, config.seq_length)
     return known
 
-def pages_that_fit(config, dtype:torch.dtype, device:str|torch.device, rows:int, size:int) -> int:
+def pages_that_fit(config:object, dtype:torch.dtype, device:str|torch.device, rows:int, size:int):
     "Pages for `rows` texts of any length; or for 2 GiB, or 80 % of what is free on a GPU."
     page_bytes = cache_parts(config, dtype.itemsize)[0] * size
     memory = 2**31

@@ -43,7 +43,7 @@ then, in another terminal or program:
     -d '{"messages": [{"role": "user", "content": "Max is here. Where is Max?"}]}'
   OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")     # pip install openai"""
 
-def add_serve(commands):
+def add_serve(commands:object):
     "The command `serve` and its options."
     p = commands.add_parser(
         "serve", help="a model at an address, for programs that speak OpenAI's API",
@@ -129,7 +129,7 @@ def run_page(args:Namespace) -> int:
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB. Open it in a browser, or send it.")
     return 0
 
-def add_page(commands):
+def add_page(commands:object):
     p = commands.add_parser(
         "page", help="write a page with the model in it, which answers in any browser",
         usage="qwen-nb page OUT.html [--model MODEL] [--title TITLE] [--text TEXT …]",

@@ -224,7 +224,7 @@ def make_server(at:Addresses) -> object:
 
 # %% ../nbs/33b_server.ipynb #e331f330
 def open_addresses(
-    model, tokenizer,
+    model:object, tokenizer:object,
     name:str="qwen_nb",  # by which clients call the model
     key:str=None,        # that clients must know
     **engine,            # as for `Engine`: max_rows, max_waiting, …
