@@ -27,6 +27,7 @@ from .norm import RMSNorm
 from .qwen1 import LogNAttention, NTKCache, NTKRotary
 from .qwen2 import WindowAttention
 from .sampling import Sampling, keep, marks, penalize
+from .width import wide_products
 from .writing import Context, generator_for, refuse_nan, write
 from .yarn import Rotary
 
@@ -160,10 +161,9 @@ class Rows:
 
 # %% ../nbs/30aa_fast.ipynb #fy0wide00
 def wide(model:nn.Module):
-    "Around the reading of a prompt: products as the machine does them fastest (30_speed)."
+    "Around the reading of a prompt: products as the machine does them fastest (30_width)."
     on_cpu = model.device.type == "cpu" and model.dtype == torch.bfloat16
-    found = on_cpu and importlib.util.find_spec("qwen_nb.width")
-    return importlib.import_module("qwen_nb.width").wide_products() if found else nullcontext()
+    return wide_products() if on_cpu else nullcontext()
 
 # %% ../nbs/30aa_fast.ipynb #fy0write0
 def numbers(tensors:list) -> list:
