@@ -113,7 +113,8 @@ $("tale").onclick = () => newTale(story(Math.random).join(" "));
 
 if (given.isOfTheWorld) {
   const first = sentencesOf($("text").value).filter((sentence) => hear(new World(), sentence));
-  opened.then(() => newTale(first.join(" ")));
+  drawTruth([first.join(" ")]);
+  firstLook.then(() => newTale(first.join(" ")));
 } else {
   $("ask").hidden = true;
   document.querySelector('a[href="#ask"]').hidden = true;

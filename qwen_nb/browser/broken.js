@@ -175,7 +175,17 @@ function drawBroken(right, wrong) {
   chart($("depth"), {
     lines: [{ points, colour: "var(--error)", dots: true }],
     x: { from: -0.3, to: right.layers.length + 0.3, name: "after layer", ticks: points.map(([at]) => ({ at, name: at === right.layers.length ? "logits" : `${at}` })) },
-    y: { from: least, to: 2, name: "error, relative to the right numbers", ticks: [-9, -6, -3, 0].map((at) => ({ at, name: at === least ? "none" : `10^${at}` })) },
+    y: {
+      from: least,
+      to: 1,
+      name: "error, as a share of the right numbers",
+      ticks: [
+        { at: least, name: "none" },
+        { at: -6, name: "10⁻⁶" },
+        { at: -3, name: "10⁻³" },
+        { at: 0, name: "1" },
+      ],
+    },
     label: `The relative error after each layer at the last token. ${named.join("; ")}`,
   });
 }

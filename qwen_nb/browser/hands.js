@@ -37,8 +37,16 @@ async function readHands(text) {
   const last = head.tokens.length - 1;
   const options = head.tokens.map((token, i) => [i, `${i}: ${visible(token)}`]);
   fillSelect($("hand-query"), options, last);
-  fillSelect($("hand-key"), options, Math.max(0, last - 9));
+  fillSelect($("hand-key"), options, mostLookedAt(last));
   standAsInText();
+}
+
+// Where the head looks from a token, itself not counted.
+function mostLookedAt(at) {
+  const q = handsOf(head.q[at] ?? []);
+  const score = (k, n) => sumOf(pairScores(q, handsOf(k), angles(at - n, model.turned, model.theta)));
+  const scores = head.k.slice(0, at).map((k, n) => score(k, n) + restScore(head.q[at], k));
+  return Math.max(0, scores.indexOf(Math.max(...scores)));
 }
 
 // The two tokens as far from each other as they are in the text.

@@ -74,7 +74,8 @@ function fillSelect(select, options, first = 0) {
 function chart(place, { lines, x, y, label, marks = [] }) {
   const [width, height, left, bottom] = [420, 230, 58, 40];
   const across = (value) => left + ((value - x.from) / (x.to - x.from)) * (width - left - 12);
-  const up = (value) => height - bottom - ((value - y.from) / (y.to - y.from)) * (height - bottom - 14);
+  const high = height - bottom - 28;
+  const up = (value) => height - bottom - ((value - y.from) / (y.to - y.from)) * high;
   const parts = [];
   const text = (tx, ty, words, more = {}) => parts.push(svg("text", { x: tx, y: ty, ...more }, words));
   for (const { at, name = String(at) } of y.ticks) {
@@ -134,22 +135,21 @@ const seeing = new IntersectionObserver((entries) => {
 });
 
 // `read` asks the model about the text, and draws what it says.
-function addPicture(id, read, isAlways = false) {
-  const picture = { place: $(id), read, isOld: true, isSeen: false, isAlways };
+function addPicture(id, read) {
+  const picture = { place: $(id), read, isOld: true, isSeen: false };
   pictures.push(picture);
-  opened.then(() => (isAlways ? readAgain(picture) : seeing.observe(picture.place)));
+  firstLook.then(() => seeing.observe(picture.place));
 }
 
 function readAgain(picture) {
   picture.isOld = false;
-  picture.read($("text").value);
+  return picture.read($("text").value);
 }
 
-function textChanged() {
-  for (const picture of pictures) {
-    picture.isOld = true;
-    if (picture.isSeen || picture.isAlways) readAgain(picture);
-  }
+async function textChanged() {
+  for (const picture of pictures) picture.isOld = true;
+  await look($("text").value);
+  for (const picture of pictures) if (picture.isSeen && picture.isOld) readAgain(picture);
 }
 
 function setText(text, typedIn = null) {
@@ -410,12 +410,13 @@ function drawAsked(text) {
   $("asked").replaceChildren(...(given.isOfTheWorld ? buttons : []));
 }
 
-opened.then(({ about, names: all }) => {
+// All other pictures wait for this one.
+const firstLook = opened.then(({ about, names: all }) => {
   names = all;
   drawHeads(about);
   fillSelect($("head"), headNames(about));
+  return look($("text").value);
 });
-addPicture("inside", look, true);
 addPicture("off", (text) => {
   clearTried();
   drawAsked(text);

@@ -20,20 +20,34 @@ async function readMemories(text) {
   const hasState = withState.length > 0;
   memory = await thread.ask("memories", "memories", { text, cacheLayer, stateLayer, hasState });
   const n = memory.tokens.length;
+  memory.largest = largestIn(memory.cache);
+  const size = hybrid.keyDim * hybrid.valueDim; // of one head's table
+  const heads = [...Array(hybrid.tableSize / size || 0).keys()];
+  const table = (state, h) => state.subarray(h * size, (h + 1) * size);
+  memory.tables = heads.map((h) => largestIn(memory.states.map((state) => table(state, h))));
   setSlider("grown", n, n);
   drawMemories();
 }
 
-// Numbers as dots, `rows` of them in a column: blue above nought, orange below.
-function drawDots(canvas, columns, rows, size) {
+function largestIn(vectors) {
+  let largest = 1e-9;
+  for (const vector of vectors) for (const x of vector) largest = Math.max(largest, Math.abs(x));
+  return largest;
+}
+
+// Numbers as dots, `rows` of them in a column: blue above nought, orange below. The largest number
+// in full colour may differ from row to row: `scaleAt`.
+function drawDots(canvas, columns, rows, scaleAt) {
+  const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const [blue, orange] = isDark ? [[86, 180, 233], [230, 159, 0]] : [[0, 114, 178], [213, 94, 0]];
   Object.assign(canvas, { width: Math.max(1, columns.length), height: rows });
-  canvas.style.width = `${size * canvas.width}px`;
+  canvas.style.width = `${2 * canvas.width}px`;
   const pen = canvas.getContext("2d");
   const picture = pen.createImageData(canvas.width, rows);
   columns.forEach((column, x) => {
     for (let y = 0; y < rows; y++) {
-      const share = Math.min(1, Math.sqrt(Math.abs(column[y]) / 2));
-      const colour = column[y] > 0 ? [0, 114, 178] : [213, 94, 0];
+      const share = Math.min(1, Math.sqrt(Math.abs(column[y]) / scaleAt(y)));
+      const colour = column[y] > 0 ? blue : orange;
       const at = 4 * (y * canvas.width + x);
       picture.data.set([...colour, Math.round(255 * share)], at);
     }
@@ -65,18 +79,19 @@ function drawMemories() {
   $("read-so-far").textContent = memory.tokens.slice(0, n).join("");
   const count = (value) => value.toLocaleString("en");
   const perToken = 2 * cached.kvHeads * cached.dim;
-  drawDots($("cache"), cache, perToken, 2);
+  drawDots($("cache"), cache, perToken, () => memory.largest);
   $("cache").setAttribute("aria-label", `${n} columns of ${perToken} numbers`);
   $("cache-size").textContent =
     `${n} tokens × ${perToken} numbers, keys above values: ${count(n * perToken)}.`;
   if (!$("state-side").hidden) {
     const rows = hybrid.tableSize / hybrid.valueDim;
     const columns = state ? stateColumns(state) : [];
-    drawDots($("states"), columns, rows, 2);
+    drawDots($("states"), columns, rows, (y) => memory.tables[Math.floor(y / hybrid.keyDim)]);
     $("states").style.minWidth = `${2 * hybrid.valueDim}px`;
     $("states").setAttribute("aria-label", `${rows} rows of ${hybrid.valueDim} numbers`);
     $("state-size").textContent = `${rows} × ${hybrid.valueDim} numbers, `
-      + `its heads beneath each other: ${count(hybrid.tableSize)}, however long the text.`;
+      + `its heads beneath each other, each coloured by its own largest number: `
+      + `${count(hybrid.tableSize)}, however long the text.`;
   }
   drawGrowth(n);
 }

@@ -11,7 +11,9 @@ const pause = () => new Promise((resume) => setTimeout(resume));
 const isOld = ({ picture, number }) => newest[picture] !== number;
 
 function load({ file, config }) {
-  const bytes = Uint8Array.from(atob(file), (c) => c.charCodeAt(0));
+  const letters = atob(file); // one for each byte
+  const bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = letters.charCodeAt(i);
   return new Qwen(config, readSafetensors(bytes.buffer));
 }
 
@@ -24,7 +26,7 @@ function about(model) {
   const tableSize = c.linear_num_value_heads * keyDim * valueDim;
   const mixed = 2 * c.linear_num_key_heads * keyDim + c.linear_num_value_heads * valueDim;
   const recent = (c.linear_conv_kernel_dim - 1) * mixed; // inputs that the convolution still needs
-  return { ...sizes, valueDim, tableSize, stateSize: tableSize + recent };
+  return { ...sizes, keyDim, valueDim, tableSize, stateSize: tableSize + recent };
 }
 
 function open({ file, config, vocabulary }) {
