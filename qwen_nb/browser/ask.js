@@ -7,10 +7,11 @@ let asked = 0;
 
 // A verdict in words and in colour.
 function verdict(said, truth, what) {
-  if (truth === null) return element("p", "not of this world: nobody can tell", { className: "verdict" });
+  const line = (words, className) => element("p", words, { className: `verdict ${className}` });
+  if (truth === null) return line("not of this world: nobody can tell", "");
   const isRight = said === truth;
   const words = isRight ? `✓ ${what} is right` : `✗ ${what} is wrong. Right: ${truth}`;
-  return element("p", words, { className: `verdict ${isRight ? "good" : "bad"}` });
+  return line(words, isRight ? "good" : "bad");
 }
 
 // What it wrote, as its thought and its answer.

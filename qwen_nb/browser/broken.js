@@ -2,6 +2,32 @@
 // engine's source, as in the course's pages of mistakes: each `right` stands in it exactly once.
 
 "use strict";
+// A reader that lets every token look at all keys: the first time a layer's keys are made, the
+// second time they are all there.
+const READ_BY_TOKEN = `
+    let logits = null;
+    for (const id of ids) logits = this.forward(id, context, context.length || ids.length);
+    return logits;
+`;
+const READ_BY_LAYER = `
+    let xs = ids.map((id) => this.embed(id));
+    for (let i = 0; i < this.layers; i++) {
+      let ys = [];
+      for (const isWhole of [false, true]) {
+        Object.assign(context, { isWhole, length: 0 });
+        ys = [];
+        for (const x of xs) {
+          ys.push(this.block(i, x, context));
+          context.length += 1;
+        }
+      }
+      xs = ys;
+      context.watch.layers?.push(xs.at(-1));
+    }
+    context.isWhole = false;
+    return this.head(xs.at(-1));
+`;
+
 const BUGS = [
   {
     name: "no 1/√d in attention",
@@ -12,9 +38,9 @@ const BUGS = [
   {
     name: "RoPE with neighbours as pairs",
     edits: [
-      ["const [a, b] = [x[at + j], x[at + j + half]];", "const [a, b] = [x[at + 2 * j], x[at + 2 * j + 1]];"],
-      ["x[at + j] = a * cos - b * sin;", "x[at + 2 * j] = a * cos - b * sin;"],
-      ["x[at + j + half] = b * cos + a * sin;", "x[at + 2 * j + 1] = b * cos + a * sin;"],
+      ["[x[at + j], x[at + j + half]];", "[x[at + 2 * j], x[at + 2 * j + 1]];"],
+      ["x[at + j] = a * cos", "x[at + 2 * j] = a * cos"],
+      ["x[at + j + half] = b * cos", "x[at + 2 * j + 1] = b * cos"],
     ],
     why: "A fine RoPE, and not the one that these weights were trained with.",
     lesson: "05_rope",
@@ -27,19 +53,24 @@ const BUGS = [
   },
   {
     name: "RoPE on the values too",
-    edits: [["kept.values.push(v);", "applyRope(v, angle, this.dim);\n    kept.values.push(v);"]],
+    edits: [["kept.values.push(v);", "applyRope(v, angle, this.dim); kept.values.push(v);"]],
     why: "What is taken over from a token now depends on where it stands.",
     lesson: "05_rope",
   },
   {
     name: "the query's position off by one",
-    edits: [["applyRope(q, angle, this.dim);", "applyRope(q, angles(context.length + 1, this.turned, base), this.dim);"]],
+    edits: [
+      [
+        "applyRope(q, angle, this.dim);",
+        "applyRope(q, angles(context.length + 1, this.turned, base), this.dim);",
+      ],
+    ],
     why: "Every token believes that all others are one place farther away.",
     lesson: "09a_cache",
   },
   {
     name: "all positions off by one",
-    edits: [["angles(context.length, this.turned, base)", "angles(context.length + 1, this.turned, base)"]],
+    edits: [["angles(context.length, this.turned", "angles(context.length + 1, this.turned"]],
     why: "Only distances count, and no distance has changed: this mistake cannot be seen, except "
       + "in the rounding. “Turn the hands” shows why.",
     lesson: "05_rope",
@@ -47,20 +78,9 @@ const BUGS = [
   {
     name: "no causal mask",
     edits: [
-      ["    let logits = null;\n    for (const id of ids) logits = this.forward(id, context, context.length || ids.length);\n    return logits;",
-        "    let xs = ids.map((id) => this.embed(id));\n"
-        + "    for (let i = 0; i < this.layers; i++) {\n"
-        + "      for (const isLast of [false, true]) {\n"
-        + "        context.isWhole = isLast; // the second time all keys are there\n"
-        + "        context.length = 0;\n"
-        + "        const ys = xs.map((x) => [this.block(i, x, context), (context.length += 1)][0]);\n"
-        + "        if (isLast) xs = ys;\n"
-        + "      }\n"
-        + "      context.watch.layers?.push(xs.at(-1));\n"
-        + "    }\n"
-        + "    context.isWhole = false;\n"
-        + "    return this.head(xs.at(-1));"],
-      ["kept.keys.push(k);\n    kept.values.push(v);", "if (!context.isWhole) {\n      kept.keys.push(k);\n      kept.values.push(v);\n    }"],
+      [READ_BY_TOKEN, READ_BY_LAYER],
+      ["kept.keys.push(k);", "if (!context.isWhole) kept.keys.push(k);"],
+      ["kept.values.push(v);", "if (!context.isWhole) kept.values.push(v);"],
     ],
     why: "While it reads, each token also looks at those behind it. It was trained never to. (The "
       + "right engine reads token by token and could not, so more lines had to change.)",
@@ -68,7 +88,7 @@ const BUGS = [
   },
   {
     name: "wrong key heads for the query heads",
-    edits: [["Math.floor(h / (heads / kvHeads)) * dim; // which key/value", "(h % kvHeads) * dim; // which key/value"]],
+    edits: [["Math.floor(h / (heads / kvHeads)) * dim", "(h % kvHeads) * dim"]],
     why: "Heads that share keys are neighbours. Here they are dealt out like cards.",
     lesson: "06a_gqa",
   },
@@ -80,7 +100,9 @@ const BUGS = [
   },
   {
     name: "eps outside the root",
-    edits: [["1 / Math.sqrt(squares / x.length + eps)", "1 / (Math.sqrt(squares / x.length) + eps)"]],
+    edits: [
+      ["1 / Math.sqrt(squares / x.length + eps)", "1 / (Math.sqrt(squares / x.length) + eps)"],
+    ],
     why: "The text stays, and a test with a loose tolerance stays green. Look at the scale.",
     lesson: "04_rmsnorm",
   },
@@ -95,7 +117,7 @@ const BUGS = [
   },
   {
     name: "attention not added to the stream",
-    edits: [["x = add(x, isDelta ? this.deltaNet(i, normed, context) : this.attention(i, normed, context));", "x = isDelta ? this.deltaNet(i, normed, context) : this.attention(i, normed, context);"]],
+    edits: [["x = add(x, isDelta", "x = add(x.fill(0), isDelta"]],
     why: "The stream is lost: nothing of the token itself goes on.",
     lesson: "08_model",
   },
@@ -111,7 +133,8 @@ const BUGS = [
 function brokenEngine(source, edits) {
   for (const [right, wrong] of edits) {
     const parts = source.split(right);
-    if (parts.length !== 2) throw new Error(`the engine has this ${parts.length - 1} times: ${right}`);
+    const times = parts.length - 1;
+    if (times !== 1) throw new Error(`the engine has this ${times} times: ${right}`);
     source = parts.join(wrong);
   }
   return source;
@@ -151,7 +174,8 @@ async function readBroken(text) {
 }
 
 function drawBug({ why, edits, lesson }) {
-  const link = element("a", lesson, { href: `https://github.com/qwen-nb/qwen_nb/blob/main/nbs/${lesson}.ipynb` });
+  const href = `https://github.com/qwen-nb/qwen_nb/blob/main/nbs/${lesson}.ipynb`;
+  const link = element("a", lesson, { href });
   $("why").replaceChildren(`${why} Lesson `, link, ".");
   const lines = edits.flatMap(([right, wrong]) => [
     element("del", lined("- ", right), { className: "no" }),
@@ -166,15 +190,22 @@ function lined(sign, code) {
 
 function drawBroken(right, wrong) {
   $("right").textContent = right.text;
-  $("wrong").textContent = wrong.text === right.text ? `${wrong.text}\n(the same text)` : wrong.text;
+  const same = wrong.text === right.text ? "\n(the same text)" : "";
+  $("wrong").textContent = wrong.text + same;
   const errors = right.layers.map((x, i) => [i, relativeError(wrong.layers[i], x)]);
   if (right.layers.length) errors.push([errors.length, relativeError(wrong.logits, right.logits)]);
   const least = -9; // nothing in float32 is told apart below
   const points = errors.map(([i, error]) => [i, Math.max(least, Math.log10(error || 1e-99))]);
-  const named = errors.map(([i, error]) => `${i === right.layers.length ? "logits" : `layer ${i}`}: ${error.toPrecision(2)}`);
+  const nameOf = (i, word = "") => (i === right.layers.length ? "logits" : `${word}${i}`);
+  const named = errors.map(([i, error]) => `${nameOf(i, "layer ")}: ${error.toPrecision(2)}`);
   chart($("depth"), {
     lines: [{ points, colour: "var(--error)", dots: true }],
-    x: { from: -0.3, to: right.layers.length + 0.3, name: "after layer", ticks: points.map(([at]) => ({ at, name: at === right.layers.length ? "logits" : `${at}` })) },
+    x: {
+      from: -0.3,
+      to: right.layers.length + 0.3,
+      name: "after layer",
+      ticks: points.map(([at]) => ({ at, name: nameOf(at) })),
+    },
     y: {
       from: least,
       to: 1,

@@ -44,8 +44,9 @@ async function readHands(text) {
 // Where the head looks from a token, itself not counted.
 function mostLookedAt(at) {
   const q = handsOf(head.q[at] ?? []);
-  const score = (k, n) => sumOf(pairScores(q, handsOf(k), angles(at - n, model.turned, model.theta)));
-  const scores = head.k.slice(0, at).map((k, n) => score(k, n) + restScore(head.q[at], k));
+  const turns = (n) => angles(at - n, model.turned, model.theta);
+  const turned = (k, n) => sumOf(pairScores(q, handsOf(k), turns(n)));
+  const scores = head.k.slice(0, at).map((k, n) => turned(k, n) + restScore(head.q[at], k));
   return Math.max(0, scores.indexOf(Math.max(...scores)));
 }
 
@@ -124,7 +125,8 @@ onSlide("shift", drawHands);
 onSlide("base", drawHands, (value) => Math.round(10 ** value).toLocaleString("en"));
 opened.then(({ about }) => {
   model = about;
-  fillSelect($("hand-head"), headNames(about), Math.min(about.heads + 2, headNames(about).length - 1));
+  const options = headNames(about);
+  fillSelect($("hand-head"), options, Math.min(about.heads + 2, options.length - 1));
   setSlider("base", Math.log10(about.theta));
 });
 addPicture("hands", readHands);

@@ -56,7 +56,7 @@ function element(tag, text, properties = {}) {
 }
 
 function svg(tag, attributes, text = "") {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  const made = document.createElementNS($("scores").namespaceURI, tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   made.textContent = text;
   return made;
@@ -77,7 +77,8 @@ function chart(place, { lines, x, y, label, marks = [] }) {
   const high = height - bottom - 28;
   const up = (value) => height - bottom - ((value - y.from) / (y.to - y.from)) * high;
   const parts = [];
-  const text = (tx, ty, words, more = {}) => parts.push(svg("text", { x: tx, y: ty, ...more }, words));
+  const text = (px, py, words, more = {}) =>
+    parts.push(svg("text", { x: px, y: py, ...more }, words));
   for (const { at, name = String(at) } of y.ticks) {
     const line = { x1: left, x2: width - 12, y1: up(at), y2: up(at), stroke: "var(--line)" };
     parts.push(svg("line", line));

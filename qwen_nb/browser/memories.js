@@ -109,13 +109,19 @@ function drawGrowth(n) {
   }
   const count = (value) => value.toLocaleString("en");
   const words = isOther ? `, the hybrid (blue) ${count(kept(hybrid, n))}` : "";
-  const label = `After ${n} tokens: the cache (orange) keeps ${count(kept(cached, n))} numbers${words}`;
+  const numbers = count(kept(cached, n));
+  const label = `After ${n} tokens: the cache (orange) keeps ${numbers} numbers${words}`;
   const quarters = [0, 0.25, 0.5, 0.75, 1];
   chart($("growth"), {
     lines,
     marks,
     label,
-    x: { from: 0, to: longest, name: "tokens read", ticks: quarters.map((q) => ({ at: q * longest })) },
+    x: {
+      from: 0,
+      to: longest,
+      name: "tokens read",
+      ticks: quarters.map((q) => ({ at: q * longest })),
+    },
     y: {
       from: 0,
       to: most,
@@ -126,7 +132,9 @@ function drawGrowth(n) {
   $("growth-says").textContent = `${label}.`;
 }
 
-for (const id of ["cache-layer", "state-layer"]) $(id).onchange = () => readMemories($("text").value);
+for (const id of ["cache-layer", "state-layer"]) {
+  $(id).onchange = () => readMemories($("text").value);
+}
 onSlide("grown", drawMemories);
 opened.then(({ about }) => (cached = about));
 addPicture("memories", readMemories);

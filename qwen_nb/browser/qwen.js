@@ -338,8 +338,8 @@ function ntkAlpha(n, seqLength) {
 }
 
 // What a text has left: keys and values, or a state (09a_cache, 15b_hybrid). `watch` says what is
-// noted, in lists {attention, layers, hands}, and what is switched off, in sets {headsOff, mlpsOff}:
-// a head is "layer.head", an MLP the number of its layer.
+// noted, in lists {attention, layers, hands}, and what is switched off, in sets {headsOff,
+// mlpsOff}: a head is "layer.head", an MLP the number of its layer.
 class Context {
   constructor(watch = {}) {
     this.length = 0;

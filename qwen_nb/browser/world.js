@@ -132,7 +132,8 @@ function questionsOf(w) {
 function events(w) {
   const found = { go: [], take: [], drop: [], give: [] };
   for (const p of w.people()) {
-    for (const place of PLACES) if (place !== w.at.get(p)) found.go.push(`${p} went to the ${place}.`);
+    const elsewhere = PLACES.filter((place) => place !== w.at.get(p));
+    found.go.push(...elsewhere.map((place) => `${p} went to the ${place}.`));
     for (const t of w.things()) {
       const isHere = !w.has.has(t) && w.at.get(t) === w.at.get(p);
       if (isHere) found.take.push(`${p} took the ${t}.`);
