@@ -117,7 +117,7 @@ const BUGS = [
   },
   {
     name: "attention not added to the stream",
-    edits: [["x = add(x, isDelta", "x = add(x.fill(0), isDelta"]],
+    edits: [["x = add(x, isDelta", "x = (isDelta"]],
     why: "The stream is lost: nothing of the token itself goes on.",
     lesson: "08_model",
   },
