@@ -42,9 +42,11 @@ async function sendMessage(text) {
     $("log").scrollTop = $("log").scrollHeight;
   };
   const wish = { temperature: 0, maxNewTokens: 80, stopIds: given.stopIds };
+  $("log").setAttribute("aria-busy", "true"); // read aloud when it is whole
   const written = await thread.ask("chat", "writeOn", { messages, thinks, settings: wish }, show);
   if (turn !== messages) return; // a new story has begun
   show(written);
+  $("log").setAttribute("aria-busy", "false");
   judge(box, said, partsOf(written.text));
   if (written.read > given.config.max_position_embeddings - 100) {
     box.append(element("p", "The talk is nearly as long as it can read: take a new story."));
@@ -73,7 +75,7 @@ function drawTruth(heard = users()) {
     made.append(element("th", name, { scope: "row" }), element("td", words));
     return made;
   };
-  const of = (name) => `in the ${world.place(name) ?? "…, nobody said where"}`;
+  const of = (name) => (world.place(name) ? `in the ${world.place(name)}` : "nobody said where");
   const people = world.people().map((name) => row(name, of(name)));
   const things = world.things().map((name) => {
     const holder = world.has.get(name);

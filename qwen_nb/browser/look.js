@@ -168,7 +168,8 @@ for (const box of document.querySelectorAll(".shared")) {
 setText($("text").value);
 
 // `page.html?only=hands` shows one picture alone, to stand in another page.
-const only = $(new URLSearchParams(location.search).get("only") ?? "");
+const wanted = new URLSearchParams(location.search).get("only");
+const only = [...document.querySelectorAll("main > section")].find(({ id }) => id === wanted);
 if (only) {
   document.body.classList.add("only");
   only.classList.add("chosen");
@@ -209,9 +210,10 @@ function draw() {
     return row;
   });
   $("lens").tBodies[0].replaceChildren(...rows);
-  const says = seen.at === seen.tokens.length - 1 ? seen.lens?.at(-1) : null;
-  if (says) $("says").textContent = `${visible(says.text)}  ${Math.round(100 * says.share)} %`;
+  if (seen.at === seen.tokens.length - 1) $("says").textContent = sayNext(seen.lens.at(-1));
 }
+
+const sayNext = ({ text, share }) => `${visible(text)}  ${Math.round(100 * share)} %`;
 
 function settings() {
   const value = (id) => Number($(id).value);
@@ -417,6 +419,10 @@ const firstLook = opened.then(({ about, names: all }) => {
   drawHeads(about);
   fillSelect($("head"), headNames(about));
   return look($("text").value);
+});
+firstLook.then(() => {
+  const section = $(location.hash.slice(1)); // the text above it has grown
+  section?.scrollIntoView();
 });
 addPicture("off", (text) => {
   clearTried();

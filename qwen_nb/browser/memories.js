@@ -25,6 +25,8 @@ async function readMemories(text) {
   const heads = [...Array(hybrid.tableSize / size || 0).keys()];
   const table = (state, h) => state.subarray(h * size, (h + 1) * size);
   memory.tables = heads.map((h) => largestIn(memory.states.map((state) => table(state, h))));
+  $("cache-says").textContent = memory.says ? sayNext(memory.says) : "";
+  $("state-says").textContent = memory.hybridSays ? sayNext(memory.hybridSays) : "";
   setSlider("grown", n, n);
   drawMemories();
 }
@@ -46,7 +48,7 @@ function drawDots(canvas, columns, rows, scaleAt) {
   const picture = pen.createImageData(canvas.width, rows);
   columns.forEach((column, x) => {
     for (let y = 0; y < rows; y++) {
-      const share = Math.min(1, Math.sqrt(Math.abs(column[y]) / scaleAt(y)));
+      const share = Math.min(1, Math.cbrt(Math.abs(column[y]) / scaleAt(y)));
       const colour = column[y] > 0 ? blue : orange;
       const at = 4 * (y * canvas.width + x);
       picture.data.set([...colour, Math.round(255 * share)], at);

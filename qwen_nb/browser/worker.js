@@ -154,9 +154,11 @@ async function hands(job) {
 // The cache of one layer of the model, and the state of one layer of the hybrid, after each token.
 async function memories(job) {
   const ids = tokenizer.encode(job.text);
+  if (!ids.length) return { tokens: [], cache: [], states: [] };
   const context = new Context();
-  if (ids.length && !(await readAll(models.own, ids, context, job))) return null;
-  const { keys = [], values = [] } = context.layers[job.cacheLayer] ?? {};
+  const logits = await readAll(models.own, ids, context, job);
+  if (!logits) return null;
+  const { keys, values } = context.layers[job.cacheLayer];
   const cache = keys.map((k, n) => Float32Array.from([...k, ...values[n]]));
   const states = [];
   const other = new Context();
@@ -166,9 +168,10 @@ async function memories(job) {
     kept.forEach((head, h) => state.set(head, h * head.length));
     states.push(state);
   };
-  const isWanted = ids.length && job.hasState;
-  if (isWanted && !(await readAll(models.hybrid, ids, other, job, keep))) return null;
-  return { tokens: pieces(ids), cache, states };
+  const found = { tokens: pieces(ids), cache, says: likeliest(logits) };
+  if (!job.hasState) return { ...found, states };
+  const others = await readAll(models.hybrid, ids, other, job, keep);
+  return others && { ...found, states, hybridSays: likeliest(others) };
 }
 
 // For a model with a mistake: what stands in the stream after each layer, and what it writes.

@@ -242,6 +242,8 @@ def test_one_memory_grows_and_one_does_not(visit):
     size = page.evaluate("[cache, states].map((c) => [c.width, c.height])")
     assert size == [[10, 256], [32, 128]]
     assert "keeps 10,240 numbers, the hybrid (blue) 17,024" in page.inner_text("#growth-says")
+    for says in ("#cache-says", "#state-says"):
+        assert page.inner_text(says).startswith("␣library"), says
     page.select_option("#state-layer", "2")
     page.wait_for_function("document.getElementById('grown').value === '30'")
 
@@ -313,4 +315,7 @@ def test_texts_of_ones_own(visit):
 
 @pytest.mark.parametrize("name", ["qwen1", "qwen2", "qwen3_moe", "qwen3_5", "qwen3_5_moe"])
 def test_siblings(visit, name):
-    assert first(visit(name)).startswith("␣")
+    page = visit(name)
+    assert first(page).startswith("␣")
+    for place in PLACES:
+        show(page, place)
