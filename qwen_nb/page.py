@@ -49,7 +49,7 @@ def browser_file(name:str) -> str:
     "A file of the package's folder `browser`."
     return (files("qwen_nb") / "browser" / name).read_text(encoding="utf-8")
 
-PICTURES = "world look ask hands memories broken".split()  # the files, in their order
+PICTURES = "world shared look off ask hands memories broken".split()  # the files, in their order
 
 def spelled_vocabulary(v:Vocabulary) -> dict:
     "The vocabulary as `tokenizer.json` has it, as far as the engine reads it."

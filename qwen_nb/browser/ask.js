@@ -2,8 +2,8 @@
 
 "use strict";
 let messages = []; // {role, content}
-let right = 0;
-let asked = 0;
+let rightSoFar = 0;
+let askedSoFar = 0;
 
 // A verdict in words and in colour.
 function verdict(said, truth, what) {
@@ -57,13 +57,13 @@ async function sendMessage(text) {
 function judge(box, said, { thinks, answer }) {
   const truth = reply(users());
   if (truth.answer !== null) {
-    asked += 1;
-    right += answer === truth.answer;
+    askedSoFar += 1;
+    rightSoFar += answer === truth.answer;
     if (answer !== truth.answer) said.classList.add("wrong");
   }
   box.append(verdict(answer, truth.answer, "the answer"));
   if (thinks && truth.answer !== null) box.append(verdict(thinks, truth.thought, "the thought"));
-  $("score").textContent = `${right} of ${asked} answers were right.`;
+  $("score").textContent = `${rightSoFar} of ${askedSoFar} answers were right.`;
   $("log").scrollTop = $("log").scrollHeight;
 }
 
@@ -92,7 +92,7 @@ function drawTruth(heard = users()) {
 
 function newTale(told) {
   messages = [];
-  [right, asked] = [0, 0];
+  [rightSoFar, askedSoFar] = [0, 0];
   $("log").replaceChildren();
   $("score").textContent = "";
   $("words").value = "";

@@ -2,12 +2,12 @@
 
 "use strict";
 const farthest = () => Number($("distance").max);
-let head = null; // {tokens, q, k}: of the chosen head, not yet turned
-let model = null; // its sizes
+let turning = null; // {tokens, q, k}: of the chosen head, not yet turned
+let sizes = null; // of the model
 
 // The pairs of a vector as hands: how long, and at which angle.
 function handsOf(x) {
-  const half = model.turned / 2;
+  const half = sizes.turned / 2;
   return Array.from({ length: half }, (_, j) => {
     const [a, b] = [x[j], x[j + half]];
     return { length: Math.hypot(a, b), angle: Math.atan2(b, a) };
@@ -18,24 +18,24 @@ function handsOf(x) {
 function pairScores(q, k, turns) {
   return q.map((hand, j) => {
     const between = hand.angle - k[j].angle + turns[j];
-    return (hand.length * k[j].length * Math.cos(between)) / Math.sqrt(model.dim);
+    return (hand.length * k[j].length * Math.cos(between)) / Math.sqrt(sizes.dim);
   });
 }
 
 // What channels that are not turned add at any distance.
 function restScore(q, k) {
   let sum = 0;
-  for (let c = model.turned; c < model.dim; c++) sum += q[c] * k[c];
-  return sum / Math.sqrt(model.dim);
+  for (let c = sizes.turned; c < sizes.dim; c++) sum += q[c] * k[c];
+  return sum / Math.sqrt(sizes.dim);
 }
 
 const sumOf = (numbers) => numbers.reduce((sum, value) => sum + value, 0);
 
 async function readHands(text) {
   const [layer, number] = $("hand-head").value.split(".").map(Number);
-  head = await thread.ask("hands", "hands", { text, layer, head: number });
-  const last = head.tokens.length - 1;
-  const options = head.tokens.map((token, i) => [i, `${i}: ${visible(token)}`]);
+  turning = await thread.ask("hands", "hands", { text, layer, head: number });
+  const last = turning.tokens.length - 1;
+  const options = turning.tokens.map((token, i) => [i, `${i}: ${visible(token)}`]);
   fillSelect($("hand-query"), options, last);
   fillSelect($("hand-key"), options, mostLookedAt(last));
   standAsInText();
@@ -43,30 +43,30 @@ async function readHands(text) {
 
 // Where the head looks from a token, itself not counted.
 function mostLookedAt(at) {
-  const q = handsOf(head.q[at] ?? []);
-  const turns = (n) => angles(at - n, model.turned, model.theta);
+  const q = handsOf(turning.q[at] ?? []);
+  const turns = (n) => angles(at - n, sizes.turned, sizes.theta);
   const turned = (k, n) => sumOf(pairScores(q, handsOf(k), turns(n)));
-  const scores = head.k.slice(0, at).map((k, n) => turned(k, n) + restScore(head.q[at], k));
+  const scores = turning.k.slice(0, at).map((k, n) => turned(k, n) + restScore(turning.q[at], k));
   return Math.max(0, scores.indexOf(Math.max(...scores)));
 }
 
 // The two tokens as far from each other as they are in the text.
 function standAsInText() {
   const apart = Number($("hand-query").value) - Number($("hand-key").value);
-  const most = Math.max(128, head.tokens.length);
+  const most = Math.max(128, turning.tokens.length);
   setSlider("distance", Math.max(0, apart), most);
   setSlider("shift", Number($("hand-key").value), most);
   drawHands();
 }
 
 function drawHands() {
-  if (!head?.tokens.length) return $("dials").replaceChildren();
+  if (!turning?.tokens.length) return $("dials").replaceChildren();
   const [qAt, kAt] = ["hand-query", "hand-key"].map((id) => Number($(id).value));
-  const [qWhole, kWhole] = [head.q[qAt], head.k[kAt]];
+  const [qWhole, kWhole] = [turning.q[qAt], turning.k[kAt]];
   const [q, k] = [handsOf(qWhole), handsOf(kWhole)];
   const [distance, shift] = [Number($("distance").value), Number($("shift").value)];
   const theta = 10 ** Number($("base").value);
-  const at = (far) => pairScores(q, k, angles(far, model.turned, theta));
+  const at = (far) => pairScores(q, k, angles(far, sizes.turned, theta));
   drawDials(q, k, at(distance), theta, shift, shift + distance);
   const rest = restScore(qWhole, kWhole);
   const points = Array.from({ length: farthest() + 1 }, (_, far) => [far, sumOf(at(far)) + rest]);
@@ -78,7 +78,7 @@ function drawHands() {
 // One clock for each pair. Both hands are turned by the positions of their tokens.
 function drawDials(q, k, added, theta, kPlace, qPlace) {
   const longest = Math.max(...[...q, ...k].map((hand) => hand.length));
-  const [turnQ, turnK] = [qPlace, kPlace].map((place) => angles(place, model.turned, theta));
+  const [turnQ, turnK] = [qPlace, kPlace].map((place) => angles(place, sizes.turned, theta));
   const dials = q.map((_, j) => {
     const dial = svg("svg", { viewBox: "-26 -26 52 52", width: 64, "aria-hidden": "true" });
     dial.append(svg("circle", { r: 24, fill: "none", stroke: "var(--line)" }));
@@ -124,8 +124,9 @@ onSlide("distance", drawHands);
 onSlide("shift", drawHands);
 onSlide("base", drawHands, (value) => Math.round(10 ** value).toLocaleString("en"));
 opened.then(({ about }) => {
-  model = about;
+  sizes = about;
   const options = headNames(about);
+  $("hands").hidden = !options.length;
   fillSelect($("hand-head"), options, Math.min(about.heads + 2, options.length - 1));
   setSlider("base", Math.log10(about.theta));
 });

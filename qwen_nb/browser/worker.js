@@ -130,8 +130,8 @@ async function eachOff(job) {
       const logits = await readAll(model, ids, new Context(off), job);
       if (!logits) return null;
       const { picture, number } = job;
-      const share = softmax(logits)[right.id];
-      postMessage({ picture, number, kind: "piece", key, share, says: likeliest(logits).text });
+      const lost = Math.max(0, 1 - softmax(logits)[right.id] / right.share);
+      postMessage({ picture, number, kind: "piece", key, lost, says: likeliest(logits).text });
     }
   }
   return { right };

@@ -43,17 +43,17 @@ class World {
 }
 
 // What each sentence does. A thing that is carried lies nowhere, and the other way round.
-const P = `(${PEOPLE.join("|")})`;
-const L = `(${PLACES.join("|")})`;
-const T = `(${THINGS.join("|")})`;
+const A_PERSON = `(${PEOPLE.join("|")})`;
+const A_PLACE = `(${PLACES.join("|")})`;
+const A_THING = `(${THINGS.join("|")})`;
 const SENTENCES = [
-  [`${P} is in the ${L}`, (w, who, where) => w.at.set(who, where)],
-  [`The ${T} is in the ${L}`, (w, what, where) => w.lies(what, where)],
-  [`${P} has the ${T}`, (w, who, what) => w.carries(who, what)],
-  [`${P} went to the ${L}`, (w, who, where) => w.at.set(who, where)],
-  [`${P} took the ${T}`, (w, who, what) => w.carries(who, what)],
-  [`${P} dropped the ${T}`, (w, who, what) => w.lies(what, w.at.get(who))],
-  [`${P} gave the ${T} to ${P}`, (w, _, what, to) => w.carries(to, what)],
+  [`${A_PERSON} is in the ${A_PLACE}`, (w, who, where) => w.at.set(who, where)],
+  [`The ${A_THING} is in the ${A_PLACE}`, (w, what, where) => w.lies(what, where)],
+  [`${A_PERSON} has the ${A_THING}`, (w, who, what) => w.carries(who, what)],
+  [`${A_PERSON} went to the ${A_PLACE}`, (w, who, where) => w.at.set(who, where)],
+  [`${A_PERSON} took the ${A_THING}`, (w, who, what) => w.carries(who, what)],
+  [`${A_PERSON} dropped the ${A_THING}`, (w, who, what) => w.lies(what, w.at.get(who))],
+  [`${A_PERSON} gave the ${A_THING} to ${A_PERSON}`, (w, _, what, to) => w.carries(to, what)],
 ].map(([pattern, happen]) => [new RegExp(`^${pattern}\\.$`), happen]);
 
 function sentencesOf(text) {
@@ -74,11 +74,11 @@ function hear(w, sentence) {
 // The question at the end of a text: its kind ("who", "person" or "thing") and the name in it.
 function questionIn(text) {
   const last = sentencesOf(text).at(-1) ?? "";
-  const [, whose] = last.match(new RegExp(`^Who has the ${T}\\?$`)) ?? [];
+  const [, whose] = last.match(new RegExp(`^Who has the ${A_THING}\\?$`)) ?? [];
   if (whose) return { kind: "who", name: whose };
-  const [, what] = last.match(new RegExp(`^Where is the ${T}\\?$`)) ?? [];
+  const [, what] = last.match(new RegExp(`^Where is the ${A_THING}\\?$`)) ?? [];
   if (what) return { kind: "thing", name: what };
-  const [, who] = last.match(new RegExp(`^Where is ${P}\\?$`)) ?? [];
+  const [, who] = last.match(new RegExp(`^Where is ${A_PERSON}\\?$`)) ?? [];
   return who ? { kind: "person", name: who } : null;
 }
 

@@ -209,10 +209,11 @@ def test_sliders_redraw_at_once(visit):
 
 WEIGHTS = """() => {
     const [layer, number] = document.getElementById("hand-head").value.split(".").map(Number);
-    const at = head.tokens.length - 1;
-    const turned = (n) => angles(at - n, model.turned, model.theta);
-    const scores = head.k.map((k, n) =>
-        sumOf(pairScores(handsOf(head.q[at]), handsOf(k), turned(n))) + restScore(head.q[at], k));
+    const at = turning.tokens.length - 1;
+    const turned = (n) => angles(at - n, sizes.turned, sizes.theta);
+    const q = turning.q[at];
+    const scores = turning.k.map((k, n) =>
+        sumOf(pairScores(handsOf(q), handsOf(k), turned(n))) + restScore(q, k));
     const looked = seen.attention.find((found) => found.layer === layer).weights[number];
     return softmax(scores).map((weight, n) => Math.abs(weight - looked[n]));
 }"""
