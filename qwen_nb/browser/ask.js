@@ -24,11 +24,18 @@ function users() {
   return messages.filter(({ role }) => role === "user").map(({ content }) => content);
 }
 
-async function sendMessage(text) {
-  if (!text.trim()) return;
+// One message after the other: who asks while it speaks is answered then.
+let spoken = Promise.resolve();
+
+function sendMessage(text) {
+  const talk = messages;
+  if (text.trim()) spoken = spoken.then(() => speak(text, talk));
+}
+
+async function speak(text, talk) {
+  if (talk !== messages) return; // a new story has begun
   messages.push({ role: "user", content: text });
   drawTruth();
-  const turn = messages;
   const thinks = $("thinks").checked;
   const thoughtLine = element("p", "", { className: "thought" });
   const said = element("div", "…", { className: "said" });
@@ -44,9 +51,9 @@ async function sendMessage(text) {
   const wish = { temperature: 0, maxNewTokens: 80, stopIds: given.stopIds };
   $("log").setAttribute("aria-busy", "true"); // read aloud when it is whole
   const written = await thread.ask("chat", "writeOn", { messages, thinks, settings: wish }, show);
-  if (turn !== messages) return; // a new story has begun
-  show(written);
   $("log").setAttribute("aria-busy", "false");
+  if (talk !== messages) return;
+  show(written);
   judge(box, said, partsOf(written.text));
   if (written.read > given.config.max_position_embeddings - 100) {
     box.append(element("p", "The talk is nearly as long as it can read: take a new story."));
@@ -98,7 +105,7 @@ function newTale(told) {
   $("words").value = "";
   const world = reply([told]).world;
   const thing = world.things()[0];
-  return sendMessage(`${told} Where is the ${thing}?`);
+  sendMessage(`${told} Where is the ${thing}?`);
 }
 
 $("say").onsubmit = (event) => {

@@ -139,6 +139,11 @@ def test_a_talk_is_judged(visit):
     page.click("#tale")
     page.wait_for_function("document.getElementById('score').textContent.includes('of 1')")
     assert page.locator("#log > *").count() == 1
+    page.evaluate("document.querySelectorAll('#questions button').forEach((b) => b.click())")
+    asked = page.locator("#questions button").count() + 1
+    page.wait_for_function(f"document.getElementById('score').textContent.includes('of {asked}')")
+    roles = page.evaluate("messages.map(({ role }) => role)")
+    assert roles == ["user", "assistant"] * asked
 
 
 def test_a_head_shows_where_it_looks_and_can_be_switched_off(visit):
