@@ -89,12 +89,7 @@ function drawTruth(heard = users()) {
     return row(`the ${name}`, holder ? `with ${holder}, ${of(name)}` : of(name));
   });
   $("truth").tBodies[0].replaceChildren(...people, ...things);
-  const buttons = questionsOf(world).map((question) => {
-    const button = element("button", question, { type: "button" });
-    button.onclick = () => sendMessage(question);
-    return button;
-  });
-  $("questions").replaceChildren(...buttons);
+  fillButtons($("questions"), questionsOf(world), sendMessage);
 }
 
 function newTale(told) {

@@ -83,16 +83,12 @@ function clearTried() {
 function drawAsked(text) {
   const lines = sentencesOf(text).filter((sentence) => hear(new World(), sentence));
   const w = reply([lines.join("\n")]).world;
-  const buttons = questionsOf(w).map((question) => {
-    const button = element("button", question, { type: "button" });
+  const press = (question) => {
     const ending = question.startsWith("Where") ? " In the" : "";
-    button.onclick = () => {
-      setText([...lines, question + ending].join("\n"));
-      textChanged();
-    };
-    return button;
-  });
-  $("asked").replaceChildren(...(given.isOfTheWorld ? buttons : []));
+    setText([...lines, question + ending].join("\n"));
+    textChanged();
+  };
+  fillButtons($("asked"), given.isOfTheWorld ? questionsOf(w) : [], press);
 }
 
 opened.then(({ about }) => drawHeads(about));

@@ -68,6 +68,16 @@ function fillSelect(select, options, first = 0) {
   select.selectedIndex = again < 0 ? first : again;
 }
 
+// A button for each of the words. If the words are the same as before the buttons stay, and with
+// them the keyboard's place.
+function fillButtons(place, words, press) {
+  const before = [...place.children].map((button) => button.textContent);
+  const isSame = JSON.stringify(before) === JSON.stringify(words);
+  const made = (word) => element("button", word, { type: "button" });
+  if (!isSame) place.replaceChildren(...words.map(made));
+  for (const button of place.children) button.onclick = () => press(button.textContent);
+}
+
 // Lines over the same axes. Each line: {points: [[x, y], …], colour, name, dots}.
 function chart(place, { lines, x, y, label, marks = [] }) {
   const [width, height, left, bottom] = [420, 230, 58, 40];
@@ -121,7 +131,7 @@ function setSlider(id, value, max = $(id).max) {
   $(id).show();
 }
 
-// ---- heads: "layer.head" ------------------------------------------------------------------------
+// ---- heads: "layer.head" ----------------------------------------------------------------------
 
 // Does a layer look back, or does it have a state?
 const looks = (about, layer) => about.kinds?.[layer] !== "linear_attention";
@@ -137,7 +147,7 @@ function headNames({ layers, heads, ...about }) {
   return found;
 }
 
-// ---- one text for all pictures, and each drawn when it is seen ---------------------------------
+// ---- one text for all pictures, and each drawn when it is seen --------------------------------
 
 const pictures = []; // {place, read, isOld}
 

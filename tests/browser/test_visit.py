@@ -306,6 +306,31 @@ def test_nothing_serious_for_those_who_do_not_see_it(visit):
     page.emulate_media(color_scheme="light")
 
 
+def test_without_a_mouse(visit):
+    "Everything by keyboard: a question, a head off and on, a slider, a mistake."
+    page = visit()
+    show(page, "ask")
+    page.focus("#questions button")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.getElementById('score').textContent.includes('of 2')")
+    assert page.evaluate("document.activeElement.textContent") == "Who has the ball?"
+    show(page, "off")
+    page.focus('[aria-label="switch off layer 1, head 2"]')
+    page.keyboard.press("Space")
+    page.wait_for_function("document.getElementById('says').textContent.startsWith('␣garden')")
+    page.keyboard.press("Space")
+    page.wait_for_function("document.getElementById('says').textContent.startsWith('␣library')")
+    page.focus("#distance")
+    show(page, "hands")
+    before = page.inner_text("#score-now")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#score-now") != before
+    show(page, "break")
+    page.focus("#bug")
+    page.keyboard.press("ArrowDown")
+    page.wait_for_function("document.getElementById('diff').textContent.includes('2 * j')")
+
+
 def test_texts_of_ones_own(visit):
     "A page with texts of its own has no talk about the world, and one model."
     page = visit(texts=["Max has the map.\nWho has the map?", "Nora is"])
