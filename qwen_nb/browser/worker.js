@@ -101,8 +101,7 @@ async function writeOn(job) {
   const { text, messages, thinks, settings } = job;
   const ids = messages ? encodeChat(tokenizer, messages, thinks) : tokenizer.encode(text);
   const said = [];
-  const model = models[job.model ?? "own"];
-  for (const id of write(model, ids, { ...settings, context })) {
+  for (const id of write(models.own, ids, { ...settings, context })) {
     if (settings.stopIds.includes(id)) break;
     said.push(id);
     const { picture, number } = job;
