@@ -2,7 +2,10 @@
 
 import base64
 import json
+import random
 import re
+import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +16,11 @@ from siblings import SIBLINGS
 from qwen_nb.durable import save_pretrained
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.page import browser_file, fill, make_page, model_parts, script_json
+from qwen_nb.page import PICTURES, browser_file, fill, make_page, model_parts, script_json
+from qwen_nb.prompt import encode_chat
 from qwen_nb.serve_command import run_page
 from qwen_nb.tokenizer import Tokenizer
+from qwen_nb.world import Chooser, World, ask, conversation, events, happen, opening, thought
 
 
 def given(path):
@@ -27,8 +32,9 @@ def given(path):
 @pytest.mark.parametrize("name", ["", *(name for name in SIBLINGS if name != "qwen4_exp")])
 def test_the_weights_are_the_models(tmp_path, name):
     page = make_page(tmp_path / "page.html", packaged_model(name))
-    weights, model = load(base64.b64decode(given(page)["file"])), Qwen.from_pretrained(
-        packaged_model(name)
+    weights, model = (
+        load(base64.b64decode(given(page)["file"])),
+        Qwen.from_pretrained(packaged_model(name)),
     )
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[name], t) for name, t in model.state_dict().items())
@@ -43,14 +49,15 @@ def test_no_text_gets_out_of_its_place(tmp_path):
         page = make_page(tmp_path / "page.html", texts=[trap], title=trap, about=trap)
         written = page.read_text(encoding="utf-8")
         assert written.count("<script") == written.count("</script>") == 4, trap
-        assert written.count("</textarea>") == 1 and "<b>" not in written, trap
+        boxes = browser_file("page.html").count("</textarea>")
+        assert written.count("</textarea>") == boxes and "<b>" not in written, trap
         assert given(page)["examples"] == [trap]
     assert fill("a {{x}} b {{y}}", x="{{y}}", y="2") == "a {{y}} b 2"
     assert json.loads(script_json("<")) == "<" and "<" not in script_json("<")
 
 
 def test_nothing_is_fetched():
-    for name in ("page.html", "qwen.js", "worker.js", "look.js"):
+    for name in ("page.html", "qwen.js", "worker.js", *(f"{name}.js" for name in PICTURES)):
         outward = r"fetch\(|XMLHttp|import\(|https?://(?!github.com/qwen-nb)"
         assert not re.search(outward, browser_file(name)), name
 
@@ -85,3 +92,129 @@ def test_the_command(tmp_path, capsys):
     args = SimpleNamespace(out=out, model=None, title="My own", text=["Max is"])
     assert run_page(args) == 0 and "2.9 MB" in capsys.readouterr().out
     assert given(out)["examples"] == ["Max is"] and "<h1>My own</h1>" in out.read_text()
+
+
+def test_what_speaks_of_the_world_is_in_a_page_without_texts_of_its_own(tmp_path):
+    whole = given(make_page(tmp_path / "page.html"))
+    assert whole["isOfTheWorld"] and whole["hybrid"]["config"]["model_type"] == "qwen3_5"
+    own = given(make_page(tmp_path / "page.html", texts=["Once upon a time"]))
+    assert not own["isOfTheWorld"] and own["hybrid"] is None
+    assert given(make_page(tmp_path / "page.html", packaged_model("qwen3_5")))["hybrid"] is None
+
+
+def in_node(names, script, told):
+    "What a script says of `told`, after some of the page's files, in Node."
+    if not shutil.which("node"):
+        pytest.skip("no Node here; the browser tests ask the same of a browser")
+    source = "\n".join(browser_file(f"{name}.js") for name in names)
+    source += f"\nconst told = JSON.parse(require('fs').readFileSync(0));\n{script}"
+    done = subprocess.run(
+        ["node", "-e", source], input=json.dumps(told), capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+HEAR = """
+const found = told.map((sentences) => {
+  const w = new World();
+  return sentences.map((sentence) => {
+    const isHeard = hear(w, sentence);
+    return [isHeard, [...w.at], [...w.has], Object.entries(events(w))];
+  });
+});
+console.log(JSON.stringify(found));
+"""
+
+
+def random_story(seed):
+    "Sentences, and the world after each of them."
+    rng = random.Random(seed)
+    choose, w = Chooser(rng), World()
+    for line in opening(choose, w, rng.randint(2, 4), rng.randint(1, 3)):
+        yield line.text, w
+    for _ in range(rng.randrange(12)):
+        kinds = events(w)
+        yield happen(w, rng.choice(kinds[rng.choice(list(kinds))])), w
+
+
+def told_events(w):
+    "What `events` gives, as sentences: each tried on a copy of the world."
+    copy = lambda: World(dict(w.at), dict(w.has))  # noqa: E731
+    return [[kind, [happen(copy(), e) for e in some]] for kind, some in events(w).items()]
+
+
+def test_the_world_is_the_packages():
+    "400 stories: the same world, in the same order, and the same future, after every sentence."
+    stories, states = [], []
+    for seed in range(400):
+        stories.append([])
+        states.append([])
+        for sentence, w in random_story(seed):
+            stories[-1].append(sentence)
+            pairs = [[list(pair) for pair in part.items()] for part in (w.at, w.has)]
+            states[-1].append([True, *pairs, told_events(w)])
+    found = in_node(["world"], HEAR, stories)
+    for sentences, want, got in zip(stories, states, found):
+        assert got == want, sentences
+    nothing = ["Max is in the cellar.", "max is in the attic.", "Max has the ball", "Who is Max?"]
+    assert all(not heard for heard, *_ in in_node(["world"], HEAR, [nothing])[0])
+
+
+REPLY = """
+const found = told.map((texts) => {
+  const { answer, thought } = reply(texts);
+  return [answer, thought];
+});
+console.log(JSON.stringify(found));
+"""
+
+
+def test_the_truth_is_the_packages():
+    "Answers and thoughts: every question after 300 stories, and 600 conversations."
+    asked, want = [], []
+    for seed in range(300):
+        told = []
+        for sentence, w in random_story(seed):
+            told.append(sentence)
+        names = [("person", n) for n in w.people()]
+        names += [(kind, n) for n in w.things() for kind in ("who", "thing")]
+        for kind, name in names:
+            question, answer = ask(w, kind, name)
+            asked.append([" ".join([*told, question])])
+            want.append([answer, thought(w, told, kind, name)])
+    for seed in range(600):
+        messages = conversation(Chooser(random.Random(seed)))
+        asked.append([m["content"] for m in messages[::2]])
+        want.append([messages[-1]["content"], messages[-1]["reasoning_content"]])
+    for texts, right, found in zip(asked, want, in_node(["world"], REPLY, asked)):
+        assert found == right, texts
+
+
+CHAT = """
+const tokenizer = new Tokenizer(told.file);
+const found = told.chats.map(([messages, thinks]) => encodeChat(tokenizer, messages, thinks));
+console.log(JSON.stringify(found));
+"""
+
+
+def test_a_conversation_has_the_packages_ids():
+    tokenizer, chats = Tokenizer.from_pretrained(), []
+    for seed in range(100):
+        told = conversation(Chooser(random.Random(seed)))[:-1]
+        messages = [dict(role=m["role"], content=m["content"]) for m in told]
+        chats.append([messages, seed % 2 == 0])
+    chats += [[[dict(role="user", content=text)], True] for text in ("<|im_end|>", "", " \n a")]
+    file = json.loads((packaged_model() / "tokenizer.json").read_text(encoding="utf-8"))
+    found = in_node(["qwen"], CHAT, dict(file=file, chats=chats))
+    for (messages, thinks), ids in zip(chats, found):
+        thinking = None if thinks else False
+        assert ids == encode_chat(tokenizer, messages, "qwen3", enable_thinking=thinking), messages
+
+
+def test_the_engine_can_be_read():
+    "At most 500 lines of code, and 100 columns."
+    for name in ("qwen", "worker", *PICTURES):
+        lines = browser_file(f"{name}.js").splitlines()
+        assert all(len(line) <= 100 for line in lines), name
+        code = [line for line in lines if line.strip() and not line.strip().startswith("//")]
+        assert len(code) <= 500, name

@@ -1,178 +1,142 @@
-// What the page shows of a small Qwen, and what a visitor can change. The model itself is in a
-// worker; here are only the pictures. `keep` and `softmax` are the engine's.
+// *Inside a token*: where each head looks, the next token under four settings, and the guess after
+// each layer. `keep` and `softmax` are the engine's.
 
 "use strict";
 const SHOWN = 10; // of the next tokens
-const $ = (id) => document.getElementById(id);
-const given = JSON.parse($("model").textContent);
-const headsOff = new Set();
+const headsOff = new Set(); // "layer.head"
 const mlpsOff = new Set();
-let number = 0;
+let names = []; // of all tokens
 let seen = null; // what the worker last told
-let looked = null; // "layer.head"
-let example = 0;
 
-const script = $("engine").textContent + "\n" + $("worker").textContent;
-const worker = new Worker(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
+const off = () => ({ headsOff: [...headsOff], mlpsOff: [...mlpsOff] });
 
-function ask(kind, more = {}) {
-  number += 1;
-  const off = { headsOff: [...headsOff], mlpsOff: [...mlpsOff] };
-  worker.postMessage({ kind, number, text: $("text").value, ...off, ...more });
+async function look(text) {
+  seen = await thread.ask("inside", "look", { text, ...off() });
+  say(seen.tokens.length ? `${seen.tokens.length} tokens` : "Write something for it to read.");
+  const last = Math.max(0, seen.tokens.length - 1);
+  setSlider("at", last, last);
+  draw();
 }
 
-worker.onerror = (event) => say(`Something is wrong: ${event.message}`);
-worker.onmessage = ({ data }) => {
-  if (data.number !== number) return;
-  if (data.kind === "open") {
-    drawHeads(data);
-    ask("look");
-  } else if (data.kind === "look") {
-    seen = data;
-    say(seen.tokens.length ? `${seen.tokens.length} tokens` : "Write something for it to read.");
-    draw();
-  } else {
-    $("said").textContent = data.text;
-    if (data.kind === "writeOn") say(data.text ? "It has stopped." : "It has nothing to add.");
-  }
-};
-
-function say(text) {
-  $("state").textContent = text;
-}
-
-function settings() {
-  const value = (id) => Number($(id).value);
-  return Object.fromEntries(["temperature", "topK", "topP", "minP"].map((id) => [id, value(id)]));
-}
-
-// A blank and a line break would not be seen.
-function visible(text) {
-  return text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
-}
-
-function element(tag, text, properties = {}) {
-  return Object.assign(document.createElement(tag), { textContent: text, ...properties });
+async function lookFrom() {
+  if (!seen?.tokens.length) return;
+  Object.assign(seen, await thread.ask("token", "seenAt", { at: Number($("at").value) }));
+  draw();
 }
 
 function draw() {
-  if (!seen) return;
   drawNext();
   drawTokens();
   const rows = (seen.lens ?? []).map(({ text, share }, i) => {
     const row = element("tr", "");
-    row.append(element("th", `layer ${i + 1}`, { scope: "row" }));
+    row.append(element("th", `layer ${i}`, { scope: "row" }));
     const guess = element("td", "");
     guess.append(element("code", visible(text)));
     row.append(guess, element("td", `${Math.round(100 * share)} %`));
     return row;
   });
   $("lens").tBodies[0].replaceChildren(...rows);
+  if (seen.at === seen.tokens.length - 1) $("says").textContent = sayNext(seen.lens.at(-1));
 }
 
-// The likeliest tokens; those that the settings leave out are grey.
+const sayNext = ({ text, share }) => `${visible(text)}  ${Math.round(100 * share)} %`;
+
+function settings() {
+  const value = (id) => Number($(id).value);
+  return Object.fromEntries(["temperature", "topK", "topP", "minP"].map((id) => [id, value(id)]));
+}
+
+// What each setting cuts, in the order in which they cut (lesson 09_generate).
+function stages(logits, chosen) {
+  const { temperature, topK, topP } = chosen;
+  return [
+    ["top-k", keep(logits, { temperature, topK })],
+    ["top-p", keep(logits, { temperature, topK, topP })],
+    ["min-p", keep(logits, chosen)],
+  ];
+}
+
+// The likeliest tokens; those that the settings leave out are grey, with what cut them.
 function drawNext() {
-  if (!seen.logits) return $("next").replaceChildren();
+  $("left").textContent = "";
+  if (!seen?.logits) return $("next").replaceChildren();
   const chosen = settings();
-  const temperature = chosen.temperature || 1e-6;
-  const all = softmax(Array.from(seen.logits, (value) => value / temperature));
-  const kept = chosen.temperature ? keep(seen.logits, chosen) : all;
+  const all = softmax(seen.logits.map((value) => value / (chosen.temperature || 1e-6)));
+  const cuts = chosen.temperature ? stages(seen.logits, chosen) : [["", all]];
+  const kept = cuts.at(-1)[1];
   const order = [...all.keys()].sort((a, b) => seen.logits[b] - seen.logits[a]).slice(0, SHOWN);
   const bars = order.map((id) => {
     const isCut = chosen.temperature && kept[id] === 0;
-    const share = isCut ? all[id] : kept[id];
     const bar = element("div", "", { className: isCut ? "bar cut" : "bar" });
-    bar.append(element("code", visible(seen.names[id])));
+    bar.append(element("code", visible(names[id])));
     const line = element("i", "");
+    const share = isCut ? all[id] : kept[id];
     line.style.width = `${100 * share}%`;
-    bar.append(line, element("span", isCut ? "left out" : `${(100 * share).toFixed(1)} %`));
+    const by = isCut ? cuts.find(([, p]) => p[id] === 0)[0] : "";
+    bar.append(line, element("span", isCut ? `by ${by}` : `${(100 * share).toFixed(1)} %`));
     return bar;
   });
   $("next").replaceChildren(...bars);
+  const stay = chosen.temperature ? kept.filter((p) => p > 0).length : 1;
+  $("left").textContent = `It draws from ${stay} of ${kept.length} tokens.`;
 }
 
 function drawTokens() {
-  const [layer, head] = (looked ?? "").split(".").map(Number);
+  const [layer, head] = $("head").value.split(".").map(Number);
   const of = (seen.attention ?? []).find((a) => a.layer === layer);
   const spans = seen.tokens.map((text, i) => {
-    const span = element("span", text.replace(/\n/g, "⏎\n"));
-    const weight = looked && of ? of.weights[head][i] : 0;
+    const place = i === seen.at ? "at" : i > seen.at ? "after" : "";
+    const span = element("span", text.replace(/\n/g, "⏎\n"), { className: place });
+    const weight = of?.weights[head][i] ?? 0;
     if (weight > 0.005) {
       span.style.background = `rgb(0 114 178 / ${Math.round(60 * Math.sqrt(weight))}%)`;
       span.title = `${(100 * weight).toFixed(1)} %`;
     }
+    span.onclick = () => {
+      setSlider("at", i);
+      lookFrom();
+    };
     return span;
   });
   $("tokens").replaceChildren(...spans);
 }
 
-function drawHeads({ layers, heads, kinds }) {
-  const rows = Array.from({ length: layers }, (_, layer) => {
-    const row = element("tr", "");
-    row.append(element("th", `layer ${layer + 1}`, { scope: "row" }));
-    const isState = kinds?.[layer] === "linear_attention";
-    for (let head = 0; head < heads && !isState; head++) {
-      const name = `layer ${layer + 1}, head ${head + 1}`;
-      row.append(toggle(`${head + 1}`, name, headsOff, `${layer}.${head}`));
-    }
-    if (isState) row.append(element("td", "a state, no heads to look with", { colSpan: heads }));
-    row.append(toggle("MLP", `layer ${layer + 1}, MLP`, mlpsOff, layer));
-    return row;
-  });
-  $("heads").tBodies[0].replaceChildren(...rows);
-}
-
-function toggle(label, name, off, key) {
-  const button = element("button", label, { type: "button", title: name });
-  if (label === "MLP") button.style.width = "3rem";
-  button.setAttribute("aria-pressed", "false");
-  button.setAttribute("aria-label", `switch off ${name}`);
-  button.onclick = () => {
-    if (!off.delete(key)) off.add(key);
-    button.setAttribute("aria-pressed", String(off.has(key)));
-    ask("look");
-  };
-  button.onfocus = button.onpointerenter = () => {
-    if (off !== headsOff) return;
-    document.querySelector("button.looked")?.classList.remove("looked");
-    button.classList.add("looked");
-    looked = key;
-    if (seen) drawTokens();
-  };
-  const cell = element("td", "");
-  cell.append(button);
-  return cell;
-}
-
-let waiting = null;
-$("text").oninput = () => {
-  clearTimeout(waiting);
-  waiting = setTimeout(() => ask("look"), 120);
-};
-$("write").onclick = () => {
+$("head").onchange = () => seen && drawTokens();
+$("write").onclick = async () => {
   say("It writes …");
   const seed = Math.floor(Math.random() * 2 ** 32);
-  ask("writeOn", { settings: { ...settings(), seed, maxNewTokens: 80, stopIds: given.stopIds } });
+  const wish = { ...settings(), seed, maxNewTokens: 80, stopIds: given.stopIds };
+  const show = ({ text }) => ($("said").textContent = text);
+  const question = { text: $("text").value, ...off(), settings: wish };
+  const written = await thread.ask("writing", "writeOn", question, show);
+  show(written);
+  say(written.text ? "It has stopped." : "It has nothing to add.");
 };
+let example = 0;
 $("another").onclick = () => {
-  example = (example + 1) % given.examples.length;
-  $("text").value = given.examples[example];
+  example += 1;
+  const own = given.examples[example % given.examples.length];
+  setText(given.isOfTheWorld ? storyWithQuestion() : own);
   $("said").textContent = "";
-  ask("look");
+  textChanged();
 };
-$("all").onclick = () => {
-  headsOff.clear();
-  mlpsOff.clear();
-  for (const button of document.querySelectorAll("#heads button")) {
-    button.setAttribute("aria-pressed", "false");
-  }
-  ask("look");
-};
-for (const slider of document.querySelectorAll(".sliders input")) {
-  slider.oninput = () => {
-    slider.nextElementSibling.textContent = slider.value;
-    if (seen) drawNext();
-  };
-  slider.nextElementSibling.textContent = slider.value;
+for (const id of ["temperature", "topK", "topP", "minP"]) onSlide(id, drawNext);
+onSlide("at", lookFrom);
+
+function storyWithQuestion() {
+  const told = story(Math.random);
+  const w = reply([told.join("\n")]).world;
+  const [thing] = w.things();
+  return [...told, `Where is the ${thing}? In the`].join("\n");
 }
-ask("open", given);
+
+// All other pictures wait for this one.
+const firstLook = opened.then(({ about, names: all }) => {
+  names = all;
+  fillSelect($("head"), headNames(about));
+  return look($("text").value);
+});
+firstLook.then(() => {
+  const section = $(location.hash.slice(1)); // the text above it has grown
+  section?.scrollIntoView();
+});

@@ -169,6 +169,21 @@ class Tokenizer {
   }
 }
 
+// 10b_prompt: the ids of a conversation. Control tokens come from here, never from what was said.
+function encodeChat(tokenizer, messages, thinks = true) {
+  const control = (name) => tokenizer.added.get(name);
+  const [start, end] = [control("<|im_start|>"), control("<|im_end|>")];
+  const lineEnd = tokenizer.encode("\n");
+  const ids = [];
+  for (const { role, content } of messages) {
+    ids.push(start, ...tokenizer.encode(`${role}\n${content}`), end, ...lineEnd);
+  }
+  ids.push(start, ...tokenizer.encode("assistant\n"));
+  if (thinks) return ids;
+  const blank = tokenizer.encode("\n\n"); // a thought without a word
+  return [...ids, control("<think>"), ...blank, control("</think>"), ...blank];
+}
+
 // ---- the parts --------------------------------------------------------------------------------
 
 // One row times a matrix of shape (rows, columns), as torch keeps it.
@@ -323,8 +338,8 @@ function ntkAlpha(n, seqLength) {
 }
 
 // What a text has left: keys and values, or a state (09a_cache, 15b_hybrid). `watch` says what is
-// noted, in lists {attention, layers}, and what is switched off, in sets {headsOff, mlpsOff}: a
-// head is "layer.head", an MLP the number of its layer.
+// noted, in lists {attention, layers, hands}, and what is switched off, in sets {headsOff,
+// mlpsOff}: a head is "layer.head", an MLP the number of its layer.
 class Context {
   constructor(watch = {}) {
     this.length = 0;
@@ -356,10 +371,7 @@ class Qwen {
 
   // 08_model. One id more of a text; its logits, float32. `total`: tokens of the prompt, for Qwen1.
   forward(id, context, total = context.length + 1) {
-    if (!(id >= 0 && id < this.config.vocab_size)) throw new Error(`there is no token ${id}`);
-    const embedding = this.w("model.embed_tokens.weight");
-    const hidden = embedding.shape[1];
-    let x = embedding.data.slice(id * hidden, (id + 1) * hidden);
+    let x = this.embed(id);
     if (this.config.use_dynamic_ntk && total > context.length + 1 && !context.length) {
       context.alpha = ntkAlpha(total, this.config.seq_length);
     }
@@ -369,6 +381,14 @@ class Qwen {
     }
     context.length += 1;
     return this.head(x);
+  }
+
+  // The row of the table that belongs to an id.
+  embed(id) {
+    if (!(id >= 0 && id < this.config.vocab_size)) throw new Error(`there is no token ${id}`);
+    const table = this.w("model.embed_tokens.weight");
+    const hidden = table.shape[1];
+    return table.data.slice(id * hidden, (id + 1) * hidden);
   }
 
   // The last norm and the head: also for the layers in between (the "logit lens").
@@ -402,6 +422,7 @@ class Qwen {
     }
     const base = this.theta * context.alpha ** (this.dim / (this.dim - 2));
     const angle = angles(context.length, this.turned, base);
+    context.watch.hands?.push({ layer: i, q: q.slice(), k: k.slice() }); // not yet turned
     applyRope(q, angle, this.dim);
     applyRope(k, angle, this.dim);
 
