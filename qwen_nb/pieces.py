@@ -277,7 +277,7 @@ def seen_by(piece:Piece):
 
 # %% ../nbs/01d_pieces.ipynb #2ebb2e9a
 def plot_seen(piece:Piece):
-    "Which probe sees which mistake, drawn. Those that every probe sees stand in one line below."
+    "Which probe sees which mistake, drawn. Those that every probe sees stand in a line below."
     from matplotlib import pyplot as plt
 
     seen, names = seen_by(piece), [mistake.name.replace("`", "") for mistake in piece.mistakes]
@@ -285,12 +285,14 @@ def plot_seen(piece:Piece):
     by_all = [name for i, name in enumerate(names) if i not in rows]
     counts = [f"{n} of {len(seen)}" for n in seen.sum(0).tolist()]
     titles = [f"{p.title}: {n}".replace("`", "") for p, n in zip(piece.probes, counts)]
-    fig, ax = plt.subplots(figsize=(7, 1.5 + 0.28 * len(rows)), layout="constrained")
-    ax.imshow(seen[rows], cmap="Greys", vmin=0, vmax=1.4, aspect="auto")
-    ax.set_xticks(range(len(titles)), titles, rotation=30, ha="right", fontsize=8)
-    ax.set_yticks(range(len(rows)), [names[i] for i in rows], fontsize=8)
-    if by_all:
-        text = f"Seen by every input, not drawn: {'; '.join(by_all)}."
-        ax.set_xlabel(textwrap.fill(text, 95), fontsize=8, loc="right")
+    below = textwrap.wrap(f"Seen by every input, not drawn: {'; '.join(by_all)}.", 118)
+    height = 0.8 + 0.28 * len(rows) + 0.032 * len(max(titles, key=len)) + 0.16 * len(below)
+    fig, ax = plt.subplots(figsize=(7, height), layout="constrained")
+    ax.pcolormesh(seen[rows], cmap="Greys", vmin=0, vmax=1.4, edgecolors="0.85", linewidth=0.5)
+    ax.invert_yaxis()
+    middle = torch.arange(0.5, len(seen) + len(titles))
+    ax.set_xticks(middle[:len(titles)], titles, rotation=30, ha="right", fontsize=8)
+    ax.set_yticks(middle[:len(rows)], [names[i] for i in rows], fontsize=8)
     fig.suptitle(f"{piece.name}. Dark: this input shows the mistake", x=0.01, ha="left")
+    fig.supxlabel("\n".join(below) if by_all else "", x=0.01, ha="left", fontsize=8)
     plt.show()
