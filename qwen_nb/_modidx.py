@@ -194,6 +194,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qwen_nb.cases._chat_answer': ('cases.html#_chat_answer', 'qwen_nb/cases.py'),
                                'qwen_nb.cases._drawn_text': ('cases.html#_drawn_text', 'qwen_nb/cases.py'),
                                'qwen_nb.cases._falling_loss': ('cases.html#_falling_loss', 'qwen_nb/cases.py'),
+                               'qwen_nb.cases._first_lines': ('cases.html#_first_lines', 'qwen_nb/cases.py'),
                                'qwen_nb.cases.row_labels': ('cases.html#row_labels', 'qwen_nb/cases.py'),
                                'qwen_nb.cases.training_losses': ('cases.html#training_losses', 'qwen_nb/cases.py'),
                                'qwen_nb.cases.written_text': ('cases.html#written_text', 'qwen_nb/cases.py')},

@@ -35,33 +35,32 @@ def changed_lines(right:str, wrong:str) -> str:
 
 # %% ../nbs/01f_reading.ipynb #a1f0c0d9
 REPOSITORIES = """
-adapter-hub/adapters AI-Hypercomputer/maxtext aiqm/torchani allenai/OLMo Alpha-VLLM/Lumina-T2X
-apple/axlearn awslabs/keys_values axolotl-ai-cloud/axolotl billy-enrizky/openbrowser-ai
-bkitano/llama-from-scratch Blaizzy/mlx-vlm comfyanonymous/ComfyUI Deep-Agent/R1-V
-deeplearning4j/nd4j deepspeedai/DeepSpeed deepspeedai/DeepSpeedExamples EleutherAI/gpt-neox
-EricLBuehler/candle-lora EricLBuehler/mistral.rs facebookresearch/fairseq
+17385/TreeBERT aburkov/theLMbook adapter-hub/adapters AI-Hypercomputer/maxtext aiqm/torchani
+allenai/OLMo Alpha-VLLM/Lumina-T2X apple/axlearn awslabs/keys_values axolotl-ai-cloud/axolotl
+billy-enrizky/openbrowser-ai bkitano/llama-from-scratch Blaizzy/mlx-vlm comfyanonymous/ComfyUI
+Deep-Agent/R1-V deeplearning4j/nd4j deepspeedai/DeepSpeed deepspeedai/DeepSpeedExamples
+EleutherAI/gpt-neox EricLBuehler/candle-lora EricLBuehler/mistral.rs facebookresearch/fairseq
 facebookresearch/vjepa2 fastnlp/fastNLP fishaudio/fish-speech fla-org/flash-linear-attention
 genlm/genlm-backend ggml-org/llama.cpp google-research/timesfm hao-ai-lab/FastVideo
 haozheji/exact-optimization HaroldChen19/VistaDPO harvard-edge/cs249r_book hiyouga/LlamaFactory
-huggingface/candle huggingface/lerobot huggingface/nanoVLM huggingface/open-r1
-huggingface/optimum huggingface/optimum-habana huggingface/peft
-huggingface/pytorch-image-models huggingface/safetensors huggingface/tokenizers
-huggingface/transformers huggingface/trl hyprstream/hyprstream ikawrakow/ik_llama.cpp
-intel/ipex-llm InternLM/lmdeploy jax-ml/jax Jinhsi555/breakdown-minimind jingyaogong/minimind
-karpathy/minbpe karpathy/nanochat karpathy/ng-video-lecture kekzl/imp keras-team/keras
-keras-team/keras-hub KohakuBlueleaf/LyCORIS labmlai/annotated_deep_learning_paper_implementations
-lbcb-sci/RiNALMo leejet/stable-diffusion.cpp Lightning-AI/lit-llama linkedin/Liger-Kernel
-LLM360/amber-train lucidrains/PaLM-rlhf-pytorch lucidrains/x-transformers
-LukasHedegaard/continual-inference marin-community/marin meta-llama/llama
-microsoft/BitNet microsoft/TransformerCompression mistralai/mistral-inference
+huggingface/candle huggingface/lerobot huggingface/nanoVLM huggingface/open-r1 huggingface/optimum
+huggingface/optimum-habana huggingface/peft huggingface/pytorch-image-models
+huggingface/safetensors huggingface/tokenizers huggingface/transformers huggingface/trl
+hyprstream/hyprstream ikawrakow/ik_llama.cpp intel/ipex-llm InternLM/lmdeploy jax-ml/jax
+Jinhsi555/breakdown-minimind jingyaogong/minimind karpathy/minbpe karpathy/nanochat
+karpathy/ng-video-lecture kekzl/imp keras-team/keras keras-team/keras-hub KohakuBlueleaf/LyCORIS
+labmlai/annotated_deep_learning_paper_implementations lbcb-sci/RiNALMo leejet/stable-diffusion.cpp
+Lightning-AI/lit-llama linkedin/Liger-Kernel LLM360/amber-train lucidrains/PaLM-rlhf-pytorch
+lucidrains/x-transformers LukasHedegaard/continual-inference marin-community/marin
+meta-llama/llama microsoft/BitNet microsoft/TransformerCompression mistralai/mistral-inference
 mit-han-lab/llm-awq ml-explore/mlx ml-explore/mlx-lm mlc-ai/mlc-llm mobiusml/hqq
-mosaicml/llm-foundry nerfstudio-project/gsplat NeuraLegion/shainet NovaSky-AI/SkyRL
-nvidia-cosmos/cosmos-rl NVIDIA/Megatron-LM NVIDIA/TensorRT-LLM ollama/ollama onnx/onnx
-openai/tiktoken OpenRLHF/OpenRLHF PaddlePaddle/FastDeploy paiml/aprender pbloem/former
+mosaicml/llm-foundry nerfstudio-project/gsplat NeuraLegion/shainet nntrainer/nntrainer
+NovaSky-AI/SkyRL nvidia-cosmos/cosmos-rl NVIDIA/Megatron-LM NVIDIA/TensorRT-LLM ollama/ollama
+onnx/onnx openai/tiktoken OpenRLHF/OpenRLHF PaddlePaddle/FastDeploy paiml/aprender pbloem/former
 poloclub/transformer-explainer PrimeIntellect-ai/prime-rl pytorch/pytorch pytorch/torchtitan
 pytorch/torchtune raiyanyahya/how-to-train-your-gpt rasbt/LLMs-from-scratch
-rasbt/reasoning-from-scratch ray-project/ray reczoo/FuxiCTR RL-Align/RL-Kernel
-sgl-project/sglang sgl-project/sglang-jax state-spaces/mamba tenstorrent/tt-metal
+rasbt/reasoning-from-scratch ray-project/ray reczoo/FuxiCTR RL-Align/RL-Kernel sgl-project/sglang
+sgl-project/sglang-jax state-spaces/mamba tenstorrent/tt-metal
 thinking-machines-lab/tinker-cookbook tinygrad/tinygrad tloen/alpaca-lora Tongjilibo/bert4torch
 TransformerLensOrg/TransformerLens unslothai/unsloth vllm-project/vllm vllm-project/vllm-ascend
 vllm-project/vllm-metal volcengine/verl walkinglabs/hands-on-modern-rl XU-YIJIE/grpo-flat
