@@ -63,7 +63,6 @@ def explains(piece:Piece, names:tuple, mine:list):
             return False
     return True
 
-
 def known_mistakes(piece:Piece, mine:list):
     "The mistakes, one or two of them, that explain what was seen: a tuple, empty if none does."
     singles = [(mistake,) for mistake in piece.mistakes]
@@ -100,7 +99,6 @@ def what_was_seen(piece:Piece, answer:object, function:object, number:int, mine:
         return [on, f"What came back is `{mine.unchanged}` as it was.", *story[:1]]
     return [on, *story]
 
-
 def what_is_known(mistake:Mistake):
     "What there is to say on a known mistake."
     said = [f"Why it is wrong: {mistake.why}"]
@@ -120,7 +118,6 @@ class Verdict:
     def __str__(self):
         return self.text
 
-
 def remarks_on(piece:Piece, function:object, mine:list):
     "What there is to say besides the values: what it printed, and what it took from outside."
     printed = [number for number, outcome in enumerate(mine) if outcome.printed][:1]
@@ -138,7 +135,6 @@ def told_best(piece:Piece, answer:object, function:object, mine:list, failing:li
     plain = [at for at in failing if not is_vague(told_of[at])] or failing
     return plain[0], told_of[plain[0]]
 
-
 def not_over(piece:Piece, answer:object, function:object, mine:list):
     "What is said of an answer that does not end; None if it does."
     if not mine or not isinstance(mine[-1].error, TimeoutError):
@@ -147,7 +143,6 @@ def not_over(piece:Piece, answer:object, function:object, mine:list):
     seen = what_was_seen(piece, answer, function, number, mine[number])
     first = f"{piece.name}, not yet: it did not come to its end on an input that takes no time."
     return Verdict(False, "\n".join([first, *seen[:2]]), "error")
-
 
 def not_begun(piece:Piece, function:object, mine:list):
     "What is said of a stub that still raises NotImplementedError; None if there is none."
@@ -171,7 +166,6 @@ def moody(piece:Piece, function:object, mine:list):
             text = (f"{piece.name}, asked the same twice ({probe.title}), answers differently: "
                     "it depends on something besides its arguments, or leaves something behind.")
             return Verdict(False, text, "moody")
-
 
 def verdict_on_wrong(piece:Piece, answer:object, function:object, mine:list, failing:list):
     "What is said of an answer that is wrong on some probes."
@@ -253,7 +247,6 @@ class Exercise(Piece):
         verdict = diagnose(self, answer)
         assert verdict.right, verdict.text.replace(", not yet", "", 1)
 
-
 def exercise(solution:object, task:str, **settings) -> Exercise:
     "An exercise from its solution, a function called `NAME_solution`; settings as of `Piece`."
     name = solution.__name__.removesuffix("_solution")
@@ -277,7 +270,6 @@ def try_pairs(piece:Piece):
         hidden += names in ((first.name,), (second.name,))
     return pairs, named, hidden
 
-
 def try_zoo(
     piece:Piece,  # a Piece
 ) -> dict:
@@ -291,8 +283,9 @@ def try_zoo(
         found = verdict.named
         assert found == (mistake.name,), f"{piece.name}: {mistake.name!r} is called {found}"
     pairs, named, hidden = try_pairs(piece)
-    said = f"✓ {piece.name}: {len(piece.mistakes)} mistakes named"
-    print(f"{said}; {pairs} pairs, {named} named, {hidden} where one hides the other")
+    print(f"✓ {piece.name}: each of {len(piece.mistakes)} mistakes is called by its name.")
+    print(f"Two at once, {pairs} pairs that can be made. Both named: {named}. One hides the other: "
+          f"{hidden}. Taken for something else: {pairs - named - hidden}.")
     enough = named + hidden >= 0.8 * pairs
     assert enough, f"{piece.name}: only {named} of {pairs} pairs are named, {hidden} are hidden"
     public = sum(bool(mistake.public) for mistake in piece.mistakes)

@@ -150,7 +150,7 @@ round_piece.mistake(
     "bfloat16 cut off, not rounded",
     {"bits + 0x7FFF + b": "bits"},
     why="Without the addition every number goes towards zero, half a step on average.",
-    does="All weights shrink by the same quarter of a percent, in every layer.",
+    does="All weights shrink, by a quarter of a percent on average, in every layer.",
     public="tinygrad#11848",
 )
 round_piece.mistake(

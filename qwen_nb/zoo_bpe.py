@@ -55,7 +55,7 @@ stand_ins_piece.mistake(
     "a table that borrows character 256 + the byte",
     {"chr(256 + i)": "chr(256 + b)"},
     why="The borrowed characters are counted one after the other, not by the byte.",
-    does="English is right, since its space and line break come out the same; é and 中 do not.",
+    does="English and é are right, since their bytes come out the same; 中 and à do not.",
     public="paiml/aprender#2121",
 )
 stand_ins_piece.mistake(
@@ -115,7 +115,7 @@ spell_piece.mistake(
     "bytes spelled as Latin-1",
     {"CHAR_OF[b]": "chr(b)"},
     why="Latin-1 has no visible character for 68 of the bytes, the space among them.",
-    does="Tokens with a space, a line break or a byte below 161 are not found.",
+    does="Tokens with a space, a line break, or a byte of 127 to 160 or 173 are not found.",
 )
 spell_piece.mistake(
     "characters with Ġ for the space",
