@@ -16,7 +16,8 @@ from .generation import TextStream, check_prompt, max_positions, stream, text_pi
 from .model import Qwen
 from .mtp import MTPHead
 from .sampling import sampling_for
-from .speculation import Draft, Reader, TokenChoice, write_ahead
+from .several import reader_for
+from .speculation import Draft, TokenChoice, write_ahead
 
 # %% ../nbs/32a_drafts.ipynb #183909c8
 class Lookup(Draft):
@@ -48,7 +49,8 @@ class ModelDraft(Draft):
 
     def begin(self, model:torch.nn.Module, room:int):
         config = self.draft.config
-        self.reader, self.vocab_size = Reader(self.draft, room), model.config.vocab_size
+        self.reader = reader_for(self.draft, room)
+        self.vocab_size = model.config.vocab_size
         self.limit = max_positions(config)             # past it, no guess
         if getattr(config, "use_dynamic_ntk", False):
             self.limit = min(self.limit, config.seq_length)
@@ -161,7 +163,8 @@ def start_ahead(
         raise ValueError(f"{why} depends on which tokens are read together, so checking several at "
                          "once would change the text: call generate")
     guesser = draft_for(draft, model)
-    ids = write_ahead(model, input_ids, new, sampling, guesser, k, seed, prefill_chunk, trace)
+    ids = write_ahead(model, input_ids, new, sampling, guesser, k, seed, prefill_chunk, trace,
+                      reader_for)
     return ids, sampling.stop_ids
 
 # %% ../nbs/32a_drafts.ipynb #667c871f

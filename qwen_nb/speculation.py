@@ -24,13 +24,15 @@ def accept_guesses(
     them. The text is then distributed as if drawn from p, whatever q is.
 
     Source: Leviathan et al., arXiv:2211.17192, algorithm 1; Chen et al., arXiv:2302.01318."""
-    for i, token in enumerate(guessed):
-        if luck[i] < p[i, token] / q[i, token]:
-            continue
-        rest = (p[i] - q[i]).clamp_min(0)
-        total = rest.sum()
-        return i, rest / total if total > 0 else p[i]  # no rest: p is q but for rounding
-    return len(guessed), p[len(guessed)]               # the bonus
+    tokens = torch.tensor(guessed, dtype=torch.long, device=p.device)[:, None]
+    odds = p[:-1].gather(1, tokens) / q.gather(1, tokens)
+    accepted = luck < odds[:, 0]
+    number = int(accepted.long().cumprod(0).sum())     # in a row, from the first
+    if number == len(guessed):
+        return number, p[number]                       # the bonus
+    rest = (p[number] - q[number]).clamp_min(0)
+    total = rest.sum()
+    return number, rest / total if total > 0 else p[number]  # no rest: p is q but for rounding
 
 # %% ../nbs/32_speculate.ipynb #be7cc439
 class TokenChoice:
@@ -163,14 +165,15 @@ def write_ahead(
     seed:int=None,           # of the draws; None: PyTorch's own generator
     prefill_chunk:int=None,  # read the prompt in pieces of this length, to save memory
     trace:list=None,         # gets (guessed ids, how many were accepted) for each pass
+    make_reader:type=Reader, # what reads; `reader_for`, in the next lesson, is quicker
 ):
-    "The loop: yields the new ids, each an int. `speculate`, in the next lesson, checks first."
+    "The loop: yields the new ids, each an int. `speculate` (32a_drafts) checks first."
     ids, device = input_ids[0].tolist(), input_ids.device
     end = len(ids) + max_new_tokens
     choice = TokenChoice(sampling, len(ids), seed, device)
-    reader = Reader(model, end - 1)
     draft.begin(model, end - 1)
     try:
+        reader = make_reader(model, end - 1)
         before = ids[:-1]                              # the last one is read with the guesses
         step = prefill_chunk or max(1, len(before))
         for start in range(0, len(before), step):
