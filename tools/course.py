@@ -84,12 +84,13 @@ def lesson_row(name, title, summary, minutes):
 
 def table():
     "The rows as markdown."
-    rows = BEGIN
+    rows, said = BEGIN, None
     for group in rows_of(lessons()):
         name = group[0][0]
         part = PARTS.get(name[:2]) if re.match(r"\d\d_", name) else None
-        if part:
+        if part and part != said:  # 30_speed and 30_width both begin with 30_
             rows += f"| **{part}** | | | |\n"
+            said = part
         is_mistakes = name.endswith("_mistakes")
         rows += mistakes_row(group) if is_mistakes else lesson_row(*group[0])
     return rows
