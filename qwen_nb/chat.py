@@ -21,8 +21,9 @@ from .model import Qwen
 from .sampling import sampling_for
 from .template import read_content
 from .thinking import check_budget, cut_off_note, ending_of, opens_thinking, write_within
+from .thoughts import split_thinking
 from .tokenizer import Tokenizer
-from .tools import ChatParts, Tools, as_message, split_thinking
+from .tools import ChatParts, Tools, as_message
 from .writing import pad_left
 
 # %% ../nbs/10d_talk.ipynb #3172d682

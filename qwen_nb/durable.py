@@ -135,7 +135,7 @@ def config_json(
     turn = special.get("<|im_end|>", end)
     rest = dict(torch_dtype=dtype, bos_token_id=end, eos_token_id=turn)
     if hasattr(config, "as_json"):
-        about = config.as_json()                         # 17c's says itself where a text ends
+        about = config.as_json()         # some say themselves where a text ends (Qwen4-exp)
         return rest | about if "eos_token_id" in about else about | rest
     families = {(False, True): "qwen3", (True, False): "qwen2"}
     family = families.get((config.qkv_bias, config.qk_norm))

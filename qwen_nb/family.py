@@ -86,7 +86,7 @@ def layers_of(
     mixers, alike = getattr(config, "layer_types", None), {}
     for i in range(config.num_hidden_layers):
         sparse = hasattr(config, "is_sparse") and config.is_sparse(i)
-        with_ngrams = i + 1 in getattr(config, "ple_layer_ids", ())      # 17b
+        with_ngrams = i + 1 in getattr(config, "ple_layer_ids", ())      # Qwen4-exp
         kind = mixers and mixers[i], sparse, with_ngrams
         alike.setdefault(kind, []).append(i)
     with torch.device("meta"), SkipInit():

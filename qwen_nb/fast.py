@@ -25,9 +25,9 @@ from .model import Block, Decoder, Qwen
 from .moe import SparseMLP
 from .norm import RMSNorm
 from .qwen1 import LogNAttention, NTKCache, NTKRotary
-from .qwen2 import WindowAttention
 from .sampling import Sampling, keep, marks, penalize
 from .width import wide_products
+from .windows import WindowAttention
 from .writing import Context, generator_for, refuse_nan, write
 from .yarn import Rotary
 
@@ -44,8 +44,9 @@ gqa.Attention.which_mix gqa.attend gqa.apply_rope gqa.RMSNorm.forward mlp.SwiGLU
 yarn.Rotary.__call__ yarn.cos_sin rope.angle_tables rope.rotate_half attention.visible_keys
 attention.repeat_kv qwen1.NTKRotary.forward qwen1.NTKRotary.alphas qwen1.ntk_frequencies
 qwen1.ntk_alpha qwen1.cos_sin qwen1.logn_scale qwen1.attend qwen1.LogNAttention.forward
-qwen1.LogNAttention.qkv qwen1.LogNAttention.keys_seen qwen2.WindowAttention.forward
-qwen2.window_mask qwen2.attend qwen2.causal_mask moe.SparseMLP.forward moe.route moe.mix_experts
+qwen1.LogNAttention.qkv qwen1.LogNAttention.keys_seen windows.WindowAttention.forward
+windows.window_mask windows.attend windows.causal_mask
+moe.SparseMLP.forward moe.route moe.mix_experts
 cache.KVCache.update cache.KVCache.place writing.Context.read writing.write writing.end_rows
 writing.generator_for writing.longer_mask writing.choose writing.penalize writing.marks
 sampling.keep sampling.keep_top_k sampling.keep_top_p sampling.keep_min_p

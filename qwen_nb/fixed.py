@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from .cache import KVCache, one_row_kernels
 from .moe import SparseMLP, route
 from .qwen1 import LogNAttention, NTKRotary, logn_scale, ntk_frequencies
-from .qwen2 import WindowAttention
 from .rope import cos_sin
+from .windows import WindowAttention
 
 # %% ../nbs/30a_fixed.ipynb #fx0cache0
 READY = 64    # positions that are made ready at once

@@ -10,9 +10,10 @@ import importlib
 
 import torch
 
+from .beams import beam_search
 from .model import QwenConfig
 from .sampling import sampling_for
-from .writing import beam_search, write
+from .writing import write
 
 # %% ../nbs/09c_stream.ipynb #c8273e10
 def maybe_begun(

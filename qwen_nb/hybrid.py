@@ -185,7 +185,7 @@ def cache_parts(
     recent, state = memory_shapes(config, 1)["linear_attention"]
     once = math.prod(recent) * bytes_per_number + math.prod(state) * 4
     once *= kinds.count("linear_attention")
-    if hasattr(config, "kept_beside"):               # 17c
+    if hasattr(config, "kept_beside"):               # a family that keeps more than these two
         beside, beside_once = config.kept_beside()
         each_token += beside * bytes_per_number
         once += beside_once * bytes_per_number

@@ -123,7 +123,7 @@ def family_config(
     all_see_all = is_list and all(kind == "full_attention" for kind in kinds)
     if family in FAMILIES and all_see_all and not raw.get("use_sliding_window"):
         return QwenConfig.read(raw)
-    module = importlib.import_module(LATER.get(family, "qwen_nb.qwen2"))
+    module = importlib.import_module(LATER.get(family, "qwen_nb.windows"))
     return module.CONFIGS[family].read(raw)
 
 # %% ../nbs/08a_loading.ipynb #82ba0a6d

@@ -14,7 +14,7 @@ import torch
 
 from .loading import SkipInit, parse_config
 from .moe import SparseMLP, unfuse
-from .qwen2 import KINDS, WindowConfig, layer_windows
+from .windows import KINDS, WindowConfig, layer_windows
 
 # %% ../nbs/14a_mixture.ipynb #2676a16d
 def check_experts(

@@ -31,7 +31,7 @@ MAP = {
     "other Qwens": {
         "qwen1": "NTK, log-n",
         "int8_cache": "int8",
-        "qwen2": "windows",
+        "windows": "windows",
         "moe": "experts",
         "balance": "balance",
         "delta": "delta rule",

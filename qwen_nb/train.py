@@ -58,7 +58,7 @@ def init_weights(
             else:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
         for part in model.modules():
-            if hasattr(part, "first_values"):        # a part that knows better, as in 15
+            if hasattr(part, "first_values"):        # a part that knows better: DeltaNet
                 part.first_values(generator)
     return model
 

@@ -206,7 +206,7 @@ documents_piece = Piece(
     "rows.document_mask", lesson="20b_rows", minutes=8, level=1,
     task="True where a query may look: at its own place and before, within its document.",
     hints=(
-        "Two conditions, and both must hold. One of them you have from 06.",
+        "Two conditions, and both must hold. One of them you have from attention.",
         "Compare the documents of queries with those of keys by giving each an axis of its own, "
         "and combine that with `causal_mask`.",
     ),

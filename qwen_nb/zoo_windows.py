@@ -10,7 +10,7 @@ from .pieces import Piece
 
 # %% ../nbs/12a_mistakes.ipynb #f046c63a
 band_piece = Piece(
-    "qwen2.window_mask", lesson="12_qwen2", minutes=10, level=2,
+    "windows.window_mask", lesson="12_window", minutes=10, level=2,
     task="True where a query may look: at itself and the `window - 1` positions before it. The "
          "queries are the last `q_len` of the `k_len` positions.",
     hints=(
@@ -90,7 +90,7 @@ band_piece.mistake(
 
 # %% ../nbs/12a_mistakes.ipynb #613e98df
 layers_piece = Piece(
-    "qwen2.layer_windows", lesson="12_qwen2", minutes=10, level=2,
+    "windows.layer_windows", lesson="12_window", minutes=10, level=2,
     task="For each layer its window, or None where it sees everything, from what config.json says "
          "under four names. `check_windows` refuses what makes no sense.",
     hints=(

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 def test_a_config_that_cannot_be_written_is_refused(tmp_path):
     "Written as a dense Qwen3 it would come back as another model, without a word."
-    from qwen_nb.qwen2 import WindowConfig
+    from qwen_nb.windows import WindowConfig
 
     config = small().config
     windowed = Qwen(WindowConfig(**vars(config), windows=[4] * config.num_hidden_layers))

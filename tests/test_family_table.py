@@ -24,8 +24,8 @@ from qwen_nb.hybrid import cache_parts
 from qwen_nb.loading import family_config
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.qwen1 import Qwen1Config
-from qwen_nb.qwen2 import WindowConfig
 from qwen_nb.qwen3_5 import HybridConfig
+from qwen_nb.windows import WindowConfig
 from qwen_nb.writing import Context
 
 FACTS = (

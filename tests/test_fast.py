@@ -21,10 +21,10 @@ from qwen_nb.inspect import packaged_model
 from qwen_nb.mixture import MoEConfig
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.qwen1 import Qwen1Config
-from qwen_nb.qwen2 import WindowConfig
 from qwen_nb.qwen3_5 import HybridConfig
 from qwen_nb.sampling import Sampling, choose
 from qwen_nb.tokenizer import Tokenizer
+from qwen_nb.windows import WindowConfig
 from qwen_nb.writing import Context, write
 
 KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows", "mixture", "shared"]

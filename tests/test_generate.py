@@ -12,6 +12,7 @@ import torch
 from test_model import random_checkpoint
 from tokenizers import Tokenizer
 
+from qwen_nb.beams import beam_search
 from qwen_nb.cache import KVCache, cache_bytes, count_rows, one_row_kernels
 from qwen_nb.generation import TextStream, check_prompt, generate, max_positions, stream
 from qwen_nb.inspect import packaged_model
@@ -27,7 +28,7 @@ from qwen_nb.sampling import (
 )
 from qwen_nb.tokenizer import Tokenizer as OurTokenizer
 from qwen_nb.verify import rounding_steps
-from qwen_nb.writing import beam_search, pad_left
+from qwen_nb.writing import pad_left
 
 transformers = pytest.importorskip("transformers")
 

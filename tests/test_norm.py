@@ -16,6 +16,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm  # noqa: E402
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm  # noqa: E402
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs/04_rmsnorm.ipynb"
+SECOND = NOTEBOOK.with_name("04a_dtypes.ipynb")
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES = (1, 1, 64), (2, 7, 64), (64,), (2, 3, 4, 64), (0, 5, 64), (3, 5, 1), (2, 5, 1000)
 
@@ -99,14 +100,14 @@ def test_eps_is_used():
 
 
 def notebook_code():
-    nb = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    nb = json.loads(SECOND.read_text(encoding="utf-8"))
     texts = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
     return [text.removeprefix("#| reading\n") for text in texts]
 
 
 @pytest.fixture(scope="module")
 def lesson():
-    "The names of 04 that its exercise needs, from its own cells."
+    "The names that the exercise needs, from the lesson's own cells."
     reference = type("Reference", (), {"model": type("Model", (), {"norm": Qwen3RMSNorm(2)})})
     f32, b16, f64 = torch.float32, torch.bfloat16, torch.float64
     names = dict(torch=torch, F=torch.nn.functional, check=check, reference=reference)
@@ -159,7 +160,7 @@ def test_the_grader_refuses_every_mistake_of_the_lesson(lesson):
 
 def test_the_text_names_both_defaults_of_eps():
     "The default eps of nn.RMSNorm changed with PyTorch 2.7; settings.ini allows older ones."
-    text = NOTEBOOK.read_text(encoding="utf-8")
+    text = SECOND.read_text(encoding="utf-8")
     assert "up to 2.6" in text and "from 2.7" in text and "142848" in text
     x = torch.full((1, 64), 0.01, dtype=torch.bfloat16)
     got = torch.nn.functional.rms_norm(x, (64,))

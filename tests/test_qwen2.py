@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import qwen_nb.qwen2 as q2
+import qwen_nb.windows as q2
 from qwen_nb.attention import causal_mask
 from qwen_nb.cache import KVCache
 from qwen_nb.generation import generate
 from qwen_nb.gqa import Attention
 from qwen_nb.loading import family_config
 from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.qwen2 import WindowAttention, WindowConfig, layer_windows, window_mask
+from qwen_nb.windows import WindowAttention, WindowConfig, layer_windows, window_mask
 from qwen_nb.writing import pad_left
 
 FACTS = (
@@ -137,7 +137,7 @@ def test_the_table_of_windows(name):
         assert (raw["num_hidden_layers"], raw["max_window_layers"]) == (layers, first)
     found = layer_windows(raw | dict(use_sliding_window=True), layers)
     assert sum(window is not None for window in found) == windowed
-    lesson = (Path(__file__).resolve().parent.parent / "nbs/12_qwen2.ipynb").read_text("utf-8")
+    lesson = (Path(__file__).resolve().parent.parent / "nbs/12_window.ipynb").read_text("utf-8")
     assert f"| {name}-Instruct | {layers} | {first} | {windowed or 'none'} |" in lesson
 
 

@@ -21,6 +21,7 @@ from qwen_nb.verify import check, check_fails
 from qwen_nb.yarn import Rotary, read_scaling, yarn_frequencies, yarn_ramp
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "05_rope.ipynb"
+TURNED_NOTEBOOK = NOTEBOOK.with_name("05_turned.ipynb")
 YARN_NOTEBOOK = NOTEBOOK.with_name("05a_yarn.ipynb")
 
 
@@ -497,7 +498,7 @@ def test_a_base_fixed_in_the_code_fails_at_the_first_check_of_its_own_lesson():
 
 def test_the_positions_of_padding_must_be_0_as_the_text_says():
     names = dict(torch=torch, exercise=exercise)
-    text, file = cell_with("#@title Grader"), "<grader of 05>"
+    text, file = cell_with("#@title Grader", TURNED_NOTEBOOK), "<grader of the positions>"
     linecache.cache[file] = len(text), None, text.splitlines(True), file  # for `inspect`
     exec(compile(text, file, "exec"), names)
     grade = names["positions_from_mask_exercise"]
@@ -510,7 +511,7 @@ def test_the_positions_of_padding_must_be_0_as_the_text_says():
 
 
 def test_solutions_are_folded():
-    for path in (NOTEBOOK, YARN_NOTEBOOK):
+    for path in (TURNED_NOTEBOOK, YARN_NOTEBOOK):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         found = [c for c in cells if "".join(c["source"]).startswith("#@title Grader")]
         assert found

@@ -12,12 +12,12 @@ from qwen_nb.mixture import MoEConfig
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.paged import Pages, check_paged, page_name
 from qwen_nb.qwen1 import Qwen1Config
-from qwen_nb.qwen2 import WindowConfig
 from qwen_nb.qwen3_5 import HybridConfig
 from qwen_nb.qwen3_next import NextConfig
 from qwen_nb.qwen4_exp import StreamConfig
 from qwen_nb.sampling import Sampling
 from qwen_nb.serve import Engine, EngineFull
+from qwen_nb.windows import WindowConfig
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=40, max_position_embeddings=128)
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16)

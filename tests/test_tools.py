@@ -10,16 +10,9 @@ from test_generate import one_sentence
 
 from qwen_nb.chatml import CHAT_FAMILIES, Message, assistant_pieces
 from qwen_nb.template import render_chat
+from qwen_nb.thoughts import split_thinking
 from qwen_nb.tokenizer import Tokenizer
-from qwen_nb.tools import (
-    ChatParts,
-    Tools,
-    as_message,
-    describe,
-    parse_call,
-    parse_tool_calls,
-    split_thinking,
-)
+from qwen_nb.tools import ChatParts, Tools, as_message, describe, parse_call, parse_tool_calls
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.qwen2 import WindowConfig
 from qwen_nb.qwen3_next import NextConfig
+from qwen_nb.windows import WindowConfig
 
 SIZES = dict(
     vocab_size=90,
