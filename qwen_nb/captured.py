@@ -13,7 +13,8 @@ from functools import cache, partial
 import torch
 from torch import nn
 
-from .fixed import LeanStep, MixtureWeights, after_attention, before_attention
+from .fixed import MixtureWeights, before_attention
+from .lean import LeanStep, after_attention
 
 # %% ../nbs/30b_captured.ipynb #fz0comp0
 SHAPES = 64   # so many different models or batches may be compiled in one process

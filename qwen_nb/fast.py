@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from .cache import KVCache
-from .fixed import FixedCache, LeanStep
+from .fixed import FixedCache
+from .lean import LeanStep
 from .gqa import Attention
 from .mlp import SwiGLU
 from .model import Block, Decoder, Qwen

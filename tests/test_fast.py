@@ -15,9 +15,10 @@ from qwen_nb import fast as fast_module
 from qwen_nb.cache import KVCache, count_rows
 from qwen_nb.captured import CapturedStep, stepper_for
 from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
-from qwen_nb.fixed import FixedCache, LeanStep, after_attention, before_attention, open_columns
+from qwen_nb.fixed import FixedCache, before_attention, open_columns
 from qwen_nb.generation import generate, stream
 from qwen_nb.inspect import packaged_model
+from qwen_nb.lean import LeanStep, after_attention
 from qwen_nb.mixture import MoEConfig
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.qwen1 import Qwen1Config
@@ -469,7 +470,7 @@ def test_several_threads(dtype):
 def test_large_layers_are_not_copied(monkeypatch):
     model, _ = random_model("qwen3", 0)
     cache = FixedCache(model.config, 1, 10)
-    monkeypatch.setattr("qwen_nb.fixed.FUSE_BELOW", 0)
+    monkeypatch.setattr("qwen_nb.lean.FUSE_BELOW", 0)
     step = LeanStep(model, cache)
     own = {p.data_ptr() for p in model.parameters()}
     for w in step.layers:
