@@ -13,7 +13,7 @@ from torch import nn
 
 from qwen_nb import fast as fast_module
 from qwen_nb.cache import KVCache, count_rows
-from qwen_nb.captured import CapturedStep, stepper_for
+from qwen_nb.captured import CapturedHybridStep, CapturedStep, stepper_for
 from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
 from qwen_nb.fixed import FixedCache, before_attention, open_columns
 from qwen_nb.generation import generate, stream
@@ -23,12 +23,41 @@ from qwen_nb.mixture import MoEConfig
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.qwen2 import WindowConfig
-from qwen_nb.qwen3_5 import HybridConfig
+from qwen_nb.qwen3_5 import LAYER_KINDS, HybridConfig
+from qwen_nb.qwen3_5_moe import MoEHybridConfig
+from qwen_nb.qwen3_next import NextConfig
+from qwen_nb.qwen4_exp import StreamConfig
+from qwen_nb.recurrent import FixedStates, HybridStep
 from qwen_nb.sampling import Sampling, choose
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.writing import Context, write
 
-KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows", "mixture", "shared"]
+HYBRIDS = {"qwen3_5": HybridConfig, "qwen3_next": NextConfig, "qwen3_5_moe": MoEHybridConfig}
+KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows", "mixture", "shared", *HYBRIDS]
+
+
+def hybrid_sizes(kind, rng, sizes):
+    "The numbers that a hybrid has beside those of all families."
+    heads, kinds = rng.choice([1, 2]), [rng.choice(LAYER_KINDS) for _ in range(rng.randint(1, 4))]
+    head_dim = 4 * rng.randint(2, 6)
+    more = dict(
+        num_hidden_layers=len(kinds),
+        layer_types=kinds,  # also attention alone, states alone, and either last
+        head_dim=head_dim,
+        partial_rotary_factor=rng.choice([1.0, 0.5, 2 / head_dim]),
+        linear_num_key_heads=heads,
+        linear_num_value_heads=heads * rng.choice([1, 2, 3]),
+        linear_key_head_dim=rng.randint(2, 12),
+        linear_value_head_dim=rng.randint(2, 12),
+        linear_conv_kernel_dim=rng.choice([1, 2, 4]),
+        qkv_bias=rng.random() < 0.3,
+        o_bias=rng.random() < 0.3,
+    )
+    if kind != "qwen3_5":
+        experts = rng.randint(2, 5)
+        more |= dict(num_experts=experts, num_experts_per_tok=rng.randint(1, experts))
+        more |= dict(moe_intermediate_size=8, shared_expert_intermediate_size=rng.randint(4, 12))
+    return sizes | more
 
 
 def random_config(kind, rng):
@@ -47,6 +76,8 @@ def random_config(kind, rng):
         max_position_embeddings=400,
         tie_word_embeddings=rng.random() < 0.5,
     )
+    if kind in HYBRIDS:
+        return HYBRIDS[kind](**hybrid_sizes(kind, rng, sizes))
     if kind == "qwen1":
         sizes |= dict(hidden_size=heads * head_dim, num_key_value_heads=heads)
         switches = dict(use_dynamic_ntk=rng.random() < 0.7, use_logn_attn=rng.random() < 0.7)
@@ -149,7 +180,7 @@ def test_bfloat16_differs_in_ties_alone(kind):
         model, rng = random_model(kind, seed, torch.bfloat16)
         ids, mask = random_prompts(model, rng)
         fast = generate(model, ids, 30, mask, stop_ids=(), fast=True)
-        if kind in ("mixture", "shared"):  # a tie between experts changes more than a rounding
+        if kind in ("mixture", "shared", "qwen3_next", "qwen3_5_moe"):  # a tie between experts changes more than a rounding
             assert fast.shape == (len(ids), ids.shape[1] + 30)
             continue
         assert nearly_best(model, fast, mask, ids.shape[1], 0.05), f"{kind}, seed {seed}"
@@ -394,7 +425,7 @@ def test_a_piece_in_use_is_seen():
 
 
 def test_other_families_step_aside():
-    config = HybridConfig(
+    config = StreamConfig(
         vocab_size=40,
         hidden_size=16,
         intermediate_size=20,
@@ -406,6 +437,17 @@ def test_other_families_step_aside():
         linear_num_value_heads=2,
         linear_key_head_dim=8,
         linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        hc_count=2,
+        hc_lowrank=4,
+        indexer_n_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=8,
+        indexer_compress_ratio=4,
+        ple_layer_ids=(),
     )
     model = Qwen(config).eval()
     assert "whose work it does not know" in why_plain(model)
@@ -512,9 +554,8 @@ def test_the_captured_step(kind):
         settings = Sampling(temperature=seed / 2, repetition_penalty=1.2)
         for look in (1, 8):
             plain = list(write(model, ids, 30, settings, mask, seed=3))
-            ours = list(
-                write_fast(model, ids, 30, settings, mask, 3, look=look, stepper=CapturedStep)
-            )
+            step = CapturedHybridStep if kind in HYBRIDS else CapturedStep
+            ours = list(write_fast(model, ids, 30, settings, mask, 3, look=look, stepper=step))
             assert torch.equal(torch.stack(plain), torch.stack(ours))
 
 
