@@ -57,7 +57,8 @@ qwen3_5.causal_mask deltanet.GatedDeltaNet.forward deltanet.GatedDeltaNet.mix
 deltanet.DeltaNetWeights.project deltanet.causal_conv deltanet.log_decay deltanet.qkv_heads
 deltanet.GatedRMSNorm.forward deltanet.delta_rule deltanet.l2_norm deltanet.repeat_kv
 deltanet.each_alone deltanet.real_and_first qwen3_next.NextDeltaNet.project
-qwen3_next.NextDeltaNet.by_kind cache.KVCache.update cache.KVCache.place writing.Context.read writing.write writing.end_rows
+qwen3_next.NextDeltaNet.by_kind
+cache.KVCache.update cache.KVCache.place writing.Context.read writing.write writing.end_rows
 writing.generator_for writing.longer_mask writing.choose writing.penalize writing.marks
 sampling.keep sampling.keep_top_k sampling.keep_top_p sampling.keep_min_p
 sampling.penalize_repetition sampling.penalize_presence

@@ -102,8 +102,8 @@ def scaled(x:torch.Tensor, twice:torch.Tensor, eps:float) -> torch.Tensor:
 def turn(both:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor) -> torch.Tensor:
     "`apply_rope` of x `(batch, heads, 1, head_dim)`, given as `both_signs`, in four calls."
     d = both.shape[-1] // 2
-    x, partner = both[..., :d], both[..., d // 2:d // 2 + d]   # (a, b) and, of (a, b, -a, -b), b, -a
-    return torch.addcmul(x * cos, partner, sin, value=-1)
+    partner = both[..., d // 2:d // 2 + d]     # of (a, b, -a, -b) the middle, (b, -a)
+    return torch.addcmul(both[..., :d] * cos, partner, sin, value=-1)
 
 # %% ../nbs/30a_fixed.ipynb #fx0fold00
 def turning_weights(norms:list) -> torch.Tensor:

@@ -23,7 +23,7 @@ from qwen_nb.fixed import (
     scaled,
     together,
 )
-from .hybrid import HybridBlock, MixedCache, ZeroCentredRMSNorm, memory_shapes
+from .hybrid import HybridBlock, memory_shapes
 from .lean import LeanStep
 
 # %% ../nbs/30a_recurrent.ipynb #rc0cache0

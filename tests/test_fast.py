@@ -27,7 +27,6 @@ from qwen_nb.qwen3_5 import LAYER_KINDS, HybridConfig
 from qwen_nb.qwen3_5_moe import MoEHybridConfig
 from qwen_nb.qwen3_next import NextConfig
 from qwen_nb.qwen4_exp import StreamConfig
-from qwen_nb.recurrent import FixedStates, HybridStep
 from qwen_nb.sampling import Sampling, choose
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.writing import Context, write
@@ -180,7 +179,7 @@ def test_bfloat16_differs_in_ties_alone(kind):
         model, rng = random_model(kind, seed, torch.bfloat16)
         ids, mask = random_prompts(model, rng)
         fast = generate(model, ids, 30, mask, stop_ids=(), fast=True)
-        if kind in ("mixture", "shared", "qwen3_next", "qwen3_5_moe"):  # a tie between experts changes more than a rounding
+        if hasattr(model.config, "num_experts"):  # a tie between experts changes a lot
             assert fast.shape == (len(ids), ids.shape[1] + 30)
             continue
         assert nearly_best(model, fast, mask, ids.shape[1], 0.05), f"{kind}, seed {seed}"
