@@ -27,6 +27,7 @@ from qwen_nb.qwen3_5 import LAYER_KINDS, HybridConfig
 from qwen_nb.qwen3_5_moe import MoEHybridConfig
 from qwen_nb.qwen3_next import NextConfig
 from qwen_nb.qwen4_exp import StreamConfig
+from qwen_nb.recurrent import FixedStates, HybridStep, fixed_cache, step_for
 from qwen_nb.sampling import Sampling, choose
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.writing import Context, write
@@ -173,8 +174,11 @@ def nearly_best(model, ids, mask, prompt, share):
     return True
 
 
+@pytest.mark.parametrize("small", [True, False])  # a copy in float32, or bfloat16 as it is
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_differs_in_ties_alone(kind):
+def test_bfloat16_differs_in_ties_alone(kind, small, monkeypatch):
+    if not small:
+        monkeypatch.setattr("qwen_nb.lean.FUSE_BELOW", 0)
     for seed in range(5):
         model, rng = random_model(kind, seed, torch.bfloat16)
         ids, mask = random_prompts(model, rng)
@@ -519,6 +523,57 @@ def test_large_layers_are_not_copied(monkeypatch):
         for weight in (*w.qkv[0], *gate_up, w.out, down):
             assert weight.data_ptr() in own, "a weight was copied"
     same_in_float32("qwen2", 0)
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_large_hybrids_are_not_copied(kind, monkeypatch):
+    monkeypatch.setattr("qwen_nb.lean.FUSE_BELOW", 0)
+    for seed in range(8):
+        same_in_float32(kind, seed)
+    model, _ = random_model(kind, 0)
+    step = HybridStep(model, FixedStates(model.config, 1, 10))
+    for w in step.layers:
+        assert getattr(w, "columns", None) is None, "a matrix was copied"
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_states_stay_where_they_are(kind):
+    for seed in range(4):
+        model, _ = random_model(kind, seed)
+        cache = FixedStates(model.config, 2, 80)
+        places = [t.data_ptr() for pair in cache.states.values() for t in pair]
+        plain, ids = model.config.cache(model.config, 2, 80), torch.randint(0, 30, (2, 10))
+        with torch.inference_mode():
+            for part in ids.split(6, 1):  # the prompt in two pieces
+                ours, theirs = (model(part, cache=c, last_only=True)[:, -1] for c in (cache, plain))
+                assert torch.equal(ours, theirs) and cache.length == plain.length
+            step = HybridStep(model, cache)
+            for _ in range(60):
+                step(torch.tensor([1, 2]))
+        assert places == [t.data_ptr() for pair in cache.states.values() for t in pair]
+        assert cache.length == 70
+        for i, (recent, state) in cache.states.items():
+            assert recent.abs().sum() > 0 or not recent.numel(), f"layer {i} keeps no inputs"
+            assert state.abs().sum() > 0, f"layer {i} has an empty state"
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_5"])
+def test_a_small_model_in_bfloat16_is_computed_in_float32(kind, monkeypatch):
+    model, _ = random_model(kind, 0, torch.bfloat16)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+
+    def step():
+        cache = fixed_cache(model, 1, 10, torch.bfloat16, "cpu")
+        return step_for(model)(model, cache)
+
+    with torch.inference_mode():
+        small = step()
+        assert small.model.dtype == small.cache.kv.dtype == torch.float32 and not small.one_row
+        monkeypatch.setattr("qwen_nb.lean.FUSE_BELOW", 2 * sum(t.nbytes for t in before.values()))
+        large = step()
+    assert large.model is model and large.cache.kv.dtype == torch.bfloat16 and large.one_row
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model.dtype == torch.bfloat16
 
 
 def test_prompts_are_read_with_wide_products(monkeypatch):
