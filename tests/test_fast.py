@@ -5,6 +5,7 @@ import random
 import shutil
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -555,6 +556,20 @@ def test_states_stay_where_they_are(kind):
         for i, (recent, state) in cache.states.items():
             assert recent.abs().sum() > 0 or not recent.numel(), f"layer {i} keeps no inputs"
             assert state.abs().sum() > 0, f"layer {i} has an empty state"
+
+
+@pytest.mark.parametrize("last", LAYER_KINDS)
+def test_the_length_is_counted_whatever_comes_last(last):
+    "Also where no layer looks back: padding in a prompt read in pieces asks for the length."
+    rng = random.Random(0)
+    config = random_config("qwen3_5", rng)
+    kinds = ["linear_attention"] * config.num_hidden_layers
+    kinds[-1] = last
+    model = Qwen(replace(config, layer_types=kinds)).eval()
+    ids, mask = torch.randint(0, 30, (2, 9)), torch.ones(2, 9).long()
+    mask[0, :4] = 0
+    plain, fast = both(model, ids, 9, mask, stop_ids=(), prefill_chunk=4)
+    assert torch.equal(plain, fast)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_5"])
