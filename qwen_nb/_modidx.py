@@ -799,6 +799,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qwen_nb.lean.LeanWeights.turning_of': ('lean.html#leanweights.turning_of', 'qwen_nb/lean.py'),
                               'qwen_nb.lean.LeanWeights.weights_of': ('lean.html#leanweights.weights_of', 'qwen_nb/lean.py'),
                               'qwen_nb.lean.after_attention': ('lean.html#after_attention', 'qwen_nb/lean.py'),
+                              'qwen_nb.lean.float_copy': ('lean.html#float_copy', 'qwen_nb/lean.py'),
                               'qwen_nb.lean.in_float32': ('lean.html#in_float32', 'qwen_nb/lean.py'),
                               'qwen_nb.lean.look_up': ('lean.html#look_up', 'qwen_nb/lean.py')},
             'qwen_nb.lessons': { 'qwen_nb.lessons.WorldRows': ('lessons.html#worldrows', 'qwen_nb/lessons.py'),
