@@ -67,7 +67,7 @@ def float_copy(module:nn.Module) -> nn.Module:
 def in_float32(model:nn.Module, cache:FixedCache) -> nn.Module:
     """A copy in float32 of a small model that is in bfloat16 on a CPU, and the cache likewise. Any
     other as it is."""
-    if cache.kv.dtype != torch.bfloat16 or cache.kv.device.type != "cpu":
+    if model.dtype != torch.bfloat16 or model.device.type != "cpu":
         return model
     numbers = [t for t in model.state_dict().values() if torch.is_tensor(t)]
     in_bfloat16 = all(t.dtype == torch.bfloat16 for t in numbers)

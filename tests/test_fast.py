@@ -583,6 +583,8 @@ def test_a_small_model_in_bfloat16_is_computed_in_float32(kind, monkeypatch):
 
     with torch.inference_mode():
         small = step()
+        again = step_for(model)(model, small.cache)
+        assert not again(torch.tensor([1])).isnan().any(), "a second step on the same cache"
         assert small.model.dtype == small.cache.kv.dtype == torch.float32 and not small.one_row
         monkeypatch.setattr("qwen_nb.lean.FUSE_BELOW", 2 * sum(t.nbytes for t in before.values()))
         large = step()
