@@ -5,6 +5,7 @@ import random
 import shutil
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,21 +14,51 @@ from torch import nn
 
 from qwen_nb import fast as fast_module
 from qwen_nb.cache import KVCache, count_rows
-from qwen_nb.captured import CapturedStep, stepper_for
+from qwen_nb.captured import CapturedHybridStep, CapturedStep, stepper_for
 from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
-from qwen_nb.fixed import FixedCache, LeanStep, after_attention, before_attention, open_columns
+from qwen_nb.fixed import FixedCache, before_attention, open_columns
 from qwen_nb.generation import generate, stream
 from qwen_nb.inspect import packaged_model
+from qwen_nb.lean import LeanStep, after_attention
 from qwen_nb.mixture import MoEConfig
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.qwen1 import Qwen1Config
-from qwen_nb.qwen3_5 import HybridConfig
+from qwen_nb.qwen3_5 import LAYER_KINDS, HybridConfig
+from qwen_nb.qwen3_5_moe import MoEHybridConfig
+from qwen_nb.qwen3_next import NextConfig
+from qwen_nb.qwen4_exp import StreamConfig
+from qwen_nb.recurrent import FixedStates, HybridStep, fixed_cache, step_for
 from qwen_nb.sampling import Sampling, choose
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.windows import WindowConfig
 from qwen_nb.writing import Context, write
 
-KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows", "mixture", "shared"]
+HYBRIDS = {"qwen3_5": HybridConfig, "qwen3_next": NextConfig, "qwen3_5_moe": MoEHybridConfig}
+KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows", "mixture", "shared", *HYBRIDS]
+
+
+def hybrid_sizes(kind, rng, sizes):
+    "The numbers that a hybrid has beside those of all families."
+    heads, kinds = rng.choice([1, 2]), [rng.choice(LAYER_KINDS) for _ in range(rng.randint(1, 4))]
+    head_dim = 4 * rng.randint(2, 6)
+    more = dict(
+        num_hidden_layers=len(kinds),
+        layer_types=kinds,  # also attention alone, states alone, and either last
+        head_dim=head_dim,
+        partial_rotary_factor=rng.choice([1.0, 0.5, 2 / head_dim]),
+        linear_num_key_heads=heads,
+        linear_num_value_heads=heads * rng.choice([1, 2, 3]),
+        linear_key_head_dim=rng.randint(2, 12),
+        linear_value_head_dim=rng.randint(2, 12),
+        linear_conv_kernel_dim=rng.choice([1, 2, 4]),
+        qkv_bias=rng.random() < 0.3,
+        o_bias=rng.random() < 0.3,
+    )
+    if kind != "qwen3_5":
+        experts = rng.randint(2, 5)
+        more |= dict(num_experts=experts, num_experts_per_tok=rng.randint(1, experts))
+        more |= dict(moe_intermediate_size=8, shared_expert_intermediate_size=rng.randint(4, 12))
+    return sizes | more
 
 
 def random_config(kind, rng):
@@ -46,6 +77,8 @@ def random_config(kind, rng):
         max_position_embeddings=400,
         tie_word_embeddings=rng.random() < 0.5,
     )
+    if kind in HYBRIDS:
+        return HYBRIDS[kind](**hybrid_sizes(kind, rng, sizes))
     if kind == "qwen1":
         sizes |= dict(hidden_size=heads * head_dim, num_key_value_heads=heads)
         switches = dict(use_dynamic_ntk=rng.random() < 0.7, use_logn_attn=rng.random() < 0.7)
@@ -142,13 +175,16 @@ def nearly_best(model, ids, mask, prompt, share):
     return True
 
 
+@pytest.mark.parametrize("small", [True, False])  # a copy in float32, or bfloat16 as it is
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_differs_in_ties_alone(kind):
+def test_bfloat16_differs_in_ties_alone(kind, small, monkeypatch):
+    if not small:
+        monkeypatch.setattr("qwen_nb.lean.FUSE_BELOW", 0)
     for seed in range(5):
         model, rng = random_model(kind, seed, torch.bfloat16)
         ids, mask = random_prompts(model, rng)
         fast = generate(model, ids, 30, mask, stop_ids=(), fast=True)
-        if kind in ("mixture", "shared"):  # a tie between experts changes more than a rounding
+        if hasattr(model.config, "num_experts"):  # a tie between experts changes a lot
             assert fast.shape == (len(ids), ids.shape[1] + 30)
             continue
         assert nearly_best(model, fast, mask, ids.shape[1], 0.05), f"{kind}, seed {seed}"
@@ -393,7 +429,7 @@ def test_a_piece_in_use_is_seen():
 
 
 def test_other_families_step_aside():
-    config = HybridConfig(
+    config = StreamConfig(
         vocab_size=40,
         hidden_size=16,
         intermediate_size=20,
@@ -405,6 +441,17 @@ def test_other_families_step_aside():
         linear_num_value_heads=2,
         linear_key_head_dim=8,
         linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        hc_count=2,
+        hc_lowrank=4,
+        indexer_n_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=8,
+        indexer_compress_ratio=4,
+        ple_layer_ids=(),
     )
     model = Qwen(config).eval()
     assert "whose work it does not know" in why_plain(model)
@@ -469,7 +516,7 @@ def test_several_threads(dtype):
 def test_large_layers_are_not_copied(monkeypatch):
     model, _ = random_model("qwen3", 0)
     cache = FixedCache(model.config, 1, 10)
-    monkeypatch.setattr("qwen_nb.fixed.FUSE_BELOW", 0)
+    monkeypatch.setattr("qwen_nb.lean.FUSE_BELOW", 0)
     step = LeanStep(model, cache)
     own = {p.data_ptr() for p in model.parameters()}
     for w in step.layers:
@@ -477,6 +524,73 @@ def test_large_layers_are_not_copied(monkeypatch):
         for weight in (*w.qkv[0], *gate_up, w.out, down):
             assert weight.data_ptr() in own, "a weight was copied"
     same_in_float32("qwen2", 0)
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_large_hybrids_are_not_copied(kind, monkeypatch):
+    monkeypatch.setattr("qwen_nb.lean.FUSE_BELOW", 0)
+    for seed in range(8):
+        same_in_float32(kind, seed)
+    model, _ = random_model(kind, 0)
+    step = HybridStep(model, FixedStates(model.config, 1, 10))
+    for w in step.layers:
+        assert getattr(w, "columns", None) is None, "a matrix was copied"
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_states_stay_where_they_are(kind):
+    for seed in range(4):
+        model, _ = random_model(kind, seed)
+        cache = FixedStates(model.config, 2, 80)
+        places = [t.data_ptr() for pair in cache.states.values() for t in pair]
+        plain, ids = model.config.cache(model.config, 2, 80), torch.randint(0, 30, (2, 10))
+        with torch.inference_mode():
+            for part in ids.split(6, 1):  # the prompt in two pieces
+                ours, theirs = (model(part, cache=c, last_only=True)[:, -1] for c in (cache, plain))
+                assert torch.equal(ours, theirs) and cache.length == plain.length
+            step = HybridStep(model, cache)
+            for _ in range(60):
+                step(torch.tensor([1, 2]))
+        assert places == [t.data_ptr() for pair in cache.states.values() for t in pair]
+        assert cache.length == 70
+        for i, (recent, state) in cache.states.items():
+            assert recent.abs().sum() > 0 or not recent.numel(), f"layer {i} keeps no inputs"
+            assert state.abs().sum() > 0, f"layer {i} has an empty state"
+
+
+@pytest.mark.parametrize("last", LAYER_KINDS)
+def test_the_length_is_counted_whatever_comes_last(last):
+    "Also where no layer looks back: padding in a prompt read in pieces asks for the length."
+    rng = random.Random(0)
+    config = random_config("qwen3_5", rng)
+    kinds = ["linear_attention"] * config.num_hidden_layers
+    kinds[-1] = last
+    model = Qwen(replace(config, layer_types=kinds)).eval()
+    ids, mask = torch.randint(0, 30, (2, 9)), torch.ones(2, 9).long()
+    mask[0, :4] = 0
+    plain, fast = both(model, ids, 9, mask, stop_ids=(), prefill_chunk=4)
+    assert torch.equal(plain, fast)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_5"])
+def test_a_small_model_in_bfloat16_is_computed_in_float32(kind, monkeypatch):
+    model, _ = random_model(kind, 0, torch.bfloat16)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+
+    def step():
+        cache = fixed_cache(model, 1, 10, torch.bfloat16, "cpu")
+        return step_for(model)(model, cache)
+
+    with torch.inference_mode():
+        small = step()
+        again = step_for(model)(model, small.cache)
+        assert not again(torch.tensor([1])).isnan().any(), "a second step on the same cache"
+        assert small.model.dtype == small.cache.kv.dtype == torch.float32 and not small.one_row
+        monkeypatch.setattr("qwen_nb.lean.FUSE_BELOW", 2 * sum(t.nbytes for t in before.values()))
+        large = step()
+    assert large.model is model and large.cache.kv.dtype == torch.bfloat16 and large.one_row
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model.dtype == torch.bfloat16
 
 
 def test_prompts_are_read_with_wide_products(monkeypatch):
@@ -511,9 +625,8 @@ def test_the_captured_step(kind):
         settings = Sampling(temperature=seed / 2, repetition_penalty=1.2)
         for look in (1, 8):
             plain = list(write(model, ids, 30, settings, mask, seed=3))
-            ours = list(
-                write_fast(model, ids, 30, settings, mask, 3, look=look, stepper=CapturedStep)
-            )
+            step = CapturedHybridStep if kind in HYBRIDS else CapturedStep
+            ours = list(write_fast(model, ids, 30, settings, mask, 3, look=look, stepper=step))
             assert torch.equal(torch.stack(plain), torch.stack(ours))
 
 
