@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .coded import QuantisedEmbedding, QuantisedLinear, QuantisedMatrix
 from .durable import TOKENIZER_FILES, json_bytes
 from .files import one_dtype, text_only
 from .hub import open_weights, read_json
 from .loading import SkipInit, family_config, read_weights
 from .model import Qwen
-from .packed import QuantisedEmbedding, QuantisedLinear, QuantisedMatrix, pack_nibbles
+from .packed import pack_nibbles
 from .quantise import to_codes
 from .quantised import quantisation_of
 

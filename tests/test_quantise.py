@@ -12,21 +12,13 @@ from torch.nn import functional as F
 
 from qwen_nb import packed
 from qwen_nb.cli import main
+from qwen_nb.coded import QuantisedEmbedding, QuantisedLinear, QuantisedMatrix
 from qwen_nb.generation import generate
 from qwen_nb.gptq import as_stored, gptq, gptq_codes
 from qwen_nb.hub import find_model, read_json
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
-from qwen_nb.packed import (
-    KERNELS,
-    QuantisedEmbedding,
-    QuantisedLinear,
-    QuantisedMatrix,
-    digits_of,
-    pack_nibbles,
-    unpack_nibbles,
-    works,
-)
+from qwen_nb.packed import KERNELS, digits_of, pack_nibbles, unpack_nibbles, works
 from qwen_nb.quantise import from_codes, from_codes_with_zero, to_codes, to_codes_with_zero
 from qwen_nb.quantised_model import (
     from_words,
