@@ -505,13 +505,13 @@ def test_compile_says_that_it_takes_no_codes(monkeypatch):
 
 
 def test_two_digits_where_bfloat16_has_no_more():
-    x = random_matrix(32, 64).bfloat16()
+    x = random_matrix(32, 2048).bfloat16()
     assert packed.enough_digits(x) == 2
     assert packed.enough_digits(x[:1]) == packed.enough_digits(x.float()) == 3
     x[3, 5] = 1000.0  # the others of its row would keep few bits
     assert packed.enough_digits(x) == 3
-    layer = layer_of(random_matrix(48, 64, 1), 8)
-    for rows in (x, random_matrix(32, 64, 2).bfloat16()):
+    layer = layer_of(random_matrix(48, 2048, 1), 8)
+    for rows in (x, random_matrix(32, 2048, 2).bfloat16()):
         exact = F.linear(rows.double(), layer.plain_weight().double())
         layer.pack()
         apart = (layer(rows).double() - exact).norm(dim=-1) / exact.norm(dim=-1)
