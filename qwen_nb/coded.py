@@ -16,20 +16,19 @@ from .fast import KNOWN, PLAIN_WAY
 from .packed import find_kernel, unpack_nibbles
 from .quantise import from_codes
 
-# %% ../nbs/31aa_coded.ipynb #q3cmod01
-PACKING = threading.Lock()
+# %% ../nbs/31aa_coded.ipynb #q3clock0
+PACKING = threading.Lock()   # two threads may use a layer first
 
+# %% ../nbs/31aa_coded.ipynb #q3cmod01
 class QuantisedMatrix(nn.Module):
     """A matrix `(outputs, inputs)` of codes: int8, or with 4 bits uint8 from `pack_nibbles`.
 
-    `scales` has shape `(outputs, groups)`. `kernel` is None, or holds them in its own layout;
-    `waits`: it will, from the first use on."""
+    `scales` is `(outputs, groups)`. `kernel` is None, or holds both; `waits`: from the first use."""
     kernel, waits = None, False
 
     def __init__(self, codes:torch.Tensor, scales:torch.Tensor):  # as above
         super().__init__()
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        for name, t in (("codes", codes), ("scales", scales)): self.register_buffer(name, t)
         self.bits = 8 if codes.dtype == torch.int8 else 4
         self.shape = len(codes), codes.shape[1] * 8 // self.bits  # (outputs, inputs)
 
@@ -45,22 +44,19 @@ class QuantisedMatrix(nn.Module):
 
     def pack(self):
         "Into the layout of a kernel, if one fits and works on this machine."
-        with PACKING, torch.inference_mode(False):           # two threads may use it first
-            self.kernel = self.kernel or find_kernel(self.codes, self.scales)
-            self.waits = False
+        with PACKING, torch.inference_mode(False):
+            self.kernel, self.waits = self.kernel or find_kernel(self.codes, self.scales), False
             if self.kernel: self.codes = self.scales = None  # they are in the kernel
         return self
 
     def unpack(self):
         "Out of it again."
-        self.codes, self.scales = self.stored()
-        self.kernel, self.waits = None, False
+        (self.codes, self.scales), self.kernel, self.waits = self.stored(), None, False
         return self
 
     @property
     def weight(self):
-        "For whoever multiplies with a layer's weight: see below."
-        return CodedWeight([self])
+        return CodedWeight([self])                           # see below
 
     def _apply(self, fn:object, recurse:bool=True):
         packed = self.kernel is not None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASE', 'HALF', 'MANY', 'EVEN', 'UP_TO', 'APART', 'OPEN_FROM', 'KERNELS', 'pack_nibbles', 'unpack_nibbles',
-           'digits_of', 'enough_digits', 'ThreeDigits', 'in_blocks', 'out_of_blocks', 'block_size', 'opening_pays',
-           'FourBits', 'FourBitsGPU', 'works', 'find_kernel']
+           'digits_of', 'enough_digits', 'ThreeDigits', 'in_blocks', 'out_of_blocks', 'block_size', 'block_of',
+           'codes_by_asking', 'opening_pays', 'FourBits', 'FourBitsGPU', 'works', 'find_kernel']
 
 # %% ../nbs/31a_packed.ipynb #q3aimp00
 import functools
@@ -118,6 +118,18 @@ def block_size() -> int:
     fits = [b for b in (64, 32) if torch.equal(in_blocks(packed, b).view(-1), found)]
     return fits[0] if fits else 1
 
+def block_of(packed:torch.Tensor) -> int:
+    "The same for these codes: 1 if they do not fill all blocks, as the last is laid otherwise."
+    return 1 if len(packed) % block_size() else block_size()
+
+# %% ../nbs/31a_packed.ipynb #q3aask00
+def codes_by_asking(kernel:object) -> torch.Tensor:
+    "The codes that a `FourBits` holds, `(outputs, inputs)` int8, in whatever order."
+    ones = torch.zeros_like(kernel.scales)
+    ones[..., 0] = 1
+    each = torch.eye(kernel.width, dtype=torch.bfloat16, device=ones.device)
+    return kernel.product(each, ones).T.to(torch.int8)
+
 # %% ../nbs/31a_packed.ipynb #q3aopen0
 OPEN_FROM = 96                                           # rows
 
@@ -143,8 +155,7 @@ class FourBits:
     def __init__(self, codes:torch.Tensor, scales:torch.Tensor):
         self.group, self.width = 2 * codes.shape[1] // scales.shape[1], 2 * codes.shape[1]
         self.layout = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
-        self.block = block_size() if self.device == "cpu" else 1
-        if self.block > 1 and len(codes) % self.block: self.block = 1   # the last is another
+        self.block = block_of(codes) if self.device == "cpu" else 1
         for part, place in zip(codes.split(256), self.layout.split(256)):
             place.copy_(self.arrange(part))
         self.scales = torch.stack([scales, torch.zeros_like(scales)], -1).transpose(0, 1)
@@ -161,9 +172,8 @@ class FourBits:
 
     def opened(self):
         "The weight in bfloat16, for the moment that a product of many rows takes."
-        codes = out_of_blocks(self.layout, self.block).to(torch.bfloat16)
-        groups = self.scales[..., 0].T.contiguous()      # (outputs, groups)
-        return codes.view(-1, groups.shape[1], self.group).mul_(groups[..., None]).flatten(1)
+        grouped = out_of_blocks(self.layout, self.block).unflatten(1, (-1, self.group))
+        return grouped.to(torch.bfloat16).mul_(self.scales[..., 0].T.contiguous()[..., None]).flatten(1)
 
     @staticmethod
     def products(x:torch.Tensor, kernels:list):
@@ -176,13 +186,7 @@ class FourBits:
     def __call__(self, x:torch.Tensor): return self.products(x, [self])
 
     def unpack(self):
-        if self.block > 1:
-            codes = out_of_blocks(self.layout, self.block)
-            return pack_nibbles(codes), self.scales[..., 0].T.contiguous()
-        ones = torch.zeros_like(self.scales)
-        ones[..., 0] = 1
-        each = torch.eye(self.width, dtype=torch.bfloat16, device=ones.device)
-        codes = self.product(each, ones).T.to(torch.int8)
+        codes = out_of_blocks(self.layout, self.block) if self.block > 1 else codes_by_asking(self)
         return pack_nibbles(codes).contiguous(), self.scales[..., 0].T.contiguous()
 
 # %% ../nbs/31a_packed.ipynb #q3afour2
