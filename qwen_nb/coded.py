@@ -23,7 +23,7 @@ PACKING = threading.Lock()   # two threads may use a layer first
 class QuantisedMatrix(nn.Module):
     """A matrix `(outputs, inputs)` of codes: int8, or with 4 bits uint8 from `pack_nibbles`.
 
-    `scales` is `(outputs, groups)`. `kernel` is None, or holds both; `waits`: from the first use."""
+    `scales` is `(outputs, groups)`. `kernel` is None, or holds both; `waits`: will, when used."""
     kernel, waits = None, False
 
     def __init__(self, codes:torch.Tensor, scales:torch.Tensor):  # as above

@@ -173,7 +173,7 @@ class FourBits:
     def opened(self):
         "The weight in bfloat16, for the moment that a product of many rows takes."
         grouped = out_of_blocks(self.layout, self.block).unflatten(1, (-1, self.group))
-        return grouped.to(torch.bfloat16).mul_(self.scales[..., 0].T.contiguous()[..., None]).flatten(1)
+        return grouped.bfloat16().mul_(self.scales[..., 0].T.contiguous()[..., None]).flatten(1)
 
     @staticmethod
     def products(x:torch.Tensor, kernels:list):
