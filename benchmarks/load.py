@@ -5,11 +5,17 @@ transformers, in one run.
     # makes a random Qwen3-0.6B (1.2 GB) in a temporary folder, measures, deletes it
     python benchmarks/load.py
     python benchmarks/load.py --model DIR
+    python benchmarks/load.py --quantised              # codes: from their folder, and made on load
 
 Each opening runs in a process of its own, the two in turn, after one of each that does not count.
 "open" is from_pretrained alone; "first logits" goes on until a short text has passed through, so
 that every weight has been read. Peak memory is what the process grew by since before the opening,
 over the bytes of the weights as stored.
+
+With --quantised: int8 and int4, once opened with `quantize=` from the plain folder and once from a
+folder that `save_quantized` wrote, in turn; processor time stands beside the clock's, for a machine
+that has other work. Codes that are stored are put in a kernel's layout when they are first used,
+so "first logits" says what that costs.
 """
 
 import argparse
@@ -93,9 +99,52 @@ def child(who, folder):
     )
 
 
-def run(who, folder):
+def child_quantised(folder, kind, stored):
+    "Open codes in this process, made on load or stored; the first call saves them."
+    import torch
+
+    from qwen_nb.model import Qwen
+    from qwen_nb.quantised_model import save_quantized
+
+    if stored == "save":
+        save_quantized(Qwen.from_pretrained(folder, quantize=kind), Path(folder) / kind)
+        return print("{}")
+    settings = {} if stored == "stored" else dict(quantize=kind)
+    Qwen.from_pretrained(None, quantize=kind)  # all modules are there, all kernels tried
+    start, busy = time.perf_counter(), time.process_time()
+    model = Qwen.from_pretrained(Path(folder) / (kind if stored == "stored" else "."), **settings)
+    opened, opened_busy = time.perf_counter() - start, time.process_time() - busy
+    with torch.no_grad():
+        model(torch.arange(1, 9)[None])
+    first, first_busy = time.perf_counter() - start, time.process_time() - busy
+    print(json.dumps(dict(open=opened, first=first, busy=opened_busy, first_busy=first_busy)))
+
+
+def compare_quantised(folder, runs):
+    print(f"\n{'codes':18}{'open (s)':>10}{'first logits':>14}{'processor, open':>17}{'first':>8}")
+    for kind in ("int8", "int4"):
+        run(kind, folder, "save")
+        found = dict(made=[], stored=[])
+        for round_ in range(runs + 1):
+            for how, kept in found.items():
+                measured = run(kind, folder, how)
+                if round_:  # the first does not count
+                    kept.append(measured)
+        for how, rows in found.items():
+            m = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
+            numbers = f"{m['open']:10.2f}{m['first']:14.2f}{m['busy']:17.2f}{m['first_busy']:8.2f}"
+            print(f"{kind + ', ' + how:18}{numbers}")
+        pairs = list(zip(found["stored"], found["made"]))
+        for what, key in (("open", "busy"), ("first logits", "first_busy")):
+            ratios = [a[key] / b[key] for a, b in pairs]
+            goal = ", goal 0.25" if key == "busy" else ""
+            text = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            print(f"  stored / made, processor time, {what}: {text}{goal}")
+
+
+def run(who, folder, *words):
     out = subprocess.run(
-        [sys.executable, __file__, "--child", who, "--model", str(folder)],
+        [sys.executable, __file__, "--child", who, *words, "--model", str(folder)],
         check=True,
         capture_output=True,
         text=True,
@@ -146,15 +195,25 @@ def main():
     parser.add_argument(
         "--runs", type=int, default=5, help="openings of each that count (default: %(default)s)"
     )
-    parser.add_argument("--child", choices=["ours", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--quantised", action="store_true", help="codes from their folder, and made on load"
+    )
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(args.child, args.model)
-    if args.model:
-        return compare(args.model, args.runs)
-    with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(folder)
-        compare(folder, args.runs)
+        who, *words = args.child
+        return child_quantised(args.model, who, *words) if words else child(who, args.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        if not args.model:
+            make_checkpoint(folder)
+        elif args.quantised:  # codes are written beside links to its files
+            folder.mkdir()
+            for file in Path(args.model).resolve().glob("*.*"):
+                (folder / file.name).symlink_to(file)
+        else:
+            folder = Path(args.model)
+        (compare_quantised if args.quantised else compare)(folder, args.runs)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .coded import QuantisedEmbedding, QuantisedLinear, QuantisedMatrix
 from .durable import TOKENIZER_FILES, json_bytes
 from .files import one_dtype, text_only
 from .hub import open_weights, read_json
 from .loading import SkipInit, family_config, read_weights
 from .model import Qwen
-from .packed import QuantisedEmbedding, QuantisedLinear, QuantisedMatrix, pack_nibbles
+from .packed import pack_nibbles
 from .quantise import to_codes
 from .quantised import quantisation_of
 
@@ -63,20 +64,24 @@ def put_codes(
     codes:torch.Tensor, scales:torch.Tensor,
     dtype:torch.dtype,     # of what an embedding gives
     packed:bool,           # into a kernel's layout, where one fits
+    waits:bool=False,      # with that, until it is first used
 ):
     "A quantised layer in the place of a plain one; an embedding that is the head becomes both."
+    def arranged(layer):
+        layer.waits = packed and waits
+        return layer.pack() if packed and not waits else layer
+
     old, (parent, _, last) = model.get_submodule(name), name.rpartition(".")
     if isinstance(old, nn.Embedding):
-        new = QuantisedEmbedding(codes, scales, dtype)
+        new = QuantisedEmbedding(codes, scales, dtype)   # rows are looked up in plain codes
         if model.config.tie_word_embeddings:
-            head = QuantisedLinear(codes, scales)
-            model.lm_head = head.pack() if packed else head
+            model.lm_head = arranged(QuantisedLinear(codes, scales))
             model.config = copy.copy(model.config)
             model.config.tie_word_embeddings = False     # the head is on its own now
             model.head_is_embedding = True
     else:
-        new = QuantisedLinear(codes, scales, old.bias)
-    setattr(model.get_submodule(parent), last, new.pack() if packed else new)
+        new = arranged(QuantisedLinear(codes, scales, old.bias))
+    setattr(model.get_submodule(parent), last, new)
 
 def quantise_model(
     model:Qwen,
@@ -221,7 +226,7 @@ def open_quantised(
         if name in plain: found = round_matrix(found, bits)
         else: found = from_words(found[0], bits), found[1]
         codes, scales = (t.to(device) for t in found)
-        put_codes(model, layer, codes, scales, dtype, packed)
+        put_codes(model, layer, codes, scales, dtype, packed, waits=is_packed)
     model.load_state_dict(placed, strict=False, assign=True)
     model.folder, model.bits = folder, bits
     return model.requires_grad_(False).eval()

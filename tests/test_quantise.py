@@ -1,9 +1,12 @@
 """Weights in 8 and 4 bits: codes, kernels against the plain product, whole models from their files,
 folders of codes, and what is refused."""
 
+import copy
 import json
+import random
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,21 +15,15 @@ from torch.nn import functional as F
 
 from qwen_nb import packed
 from qwen_nb.cli import main
+from qwen_nb.coded import QuantisedEmbedding, QuantisedLinear, QuantisedMatrix
+from qwen_nb.fast import why_plain
+from qwen_nb.fixed import FixedCache, LeanStep
 from qwen_nb.generation import generate
 from qwen_nb.gptq import as_stored, gptq, gptq_codes
 from qwen_nb.hub import find_model, read_json
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
-from qwen_nb.packed import (
-    KERNELS,
-    QuantisedEmbedding,
-    QuantisedLinear,
-    QuantisedMatrix,
-    digits_of,
-    pack_nibbles,
-    unpack_nibbles,
-    works,
-)
+from qwen_nb.packed import KERNELS, digits_of, pack_nibbles, unpack_nibbles, works
 from qwen_nb.quantise import from_codes, from_codes_with_zero, to_codes, to_codes_with_zero
 from qwen_nb.quantised_model import (
     from_words,
@@ -388,3 +385,182 @@ def test_peak_memory_of_a_load(tmp_path, quantize):
     # one block of rows at work is 4 MB of floats, a few times: of a larger model nothing.
     # (All of it as floats at once would be more than three times what is held.)
     assert min(peaks) < 1.1 * held + 25e6, f"{peaks} bytes for a model that holds {held:,}"
+
+
+# ---- the fast way
+
+
+FAST_KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows", "mixture", "shared"]
+
+
+def random_codes(kind, seed, bits, dtype=torch.float32):
+    "A tiny model of a family, in codes; widths that a kernel takes, and some that none does."
+    from test_fast import random_config, random_prompts
+
+    rng = random.Random(f"codes {kind} {seed}")
+    torch.manual_seed(seed)
+    config = random_config(kind, rng)
+    if seed % 3:  # the kernel for 4 bits wants groups of 32 inputs and 16 outputs
+        config.hidden_size = 64
+        config.intermediate_size = rng.choice([64, 96])
+        config.num_attention_heads = config.num_key_value_heads = 2
+        config.head_dim = 32
+    model = Qwen(config).eval()
+    for p in model.parameters():
+        p.data = p.data + torch.randn_like(p) * 0.3
+    ids, mask = random_prompts(model, rng)
+    return quantise_model(model.to(dtype), bits), ids, mask
+
+
+def kernels_of(model):
+    return {type(m.kernel) for m in model.modules() if isinstance(m, QuantisedMatrix)}
+
+
+@pytest.mark.parametrize("kind", FAST_KINDS)
+def test_in_8_bits_the_fast_way_writes_the_same_ids(kind):
+    with_kernel = 0
+    for seed in range(8):
+        model, ids, mask = random_codes(kind, seed, 8)
+        assert why_plain(model) is None
+        with_kernel += KERNELS[0] in kernels_of(model)
+        settings = dict(stop_ids=())
+        if seed % 2:
+            settings |= dict(temperature=0.9, top_k=20, seed=seed, repetition_penalty=1.3)
+        plain = generate(model, ids, 60, mask, fast=False, **settings)
+        fast = generate(model, ids, 60, mask, fast=True, **settings)
+        assert torch.equal(plain, fast), f"{kind}, seed {seed}"
+    assert with_kernel or not works(KERNELS[0])
+
+
+@pytest.mark.parametrize("bits, dtype", [(4, "float32"), (8, "bfloat16"), (4, "bfloat16")])
+@pytest.mark.parametrize("kind", FAST_KINDS)
+def test_where_inputs_are_rounded_the_fast_way_differs_in_ties_alone(kind, bits, dtype):
+    from test_fast import nearly_best
+
+    share = 0.02 if dtype == "float32" else 0.05  # of the largest logit; as for bfloat16 there
+    for seed in range(4):
+        model, ids, mask = random_codes(kind, seed, bits, getattr(torch, dtype))
+        fast = generate(model, ids, 30, mask, stop_ids=(), fast=True)
+        if kind in ("mixture", "shared"):  # a tie between experts changes more than a rounding
+            assert fast.shape == (len(ids), ids.shape[1] + 30)
+            continue
+        assert nearly_best(model, fast, mask, ids.shape[1], share), f"{kind}, seed {seed}"
+        worst = fast.clone()
+        worst[:, ids.shape[1]] = model(ids, mask)[:, -1].argmin(-1)
+        assert not nearly_best(model, worst, mask, ids.shape[1], share), "the worst token is seen"
+
+
+@pytest.mark.parametrize("bits, limit", [(8, 1e-5), (4, 3e-2)])
+def test_a_lean_step_of_codes_is_near_the_dequantised_weights(bits, limit):
+    for seed in (1, 2, 4):
+        model, ids, mask = random_codes("qwen3", seed, bits)
+        plain = quantise_model(as_floats(model), bits, packed=False)
+        cache = FixedCache(model.config, 1, 40)
+        with torch.inference_mode():
+            model(ids[:1], cache=cache)
+            step, written = LeanStep(model, cache), ids[:1]
+            for new in (3, 5, 7):
+                found = step(torch.tensor([new]))
+                written = torch.cat([written, torch.tensor([[new]])], 1)
+                wanted = plain(written)[:, -1]
+                assert (found - wanted).norm() < limit * wanted.norm()
+
+
+def as_floats(model):
+    "The plain model that the codes stand for, in float32."
+    config = copy.copy(model.config)
+    config.tie_word_embeddings = False
+    floats = Qwen(config).eval()
+    weights = {n: m.plain_weight() for n, m in model.named_modules() if hasattr(m, "plain_weight")}
+    state = {f"{n}.weight": w for n, w in weights.items()}
+    floats.load_state_dict(state | dict(model.named_parameters()))
+    return floats
+
+
+def test_layers_side_by_side_and_the_functions_that_ask():
+    for bits in (8, 4):
+        group = 32 if bits == 4 else None
+        layers = [layer_of(random_matrix(n, 64, n), bits, group) for n in (32, 64)]
+        for packs in (False, True):
+            if packs:
+                [layer.pack() for layer in layers]
+            x, bias, start = random_matrix(3, 64), torch.ones(96), random_matrix(3, 96)
+            both = torch.cat([layer.weight for layer in layers])
+            wanted = torch.cat([layer(x) for layer in layers], -1)
+            assert torch.equal(F.linear(x, both), wanted)
+            assert torch.equal(F.linear(x, both, bias), wanted + 1)
+            assert torch.equal(torch.addmm(start, x, both.t()), start + wanted)
+    rows = QuantisedEmbedding(*layers[0].unpack().stored())
+    assert torch.equal(F.embedding(torch.tensor([3, 1]), rows.weight), rows(torch.tensor([3, 1])))
+    with pytest.raises(TypeError, match="relu"):
+        torch.relu(both)
+
+
+def test_compile_says_that_it_takes_no_codes(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    model = Qwen.from_pretrained(None, quantize="int8")
+    with pytest.raises(ValueError, match="codes: leave out fast"):
+        generate(model, IDS, 2, fast="compile")
+
+
+# ---- many rows, and waiting
+
+
+def test_two_digits_where_bfloat16_has_no_more():
+    x = random_matrix(32, 2048).bfloat16()
+    assert packed.enough_digits(x) == 2
+    assert packed.enough_digits(x[:1]) == packed.enough_digits(x.float()) == 3
+    x[3, 5] = 1000.0  # the others of its row would keep few bits
+    assert packed.enough_digits(x) == 3
+    layer = layer_of(random_matrix(48, 2048, 1), 8)
+    for rows in (x, random_matrix(32, 2048, 2).bfloat16()):
+        exact = F.linear(rows.double(), layer.plain_weight().double())
+        layer.pack()
+        apart = (layer(rows).double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        layer.unpack()
+        assert apart.max() < 2.0**-8
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_four_bits_opened_for_many_rows(group, monkeypatch):
+    layer = layer_of(random_matrix(128, 256), 4, group)
+    x, w = random_matrix(100, 256, 1).bfloat16(), layer.plain_weight()
+    if not works(KERNELS[1]) or layer.pack().kernel.block == 1:
+        pytest.skip("the kernel, or its order, is not here")
+    assert torch.equal(layer.kernel.opened(), w.bfloat16())
+    for pays in (True, False):
+        monkeypatch.setattr(packed, "opening_pays", lambda: pays)
+        bound = (x.float().abs() @ w.abs().T) * 2.0**-7
+        assert ((layer(x).float() - F.linear(x.float(), w)).abs() <= bound).all()
+
+
+def test_blocks_are_as_the_kernels_function_lays_them():
+    if not works(KERNELS[1]) or packed.block_size() == 1:
+        pytest.skip("the kernel, or its order, is not here")
+    block = packed.block_size()
+    codes = torch.randint(-8, 8, (2 * block, 96), dtype=torch.int8)
+    own = packed.in_blocks(pack_nibbles(codes), block)
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 2)
+    assert torch.equal(own.flatten(), theirs.flatten())
+    assert torch.equal(packed.out_of_blocks(own, block), codes)
+
+
+def test_a_stored_folder_waits_for_its_first_use(tmp_path):
+    for quantize in ("int8", "int4"):
+        made = Qwen.from_pretrained(None, quantize=quantize)
+        again = Qwen.from_pretrained(save_quantized(made, tmp_path / quantize))
+        assert kernels_of(again) == {type(None)} != kernels_of(made)
+        found = {}
+
+        def read(i):
+            found[i] = again(IDS)
+
+        threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert all(torch.equal(logits, made(IDS)) for logits in found.values()) and len(found) == 4
+        assert kernels_of(again) == kernels_of(made)
+        waiting = Qwen.from_pretrained(tmp_path / quantize)
+        for name, t in waiting.state_dict().items():
+            assert torch.equal(t, made.state_dict()[name]), name
+        assert torch.equal(*(generate(m, IDS, 9, fast=True) for m in (waiting, made)))
