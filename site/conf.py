@@ -6,7 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from gather import settings  # noqa: E402
+from nav import settings  # noqa: E402
 
 info = settings()
 project, author, copyright = info["title"], info["author"], info["copyright"]
@@ -19,6 +19,7 @@ exclude_patterns = ["order.json"]
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}                      # would come from another server
 nb_merge_streams = True
+nb_number_source_lines = False
 myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline", "attrs_block", "fieldlist"]
 myst_heading_anchors = 4
 suppress_warnings = ["mystnb.unknown_mime_type"]
@@ -39,7 +40,7 @@ html_extra_path = [str(HERE.parent / "build/site/extra")]   # the live page, Mat
 html_css_files, html_js_files = ["site.css"], ["site.js"]
 html_copy_source = html_show_sourcelink = False
 html_last_updated_fmt = None
-pygments_style = "friendly"
+html_context = dict(default_mode="auto")   # dark or light, as the visitor's machine
 copybutton_selector = "div.highlight pre, .lab pre"
 copybutton_exclude = ".linenos, .gp, .go"
 html_theme_options = dict(
@@ -48,6 +49,7 @@ html_theme_options = dict(
     use_repository_button=True,
     use_download_button=False,
     use_fullscreen_button=False,
+    navbar_persistent=[],                  # the search stands in the sidebar
     home_page_in_toc=False,
     show_navbar_depth=1,
     max_navbar_depth=4,

@@ -4,21 +4,15 @@ Everything is written to a folder that Sphinx reads. Nothing is run.
 """
 
 import base64
-import html
 import json
 import posixpath
 import re
-import sys
-from pathlib import Path
 
-from nav import LIVE, ROOT, building, chain, lessons, number_of, read, tree
-from reference import exported_names, label, module_pages
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-from notebooks import settings  # noqa: E402
-
-HERE = Path(__file__).resolve().parent
+from front import building_index, entry, front, toctree
+from nav import LIVE, ROOT, building, chain, lessons, read, settings, tree
+from reference import exported_names, label, module_of, module_pages
+from terms import named_terms, terms
+from write import write, written
 
 
 def address(path):
@@ -29,20 +23,8 @@ def address(path):
 
 def colab(path):
     s = settings()
-    return f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}/{path}"
-
-
-written = set()  # the files of this time
-
-
-def write(path, content):
-    "Write a file, unless it is so already: what has not changed is not built again."
-    content = content.encode() if isinstance(content, str) else content
-    written.add(path)
-    if path.exists() and path.read_bytes() == content:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    repository = f"{s['user']}/{s['repo']}/blob/{s['branch']}"
+    return f"https://colab.research.google.com/github/{repository}/{path}"
 
 
 # the line of ways below a title
@@ -91,7 +73,8 @@ def code_cell(cell):
     tags = []
     if cell["metadata"].get("jupyter", {}).get("source_hidden"):
         tags = ["hide-input"]
-        label = title[1] if title else "Set-up"
+        imports = "What the module imports" if "#| export" in source else "Set-up"
+        label = title[1] if title else imports
         mystnb |= dict(code_prompt_show=label, code_prompt_hide=label)
     for out in cell.get("outputs", []):
         if "text" in out:  # an escape that begins no colour is a byte that the model wrote
@@ -117,11 +100,12 @@ def outside(text, folder):
 def prose_cell(cell, folder, name, out):
     "A markdown cell: its attached pictures become files beside it, its badge goes."
     text = re.sub(r"\n*\[!\[Open in Colab\][^\n]*", "", cell["source"])
+    text = outside(text, folder)
     for file, data in cell.pop("attachments", {}).items():
         picture = f"pictures/{name}-{file}"
         write(out / folder / picture, base64.b64decode("".join(data["image/png"])))
         text = text.replace(f"attachment:{file}", picture)
-    cell["source"] = outside(text, folder)
+    cell["source"] = text
 
 
 def markdown(text):
@@ -139,17 +123,10 @@ def below_title(cell, folder, name):
     cell["source"] = f"{title}\n\n{ways(folder, name)}\n\n{rest.strip()}"
 
 
-def toctree(entries, caption="", hidden=True):
-    "The pages below a page: (title, page) each."
-    lines = ["```{toctree}"] + [":hidden:"] * hidden
-    if caption:
-        lines.append(f":caption: {caption}")
-    return "\n".join(lines + ["", *(f"{title} <{page}>" for title, page in entries), "```"])
-
-
 def page(folder, name, out, below=()):
     "One notebook as a page."
     nb, cells, seen = read(ROOT / folder / f"{name}.ipynb"), [], []
+    module = module_of(name) if folder == "nbs" else None
     for cell in nb["cells"]:
         cell["source"] = source = "".join(cell["source"])
         cell.pop("id", None)
@@ -158,7 +135,9 @@ def page(folder, name, out, below=()):
             cells.append(cell)
         elif not is_dropped(source):
             code_cell(cell)
-            names = [n for n in exported_names(source) if folder == "nbs" and n not in seen]
+            names = []
+            if module:
+                names = [n for n in exported_names(source, module) if n not in seen]
             seen += names
             anchors = [markdown(f"({label(n)})=") for n in names]
             cells += [*anchors, cell, *to_reference(names)]
@@ -169,99 +148,6 @@ def page(folder, name, out, below=()):
         cells.append(markdown(toctree(below)))
     nb |= dict(cells=cells, nbformat_minor=4)
     write(out / folder / f"{name}.ipynb", json.dumps(nb, ensure_ascii=False))
-
-
-# the glossary
-
-
-def slug(term):
-    return "term-" + re.sub(r"\W+", "-", term.lower()).strip("-")
-
-
-def named_terms(text):
-    "Each term of the glossary can be linked to."
-    return re.sub(r"^- \*\*(.+?)\*\*", lambda m: f"- [**{m[1]}**]{{#{slug(m[1])}}}", text, flags=re.M)
-
-
-def terms():
-    "The glossary: {term: its sentence, without links and marks}."
-    found = {}
-    for cell in read(ROOT / "nbs/glossary.ipynb")["cells"]:
-        for term, sentence in re.findall(
-            r"^- \*\*(.+?)\*\* \(.*?\)\): (.+)$", "".join(cell["source"]), re.M
-        ):
-            plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", sentence)
-            found[term] = re.sub(r"[`*]", "", plain)
-    return found
-
-
-# the front page
-
-
-def course_map():
-    "The course as rows of boxes, each a link, as wide as the lesson takes to read."
-    from nav import is_mistakes, value_of
-
-    short, found, rows = value_of("SHORT"), lessons(), []
-    for label, numbers in value_of("ROWS").items():
-        boxes = []
-        for name, title, _, minutes in found:
-            if name[:2] not in numbers.split():
-                continue
-            kind = "short" if name in short else "mistakes" if is_mistakes(name) else ""
-            kind = kind or ("training" if name[0] == "2" else "more")
-            label_here = "" if kind == "mistakes" else number_of(name)
-            said = html.escape(f"{number_of(name)}: {title} {minutes} minutes", quote=True)
-            boxes.append(
-                f'<a class="{kind}" style="flex-grow:{minutes};flex-basis:{minutes * 0.6:.0f}px" '
-                f'href="nbs/{name}.html" title="{said}" aria-label="{said}">{label_here}</a>'
-            )
-        rows.append(f'<div class="row"><span>{label}</span><div>{"".join(boxes)}</div></div>')
-    return "".join(rows)
-
-
-def hours():
-    "How long the three ways take to read."
-    from nav import value_of
-
-    minutes = {name: m for name, _, _, m in lessons()}
-    sums = dict(
-        short=sum(minutes[name] for name in value_of("SHORT")),
-        training=sum(m for name, m in minutes.items() if name[0] == "2"),
-        whole=sum(minutes.values()),
-    )
-    return {way: f"{total / 60:.0f} hours" for way, total in sums.items()}
-
-
-def entry(name, titles, folder="nbs"):
-    return f"{number_of(name)} · {titles[name]}", f"/{folder}/{name}"
-
-
-def front(parts, titles, out):
-    "The page that a visitor sees first, with the navigation of the whole site."
-    text = (HERE / "front.md").read_text(encoding="utf-8")
-    facts = hours() | dict(
-        map=course_map(), git=settings()["git_url"], repo=settings()["repo"],
-        lessons=str(len(titles)),
-    )
-    for name, value in facts.items():
-        text = text.replace("{{" + name + "}}", value)
-    begin = [("About the course", "/nbs/index")]
-    trees = [toctree(begin, "Begin")]
-    for part, chapters in parts.items():
-        entries = [entry(name, titles) for name in chapters]
-        if part == "Build it yourself":
-            entries.append(("The building edition", "/building/index"))
-        trees.append(toctree(entries, part))
-    trees.append(toctree([("Glossary", "/nbs/glossary"), ("API reference", "/api/index")], "Look up"))
-    write(out / "index.md", "\n\n".join([text, *trees]) + "\n")
-
-
-def building_index(titles, out):
-    text = (HERE / "building.md").read_text(encoding="utf-8")
-    entries = [entry(name, titles, "building") for name in building()]
-    text += "\n" + toctree(entries, hidden=False) + "\n"
-    write(out / "building/index.md", text)
 
 
 def gather(out):
@@ -275,8 +161,8 @@ def gather(out):
         page("nbs", name, out)
     for name in building():
         page("building", name, out)
-    front(parts, titles, out)
-    building_index(titles, out)
+    write(out / "index.md", front(parts, titles))
+    write(out / "building/index.md", building_index(titles))
     for name, text in module_pages().items():
         write(out / f"api/{name}.md", text)
     write(out / "order.json", json.dumps(dict(chain=chain(), terms=terms())))

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from docutils import nodes
-from gather import slug
+from terms import slug
 
 # no links in these
 CLOSED = nodes.title, nodes.reference, nodes.literal, nodes.literal_block, nodes.caption, nodes.raw

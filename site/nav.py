@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from course import PARTS, lessons  # noqa: E402
+from course import PARTS, lessons  # noqa: E402, F401
+from notebooks import settings  # noqa: E402, F401
 
 LIVE = {  # lessons that the page with the model in it belongs to, and what to try there
     "05_rope": "turn a pair of hands",
@@ -50,7 +51,7 @@ def needed(name):
 def owner(name):
     "The lesson whose mistakes a page shows: the last one of its chapter that the page needs."
     own = [n for n in needed(name) if n[:2] == name[:2] and not is_mistakes(n)]
-    return max(own) if own else name[:2]
+    return max(own) if own else None
 
 
 def tree():
@@ -68,8 +69,8 @@ def tree():
             chapter[number] = name
             part.append(name)
         else:
-            above = owner(name) if is_mistakes(name) else chapter[number]
-            below[chapter.get(above, above)].append(name)
+            above = owner(name) if is_mistakes(name) else None
+            below[above or chapter[number]].append(name)
     return parts, below
 
 

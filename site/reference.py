@@ -14,13 +14,9 @@ FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 
 
 @cache
-def module_of():
-    "For each exported name, its module."
-    found = {}
-    for path in sorted(PACKAGE.glob("[!_]*.py")):
-        for name in exported(ast.parse(path.read_text(encoding="utf-8"))):
-            found.setdefault(name, path.stem)
-    return found
+def public(module):
+    "What a module exports."
+    return exported(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
 
 
 def exported(tree):
@@ -46,16 +42,12 @@ def names_of(node):
     return found
 
 
-def exported_names(source):
-    "The names, with their modules, that a notebook's cell exports."
+def exported_names(source, module):
+    "The names, with their module, that a notebook's cell exports."
     if not re.search(r"^#\|\s*exports?\b", source, re.M):
         return []
     defined = [name for node in ast.parse(source).body for name in names_of(node)]
-    return [qualified(name) for name in dict.fromkeys(defined) if name in module_of()]
-
-
-def qualified(name):
-    return f"qwen_nb.{module_of()[name]}.{name}"
+    return [f"qwen_nb.{module}.{name}" for name in dict.fromkeys(defined) if name in public(module)]
 
 
 def label(name):
@@ -178,14 +170,14 @@ def module_page(path, lesson, title):
     "A module's page: each exported name in the order in which the lesson builds it."
     source = path.read_text(encoding="utf-8")
     tree, lines = ast.parse(source), source.splitlines()
-    public, parts = set(exported(tree)), []
+    module, left, parts = f"qwen_nb.{path.stem}", set(exported(tree)), []
     for node in tree.body:
         for name in names_of(node):
-            if name in public:
-                public.remove(name)
-                back = f"{{.built}}\n{{ref}}`built in the lesson <{label(qualified(name))}>`"
+            if name in left:
+                left.remove(name)
+                place = label(f"{module}.{name}")
+                back = f"{{.built}}\n{{ref}}`built in the lesson <{place}>`"
                 parts.append(entry(node, name, lines, back))
-    module = f"qwen_nb.{path.stem}"
     about = prose(ast.get_docstring(tree))
     head = f"# {path.stem}\n\n```{{py:module}} {module}\n```\n\n{about}\n\n"
     lesson_link = f"Lesson: [{number_of(lesson)} · {escaped(title)}](../nbs/{lesson}.ipynb)"
@@ -193,28 +185,31 @@ def module_page(path, lesson, title):
     return "\n\n".join([head + lesson_link, how, *parts])
 
 
-def lesson_of(path):
-    "The notebook that a module is exported from."
-    found = re.search(r"File to edit: \.\./nbs/(\w+)\.ipynb", path.read_text(encoding="utf-8"))
+@cache
+def module_of(lesson):
+    "The module that a notebook exports; none for the index and the glossary."
+    text = (ROOT / f"nbs/{lesson}.ipynb").read_text(encoding="utf-8")
+    found = re.search(r"#\|\s*default_exp\s+(\w+)", text)
     return found[1] if found else None
 
 
 def top_level():
-    "What `import qwen_nb` gives at once."
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    return [name for name in exported(tree) if name in module_of()]
+    "What `import qwen_nb` gives at once: each name with its module."
+    names = exported(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")))
+    modules = [path.stem for path in sorted(PACKAGE.glob("[!_]*.py"))]
+    where = {name: module for module in modules for name in public(module)}
+    return {name: f"qwen_nb.{where[name]}.{name}" for name in names if name in where}
 
 
 def module_pages():
     "All pages of the reference: {name: markdown}."
     titles = {name: title for name, title, _, _ in lessons()}
-    by_lesson = {lesson_of(path): path for path in PACKAGE.glob("[!_]*.py")}
     pages, entries = {}, []
     for lesson in titles:
-        path = by_lesson[lesson]
+        path = PACKAGE / f"{module_of(lesson)}.py"
         pages[path.stem] = module_page(path, lesson, titles[lesson])
         entries.append(f"{number_of(lesson)} · {path.stem} <{path.stem}>")
-    first = ", ".join(f"{{py:obj}}`{n} <{qualified(n)}>`" for n in top_level())
+    first = ", ".join(f"{{py:obj}}`{n} <{whole}>`" for n, whole in top_level().items())
     tree = "\n".join(["```{toctree}", ":maxdepth: 1", "", *entries, "```"])
     pages["index"] = (
         "# API reference\n\nEvery exported name of every module, in the order of the lessons. "

@@ -54,13 +54,11 @@ def build():
     fetch_mathjax(BUILT / "mathjax")
     shutil.copytree(BUILT / "mathjax", extra / "_static/mathjax", dirs_exist_ok=True)
     live_page(extra / "live.html")
-    command = "-m sphinx -b html -q -W --keep-going -j auto -c".split()
-    folders = ROOT / "site", BUILT / "source", BUILT / "html"
-    doctrees = ["-d", BUILT / "doctrees"]
-    made = subprocess.run([sys.executable, *command, *map(str, [*folders[:1], *doctrees, *folders[1:]])])
-    if made.returncode:
+    command = [sys.executable, *"-m sphinx -b html -q -W --keep-going -j auto".split()]
+    command += ["-c", ROOT / "site", "-d", BUILT / "doctrees", BUILT / "source", BUILT / "html"]
+    if subprocess.run(command).returncode:
         sys.exit("the site was not built: see the warnings above")
-    print(f"{BUILT / 'html/index.html'}")
+    print(BUILT / "html/index.html")
 
 
 def main():
