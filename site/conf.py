@@ -21,6 +21,7 @@ nb_ipywidgets_js = {}                      # would come from another server
 nb_merge_streams = True
 nb_number_source_lines = False
 myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline", "attrs_block", "fieldlist"]
+myst_enable_extensions += ["colon_fence"]
 myst_heading_anchors = 4
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
@@ -30,6 +31,8 @@ mathjax_loading_method = "defer"
 
 # The reference: one parameter a line where they are many.
 add_module_names = False
+nitpicky = True                            # a lesson's link to the reference leads somewhere,
+nitpick_ignore_regex = [("py:(class|exc|data|attr|func|meth|mod)", ".*")]  # types may be torch's
 python_maximum_signature_line_length = 60
 
 html_theme = "sphinx_book_theme"
@@ -51,6 +54,7 @@ html_theme_options = dict(
     use_fullscreen_button=False,
     navbar_persistent=[],                  # the search stands in the sidebar
     home_page_in_toc=False,
+    collapse_navbar=True,                  # the pages of one chapter are shown at a time
     show_navbar_depth=1,
     max_navbar_depth=4,
     show_toc_level=2,

@@ -38,7 +38,8 @@ def ways(folder, name):
             here = ' aria-current="page"' * (place == folder)
             links.append(f'<a href="../{place}/{name}.html"{here}>{label}</a>')
     if name in LIVE:
-        links.append(f'<a href="../live.html" title="{LIVE[name]}">Live</a>')
+        place, said = LIVE[name]
+        links.append(f'<a href="../live.html#{place}" title="{said}">Live</a>')
     path = f"{folder}/{name}.ipynb"
     links.append(f'<a href="{colab(path)}">Colab</a>')
     links.append(f'<a href="{address(path)}">Source</a>')

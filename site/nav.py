@@ -15,18 +15,21 @@ sys.path.insert(0, str(ROOT / "tools"))
 from course import PARTS, lessons  # noqa: E402, F401
 from notebooks import settings  # noqa: E402, F401
 
-LIVE = {  # lessons that the page with the model in it belongs to, and what to try there
-    "05_rope": "turn a pair of hands",
-    "06_attention": "see what a head looks at",
-    "06a_gqa": "see what a head looks at",
-    "06b_heads": "see what each head looks at",
-    "08_model": "see the guess after each layer",
-    "09_generate": "try temperature and top-p",
-    "09a_cache": "watch the cache grow",
-    "10d_talk": "ask it",
-    "15b_hybrid": "watch the two memories",
-    "15d_qwen3_next": "watch the two memories",
-    "34_page": "the page itself",
+LIVE = {  # lessons with a picture on the page with the model in it: its place there, what to try
+    "00c_heads": ("off", "switch heads off, and see what it can no longer do"),
+    "05_rope": ("hands", "turn the hands of a real head"),
+    "05a_yarn": ("hands", "change the base, and see the score against distance"),
+    "06_attention": ("inside", "see what each head looks at"),
+    "06a_gqa": ("inside", "see what each head looks at"),
+    "06b_heads": ("off", "switch heads off, and find the one that matters"),
+    "08_model": ("inside", "see the guess after each layer"),
+    "09_generate": ("inside", "move temperature, top-k, top-p and min-p"),
+    "09a_cache": ("memories", "watch the cache grow"),
+    "10d_talk": ("ask", "ask it, and see the truth beside its answer"),
+    "10h_hunt": ("break", "choose a bug, and see where it begins"),
+    "15b_hybrid": ("memories", "watch the two memories"),
+    "15d_qwen3_next": ("memories", "watch the two memories"),
+    "34_page": ("", "the page itself"),
 }
 
 

@@ -112,14 +112,13 @@ def is_static(node):
     return any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
 
 
-def fenced(kind, signature, options, body, depth):
+def fenced(kind, signature, body, depth):
     "A MyST directive of the Python domain."
     marks = ":" * (8 - depth)
-    head = "\n".join([f"{marks}{{py:{kind}}} {signature}", *options])
-    return f"{head}\n\n{body.strip()}\n{marks}\n"
+    return f"{marks}{{py:{kind}}} {signature}\n\n{body.strip()}\n{marks}\n"
 
 
-def described(node, lines, options=()):
+def described(node, lines):
     "The docstring and the parameters with their comments."
     fields = [f":param {name}: {escaped(text)}" for name, text in comments(node, lines).items()]
     return "\n\n".join(filter(None, [prose(ast.get_docstring(node)), "\n".join(fields)]))
@@ -128,7 +127,7 @@ def described(node, lines, options=()):
 def method(node, lines):
     is_property = any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list)
     head = node.name + ("" if is_property else signature(node, not is_static(node)))
-    return fenced("property" if is_property else "method", head, [], described(node, lines), 2)
+    return fenced("property" if is_property else "method", head, described(node, lines), 2)
 
 
 def class_entry(node, lines, back):
@@ -146,7 +145,7 @@ def class_entry(node, lines, back):
         body += f"\n\n`{text}`" + (f": {escaped(comment[1])}" if comment else "")
     shown = [n for n in methods if not n.name.startswith("_") and ast.get_docstring(n)]
     parts = [back, body, *(method(n, lines) for n in shown)]
-    return fenced("class", head, [], "\n\n".join(parts), 1)
+    return fenced("class", head, "\n\n".join(parts), 1)
 
 
 def entry(node, name, lines, back):
@@ -155,12 +154,12 @@ def entry(node, name, lines, back):
         return class_entry(node, lines, back)
     if isinstance(node, FUNCTION):
         body = f"{back}\n\n{described(node, lines)}"
-        return fenced("function", name + signature(node, False), [], body, 1)
+        return fenced("function", name + signature(node, False), body, 1)
     value = ast.unparse(node.value) if node.value else ""
-    options = [f":value: {value}"] if value and len(value) < 80 else []
+    shown = f"`` = {value} ``" if value and len(value) < 80 else ""
     comment = re.search(r"#\s*(.+)$", lines[node.lineno - 1])
     text = escaped(comment[1]) if comment and "'#" not in lines[node.lineno - 1] else ""
-    return fenced("data", name, options, f"{back}\n\n{text}", 1)
+    return fenced("data", name, f"{back}\n\n{shown} {text}", 1)
 
 
 # pages
