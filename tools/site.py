@@ -46,7 +46,7 @@ def live_page(path):
 
 
 def build():
-    "Gather, then Sphinx, with warnings as errors."
+    "Gather, then Sphinx: it reads what has changed, writes all pages, and a warning is an error."
     from gather import gather
 
     gather(BUILT / "source")
@@ -54,7 +54,7 @@ def build():
     fetch_mathjax(BUILT / "mathjax")
     shutil.copytree(BUILT / "mathjax", extra / "_static/mathjax", dirs_exist_ok=True)
     live_page(extra / "live.html")
-    command = [sys.executable, *"-m sphinx -b html -q -W --keep-going -j auto".split()]
+    command = [sys.executable, *"-m sphinx -b html -a -q -W --keep-going -j auto".split()]
     command += ["-c", ROOT / "site", "-d", BUILT / "doctrees", BUILT / "source", BUILT / "html"]
     if subprocess.run(command).returncode:
         sys.exit("the site was not built: see the warnings above")

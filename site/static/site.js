@@ -20,8 +20,10 @@ function termCards() {
   const hide = () => { card.hidden = true; };
 
   for (const term of document.querySelectorAll("a.term")) {
+    const sentence = term.title;
+    term.removeAttribute("title");     // or the browser would show it a second time
     const show = () => {
-      card.textContent = term.dataset.says;
+      card.textContent = sentence;
       term.setAttribute("aria-describedby", card.id);
       place(card, term);
     };

@@ -33,10 +33,15 @@ def stick(tmp_path_factory):
 def visitor(page):
     "A page that remembers what went wrong, and what was asked of the network."
     wrong = []
+
+    def failed(request):
+        if request.failure != "net::ERR_ABORTED":  # else the visitor had gone on
+            wrong.append(f"{request.url}: {request.failure}")
+
     seen = dict(
         pageerror=lambda error: wrong.append(str(error)),
         request=lambda r: wrong.append(r.url) if r.url.startswith("http") else None,
-        requestfailed=lambda r: wrong.append(f"not there: {r.url}"),
+        requestfailed=failed,
     )
     for event, note in seen.items():
         page.on(event, note)
