@@ -23,10 +23,10 @@ test-browser: .venv/installed-browser  ## move sliders and type at the chat in J
 	@$(BIN)/python -m pytest -q -rs -m browser tests/browser
 
 site: .venv/installed-site  ## the course as a site, in build/site/html
-	@$(BIN)/python tools/site.py
+	@$(BIN)/python tools/make_site.py
 
 site-open: .venv/installed-site  ## the same, and look at it
-	@$(BIN)/python tools/site.py --open
+	@$(BIN)/python tools/make_site.py --open
 
 notebooks: install  ## run the notebooks, store what they show, export the modules, write the README
 	$(BIN)/nbdev-export

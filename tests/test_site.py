@@ -226,7 +226,7 @@ def ids_in(text):
 @pytest.mark.slow
 def test_the_built_site_is_whole_and_fetches_nothing():
     pytest.importorskip("sphinx", reason="no Sphinx here: pip install -e '.[site]'")
-    subprocess.run([sys.executable, ROOT / "tools/site.py"], check=True)
+    subprocess.run([sys.executable, ROOT / "tools/make_site.py"], check=True)
     html = ROOT / "build/site/html"
     texts = {path: path.read_text(encoding="utf-8") for path in html.rglob("*.html")}
     ids = {path: ids_in(text) for path, text in texts.items()}

@@ -1,5 +1,6 @@
-// Terms of the glossary: what a term means, beside it, while it is pointed at or has the focus.
 "use strict";
+
+// Terms of the glossary: what a term means, beside it, while it is pointed at or has the focus.
 
 function place(card, term) {
   const box = term.getBoundingClientRect(), edge = 16;
@@ -27,17 +28,30 @@ function termCards() {
       term.setAttribute("aria-describedby", card.id);
       place(card, term);
     };
-    term.addEventListener("pointerenter", show);
+    // A finger has no hover: its first tap shows (by the focus), the second follows the link.
+    let follows = true;
+    const byMouse = (then) => (event) => { if (event.pointerType !== "touch") then(); };
+    term.addEventListener("pointerenter", byMouse(show));
+    term.addEventListener("pointerleave", byMouse(hide));
     term.addEventListener("focus", show);
-    term.addEventListener("pointerleave", hide);
     term.addEventListener("blur", hide);
-    // A finger has no hover: the first tap shows, the second follows the link.
     term.addEventListener("pointerdown", (event) => {
-      if (event.pointerType !== "touch" || !card.hidden) return;
-      term.addEventListener("click", (tap) => tap.preventDefault(), { once: true });
+      const isShown = !card.hidden && card.textContent === sentence;
+      follows = event.pointerType !== "touch" || isShown;
+    });
+    term.addEventListener("click", (event) => {
+      if (!follows) { event.preventDefault(); show(); }
+      follows = true;
     });
   }
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 }
 
-document.addEventListener("DOMContentLoaded", termCards);
+// The theme's arrows that open a chapter have no name for those who hear the page.
+function nameArrows() {
+  for (const arrow of document.querySelectorAll(".bd-sidenav summary")) {
+    arrow.setAttribute("aria-label", "the pages of this chapter");
+  }
+}
+
+document.addEventListener("DOMContentLoaded", () => { termCards(); nameArrows(); });

@@ -104,6 +104,21 @@ def test_a_term_is_explained_to_the_mouse_and_to_the_keyboard(visitor, stick):
     visitor.wait_for_url("**/glossary.html#term-token")
 
 
+def test_a_finger_taps_twice(visitor, stick):
+    size = dict(width=390, height=844)
+    phone = visitor.context.browser.new_context(viewport=size, has_touch=True)
+    page = phone.new_page()
+    page.goto(f"{stick}/nbs/04_rmsnorm.html")
+    term = page.locator("a.term", has_text="dtype").first
+    term.tap()
+    box = page.locator("#said").bounding_box()
+    assert 0 <= box["x"] and box["x"] + box["width"] <= 390
+    assert page.url.endswith("04_rmsnorm.html")
+    term.tap()
+    page.wait_for_url("**/glossary.html#term-dtype")
+    phone.close()
+
+
 def test_next_follows_the_course(visitor, stick):
     visitor.goto(f"{stick}/nbs/05a_yarn.html")
     visitor.click("a.right-next")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make the course as a site: build/site/html, which works from any folder, also without a network.
 
-    python tools/site.py            # build it
-    python tools/site.py --open     # build it and look at it
+    python tools/make_site.py            # build it
+    python tools/make_site.py --open     # build it and look at it
 """
 
 import argparse
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import webbrowser
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +50,8 @@ def build():
     "Gather, then Sphinx: it reads what has changed, writes all pages, and a warning is an error."
     from gather import gather
 
+    if not find_spec("sphinx"):
+        sys.exit("Sphinx makes the site, on Python 3.11 or newer: pip install -e '.[site]'")
     gather(BUILT / "source")
     extra = BUILT / "extra"
     fetch_mathjax(BUILT / "mathjax")
