@@ -104,6 +104,8 @@ def test_links_between_pages_lead_somewhere(pages):
         for picture in re.findall(r"\]\((pictures/[^)]+)\)", text):
             assert (pages[""] / posixpath.dirname(page) / picture).exists(), f"{page}: {picture}"
         assert "attachment:" not in prose, page
+        astray = re.findall(r"\]\(https://github\.com/[^)]*/(?:nbs|building)/[^)]*\)", prose)
+        assert not astray, f"{page} sends its readers away, to {astray}"
 
 
 def test_each_lesson_says_read_build_colab_and_jupyterlab(pages):
