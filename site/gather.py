@@ -4,6 +4,7 @@ Everything is written to a folder that Sphinx reads. Nothing is run.
 """
 
 import base64
+import html
 import json
 import posixpath
 import re
@@ -66,6 +67,13 @@ def is_dropped(source):
     return "google.colab" in source or not without
 
 
+def drawn_words(out):
+    "The words in a drawing: what it shows, for those who hear the page."
+    svg = "".join(out.get("data", {}).get("image/svg+xml", ""))
+    words = re.findall(r"<text[^>]*>([^<]+)<", svg)
+    return "A drawing with the words: " + html.unescape(" ".join(words)) if words else ""
+
+
 def code_cell(cell):
     "A code cell: nbdev's lines go, a title becomes the label of the fold, pictures get alt text."
     source, mystnb = cell["source"], {}
@@ -80,7 +88,7 @@ def code_cell(cell):
     for out in cell.get("outputs", []):
         if "text" in out:  # an escape that begins no colour is a byte that the model wrote
             out["text"] = re.sub(r"\x1b(?!\[)", "␛", "".join(out["text"]))
-        alt = out.get("metadata", {}).get("image/png", {}).get("alt")
+        alt = out.get("metadata", {}).get("image/png", {}).get("alt") or drawn_words(out)
         if alt:
             mystnb["image"] = dict(alt=alt)
     cell["metadata"] = dict(tags=tags, mystnb=mystnb)

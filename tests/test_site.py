@@ -175,6 +175,14 @@ def test_folds_and_alt_text():
     assert cell["metadata"]["mystnb"]["image"] == dict(alt="A line")
 
 
+def test_every_picture_has_alt_text(pages):
+    for path in pages[""].rglob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            kinds = {kind for out in cell.get("outputs", []) for kind in out.get("data", {})}
+            if kinds & {"image/png", "image/svg+xml"}:
+                assert cell["metadata"]["mystnb"]["image"]["alt"], path.name
+
+
 # the reference and the glossary
 
 
