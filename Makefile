@@ -22,6 +22,12 @@ test: install       ## all checks and tests
 test-browser: .venv/installed-browser  ## move sliders and type at the chat in JupyterLab in a real browser, if there is one
 	@$(BIN)/python -m pytest -q -rs -m browser tests/browser
 
+site: .venv/installed-site  ## the course as a site, in build/site/html
+	@$(BIN)/python tools/make_site.py
+
+site-open: .venv/installed-site  ## the same, and look at it
+	@$(BIN)/python tools/make_site.py --open
+
 notebooks: install  ## run the notebooks, store what they show, export the modules, write the README
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/notebooks.py
@@ -45,4 +51,9 @@ clean:              ## remove .venv and what was built
 	@$(PIP) -e '.[browser]'
 	@touch $@
 
-.PHONY: help install lab build test test-browser notebooks clean
+.venv/installed-site: .venv/installed
+	@echo "Installing Sphinx, which makes the site, into .venv."
+	@$(PIP) -e '.[site]'
+	@touch $@
+
+.PHONY: help install lab build test test-browser site site-open notebooks clean

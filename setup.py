@@ -34,7 +34,8 @@ setup(
     },
     install_requires=cfg["requirements"].split(),
     extras_require={
-        extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "browser", "eval", "serve")
+        extra: cfg[f"{extra}_requirements"].split()
+        for extra in ("dev", "browser", "eval", "serve", "site")
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

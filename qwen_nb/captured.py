@@ -105,6 +105,9 @@ def stepper_for(model:nn.Module, compiled:bool=False):
         step = CapturedHybridStep if is_hybrid(model) else CapturedStep
     if not compiled:
         return step
+    if hasattr(model, "bits"):
+        raise ValueError("fast='compile' compiles layers of floats, and this model's are codes: "
+                         "leave out fast")
     if not on_gpu and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise ValueError("fast='compile' needs a C++ compiler and none was found: "
                          "install g++, or leave out fast")

@@ -18,13 +18,16 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from .cache import KVCache
-from .fixed import FixedCache, LeanStep
+from .deltanet import GatedDeltaNet, GatedRMSNorm
 from .gqa import Attention
+from .hybrid import GatedAttention, HybridBlock, MixedCache, ZeroCentredRMSNorm
 from .mlp import SwiGLU
 from .model import Block, Decoder, Qwen
 from .moe import SparseMLP
 from .norm import RMSNorm
 from .qwen1 import LogNAttention, NTKCache, NTKRotary
+from .qwen3_next import NextDeltaNet
+from .recurrent import fixed_cache, step_for
 from .sampling import Sampling, keep, marks, penalize
 from .width import wide_products
 from .windows import WindowAttention
@@ -34,9 +37,10 @@ from .yarn import Rotary
 # %% ../nbs/30aa_fast.ipynb #fy0know0
 KNOWN = {
     Qwen, Decoder, Block, nn.ModuleList, nn.Embedding, nn.Linear, nn.Identity, RMSNorm, SwiGLU,
-    SparseMLP, Attention, LogNAttention, WindowAttention, NTKRotary,
+    SparseMLP, Attention, LogNAttention, WindowAttention, NTKRotary, HybridBlock, GatedAttention,
+    GatedDeltaNet, NextDeltaNet, GatedRMSNorm, ZeroCentredRMSNorm, nn.Conv1d,
 }  # what a `LeanStep` does the work of; a class that extends one of them is not known
-CACHES = {KVCache, NTKCache}
+CACHES = {KVCache, NTKCache, MixedCache}
 PLAIN_WAY = """
 model.Qwen.forward model.Qwen.head model.Decoder.forward model.Block.forward model.positions
 model.causal_mask gqa.Attention.forward gqa.Attention.qkv gqa.Attention.split_heads
@@ -47,6 +51,14 @@ qwen1.ntk_alpha qwen1.cos_sin qwen1.logn_scale qwen1.attend qwen1.LogNAttention.
 qwen1.LogNAttention.qkv qwen1.LogNAttention.keys_seen windows.WindowAttention.forward
 windows.window_mask windows.attend windows.causal_mask
 moe.SparseMLP.forward moe.route moe.mix_experts
+hybrid.HybridBlock.forward hybrid.GatedAttention.forward hybrid.GatedAttention.mix_values
+hybrid.ZeroCentredRMSNorm.forward hybrid.apply_partial_rope hybrid.apply_rope hybrid.attend
+hybrid.MixedCache.update hybrid.MixedCache.keep hybrid.MixedCache.end qwen3_5.HybridParts.mask
+qwen3_5.causal_mask deltanet.GatedDeltaNet.forward deltanet.GatedDeltaNet.mix
+deltanet.DeltaNetWeights.project deltanet.causal_conv deltanet.log_decay deltanet.qkv_heads
+deltanet.GatedRMSNorm.forward deltanet.delta_rule deltanet.l2_norm deltanet.repeat_kv
+deltanet.each_alone deltanet.real_and_first qwen3_next.NextDeltaNet.project
+qwen3_next.NextDeltaNet.by_kind
 cache.KVCache.update cache.KVCache.place writing.Context.read writing.write writing.end_rows
 writing.generator_for writing.longer_mask writing.choose writing.penalize writing.marks
 sampling.keep sampling.keep_top_k sampling.keep_top_p sampling.keep_min_p
@@ -179,14 +191,15 @@ def write_fast(model:nn.Module, input_ids:torch.Tensor, max_new_tokens:int, samp
                attention_mask:torch.Tensor=None, seed:int=None, texts:list=None,
                use_cache:bool=True, prefill_chunk:int=None,  # all as for `write`
                look:int=1,             # after how many steps the host looks at what came
-               stepper:type=LeanStep): # what makes the steps
+               stepper:type=None):     # what makes the steps; None: lean ones
     """As `write`, and the same ids, by lean steps. The steps of one look are computed before the
     first of them is yielded; those behind the end of the text are dropped."""
     batch, prompt_length = input_ids.shape
     generator = generator_for(seed, input_ids.device)
     context = Context(model, batch, 1, attention_mask)
     room = prompt_length + max_new_tokens - 1
-    context.cache = FixedCache(model.config, batch, room, context.dtype, input_ids.device)
+    context.cache = fixed_cache(model, batch, room, context.dtype, input_ids.device)
+    stepper = stepper or step_for(model)
     with wide(model):
         for piece in input_ids.split(prefill_chunk or prompt_length, 1):
             logits = context.read(piece)
