@@ -15,6 +15,7 @@ import textwrap
 from pathlib import Path
 from types import FunctionType
 
+from .code_story import package_class
 from .diagnose import Verdict, diagnose
 from .edition import keep_work, text_of
 from qwen_nb.mine import (
@@ -31,7 +32,7 @@ from qwen_nb.mine import (
     without_calls,
 )
 from .own_map import draw_map, lesson_to_go_on_with, note_progress, read_progress, standing
-from .pieces import IN_USE, Piece, original, package_class, take_out
+from .pieces import IN_USE, Piece, original, take_out
 
 # %% ../nbs/80c_build.ipynb #81190f5b
 def help_steps(piece:Piece) -> list:
