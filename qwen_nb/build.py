@@ -15,7 +15,6 @@ import textwrap
 from pathlib import Path
 from types import FunctionType
 
-from .code_story import package_class
 from .diagnose import Verdict, diagnose
 from .edition import keep_work, text_of
 from qwen_nb.mine import (
@@ -151,7 +150,7 @@ def pieces_to_grade(answer:object):
         print(f"✗ {kind.__name__} is a function here. Expected is `class {kind.__name__}` with the "
               f"method `{pieces[0].name.split('.')[1]}`, as in the stub.")
         return [], kind
-    package = package_class(pieces[0]) if is_class else original(pieces[0].path)
+    package = kind if is_class else original(pieces[0].path)
     if answer is package or hasattr(answer, "__borrowed__"):
         print(f"This is the package's own {answer.__name__}. To grade yours, run its cell first; "
               "if that showed an error, mend it first.")
