@@ -19,7 +19,7 @@ build: install      ## write a Qwen yourself: begin or go on with the building e
 test: install       ## all checks and tests
 	@$(BIN)/python tools/test.py
 
-test-browser: .venv/installed-browser  ## move sliders and type at the chat in JupyterLab in a real browser, if there is one
+test-browser: .venv/installed-browser  ## move and time every slider, type at the chat: JupyterLab in a real browser, if there is one
 	@$(BIN)/python -m pytest -q -rs -m browser tests/browser
 
 site: .venv/installed-site  ## the course as a site, in build/site/html

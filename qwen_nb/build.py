@@ -31,7 +31,7 @@ from qwen_nb.mine import (
     without_calls,
 )
 from .own_map import draw_map, lesson_to_go_on_with, note_progress, read_progress, standing
-from .pieces import IN_USE, Piece, original, package_class, take_out
+from .pieces import IN_USE, Piece, original, take_out
 
 # %% ../nbs/80c_build.ipynb #81190f5b
 def help_steps(piece:Piece) -> list:
@@ -150,7 +150,7 @@ def pieces_to_grade(answer:object):
         print(f"✗ {kind.__name__} is a function here. Expected is `class {kind.__name__}` with the "
               f"method `{pieces[0].name.split('.')[1]}`, as in the stub.")
         return [], kind
-    package = package_class(pieces[0]) if is_class else original(pieces[0].path)
+    package = kind if is_class else original(pieces[0].path)
     if answer is package or hasattr(answer, "__borrowed__"):
         print(f"This is the package's own {answer.__name__}. To grade yours, run its cell first; "
               "if that showed an error, mend it first.")

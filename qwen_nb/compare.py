@@ -136,6 +136,6 @@ def plot_errors(
            title="No module is over the tolerance" if first is None
            else "The first module over the tolerance")
     powers = range(-2, 3 + int(np.log10(top)), 2 if top < 1e8 else 4)
-    labels = ["0", *(f"$10^{{{p}}}$" for p in powers)]
+    labels = ["0", *(f"1e{p}" for p in powers)]
     ax.set_yticks([floor, *(10.0**p for p in powers)], labels, minor=False)
     ax.minorticks_off()

@@ -8,7 +8,6 @@ __all__ = ['outcome_of', 'with_mistakes', 'seen_again', 'explains', 'known_mista
            'exercise', 'try_pairs', 'try_zoo']
 
 # %% ../nbs/01e_diagnose.ipynb #662f9d33
-import importlib
 from dataclasses import dataclass
 from inspect import isgenerator
 from itertools import combinations
@@ -22,8 +21,8 @@ from qwen_nb.advice import (
     what_stopped,
 )
 from .alike import alike, kind_text
-from .code_story import bypassed_story, candidate, cut_story, outside_story, unread
-from .pieces import Mistake, Piece, edited, package_class, run_probe, same_outcome, tried
+from .code_story import bypassed_story, candidate, cut_story, forgotten_story, outside_story
+from .pieces import Mistake, Piece, edited, run_probe, same_outcome, tried
 from .values import Outcome, as_asked, first_apart, is_vague, real_error, value_story
 
 # %% ../nbs/01e_diagnose.ipynb #20180d0e
@@ -187,9 +186,9 @@ def verdict_on_wrong(piece:Piece, answer:object, function:object, mine:list, fai
     passed = [probe.title for i, probe in enumerate(piece.probes) if i not in failing]
     if len(passed) >= len(failing):     # on few inputs right: the difference cannot show there
         lines.append(f"Right on: {' · '.join(passed)}.")
-    forgotten = unread(function, piece.right, package_class(piece))
+    forgotten = forgotten_story(piece, function)
     if forgotten and not seen[1].startswith("Nothing came back"):
-        lines.append("Your code never reads " + ", ".join(f"`{n}`" for n in forgotten) + ".")
+        lines.append(forgotten)
     return Verdict(False, "\n".join(lines), "error" if mine[at].error else "located")
 
 # %% ../nbs/01e_diagnose.ipynb #5f095ca6

@@ -69,7 +69,9 @@ def in_float32(model:nn.Module, cache:FixedCache) -> nn.Module:
     other as it is."""
     if model.dtype != torch.bfloat16 or model.device.type != "cpu":
         return model
-    numbers = [t for t in model.state_dict().values() if torch.is_tensor(t)]
+    if any(hasattr(module, "bits") for module in model.modules()):     # codes: 31aa_coded
+        return model
+    numbers = [*model.parameters(), *model.buffers()]
     in_bfloat16 = all(t.dtype == torch.bfloat16 for t in numbers)
     if not in_bfloat16 or 2 * sum(t.nbytes for t in numbers) >= FUSE_BELOW:
         return model
@@ -133,10 +135,13 @@ class LeanState(LeanWeights):
 # %% ../nbs/30a_lean.ipynb #lx0lean03
 class LeanLayers(LeanState):
     "What a layer does with the text."
+    def rows(self, position:torch.Tensor) -> torch.Tensor:
+        "Of the tables, what belongs to the position: `(2, 1 or batch, 1, head_dim)`."
+        return self.tables.index_select(2, position)
+
     def turns(self, position:torch.Tensor) -> list:
         "cos and sin of each layer that looks; None for another."
-        rows = self.tables.index_select(2, position)      # (2, 1 or batch, 1, head_dim)
-        turns = iter(turns_of(rows, self.turning, len(self.looking)))
+        turns = iter(turns_of(self.rows(position), self.turning, len(self.looking)))
         return [next(turns) if isinstance(w, LayerWeights) else None for w in self.layers]
 
     def mix(self, x:torch.Tensor, w:LayerWeights, view:tuple, turns:tuple) -> torch.Tensor:

@@ -136,17 +136,21 @@ def draw_fit(
 ):
     "Which models fit on a GPU, at 4, 8, 16 and 32 bits a weight: GiB of weights + GiB of cache."
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, .33 * len(configs) + 1.2))
+    size = (7, .33 * len(configs) + 1.2)
+    ax = plt.figure(figsize=size, layout="none").add_axes((0.17, 0.15, 0.82, 0.75))
     widths = (4, 8, 16, 32)
+    faces = []                                     # for each model, the colours of its fields
     for y, config in enumerate(configs.values()):
+        weights_16, cache_16 = memory_gib(config, 16, context)
+        faces.append([])
         for x, bits in enumerate(widths):
-            weights, cache = memory_gib(config, bits, context)
+            weights, cache = weights_16 * bits / 16, cache_16 * max(bits, 16) / 16
             fits = weights + cache + spare <= gpu_gib
-            face = tint(OURS, .45) if fits else "#eeeeee"
-            ax.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=face, edgecolor="white", lw=3))
+            faces[y].append(tint(OURS, .45) if fits else tint("#777777", .1))
             text = f"{weights:.1f} + {cache:.1f}"
             ax.text(x + .5, y + .5, text, ha="center", va="center", fontsize=9,
                     color="black" if fits else "#777777")
+    ax.pcolormesh(faces, edgecolor="white", lw=3)
     ax.set(xlim=(0, len(widths)), ylim=(len(configs), 0),
            xticks=[x + .5 for x in range(len(widths))], xticklabels=widths,
            yticks=[y + .5 for y in range(len(configs))], yticklabels=list(configs),

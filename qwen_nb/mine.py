@@ -20,17 +20,9 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
+from .code_story import as_method_of, new_methods, package_class
 from .diagnose import diagnose
-from qwen_nb.pieces import (
-    IN_USE,
-    Piece,
-    as_method_of,
-    new_methods,
-    original,
-    package_class,
-    put_in,
-    take_out,
-)
+from .pieces import IN_USE, Piece, original, put_in, take_out
 
 # %% ../nbs/80_mine.ipynb #6f42de45
 # Modules that hold pieces, in the order of the course

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from .fast import why_plain
-from .fixed import FixedCache, LayerWeights, LeanState, look_up, scaled
+from .fixed import FixedCache, LayerWeights, scaled
+from .lean import LeanLayers, look_up
 from .model import Qwen
 from .speculation import Reader
 from .writing import refuse_nan
@@ -33,54 +34,56 @@ def check_mask(
 
 # %% ../nbs/32_together.ipynb #080b7e0c
 def look_up_each(
-    q:torch.Tensor,     # (n, heads, head_dim), the tokens of one text
-    k:torch.Tensor, v:torch.Tensor,  # (n, kv heads, head_dim)
+    q:torch.Tensor,     # (n, heads, 1, head_dim), the tokens of one text
+    k:torch.Tensor, v:torch.Tensor,  # (n, kv heads, 1, head_dim)
     view:tuple,         # a layer of the cache, from `FixedCache.layer`
     first:int,          # the position of the first token
     mask:torch.Tensor,  # (n, ready), from `check_mask`
 ) -> torch.Tensor:
     "Write keys and values, then attention of every token up to its place: `(n, heads * d)`."
     all_keys, all_values, keys, values = view            # keys: (kv heads, ready, d)
-    n, heads, d = q.shape
+    n, heads, _, d = q.shape
     n_kv = len(keys)
-    all_keys[0, :, first:first + n] = k.transpose(0, 1)
-    all_values[0, :, first:first + n] = v.transpose(0, 1)
+    all_keys[0, :, first:first + n] = k[:, :, 0].transpose(0, 1)
+    all_values[0, :, first:first + n] = v[:, :, 0].transpose(0, 1)
     by_kv_head = q.view(n, n_kv, -1, d).transpose(0, 1)  # (kv heads, n, group, d)
     below = mask.repeat_interleave(heads // n_kv, 0)     # (n * group, ready)
     mix = look_up(by_kv_head.reshape(n_kv, -1, d), keys, values, below[None])
     return mix.view(n_kv, n, -1, d).transpose(0, 1).reshape(n, -1)
 
 # %% ../nbs/32_together.ipynb #fade406d
-class LeanCheck(LeanState):
+class LeanCheck(LeanLayers):
     """Several tokens of one text at once, by few calls.
 
     Ids `(n,)` in, logits `(places, vocab_size)` in float32 out, after each of the last `places`
     ids. The cache goes on by n."""
     def __call__(self, ids:torch.Tensor, places:int=1) -> torch.Tensor:
-        first, n = self.cache.length, len(ids)
-        self.cache.length += n
-        if self.cache.length > self.cache.ready:
-            self.make_ready(self.cache.length)
-        x = self.through_layers(ids, slice(first, first + n))
+        cache, n = self.cache, len(ids)
+        self.first = cache.length
+        cache.length += n
+        if cache.length > cache.ready:
+            self.make_ready(cache.length)
+        self.open = {window: check_mask(cache, self.first, n, window) for window in self.masks}
+        x = self.through_layers(ids)[-places:]
         norm = self.model.model.norm
-        last = scaled(x[-places:], norm.weight, norm.eps)
-        return self.model.head(last).float()
+        return self.model.head(scaled(x, self.last_norm, norm.eps)).float()
 
-    def through_layers(self, ids:torch.Tensor, where:slice) -> torch.Tensor:
+    def through_layers(self, ids:torch.Tensor) -> torch.Tensor:
         "Ids `(n,)` → hidden states `(n, hidden_size)` before the last norm."
-        n = len(ids)
-        windows = {w.window for w in self.layers}
-        masks = {window: check_mask(self.cache, where.start, n, window) for window in windows}
-        cos, sin = self.tables[:, 0, where, None].unbind()         # (n, 1, head_dim) each
-        growth = {logn: scale[0, 0, where].view(n, 1, 1) for logn, scale in self.growth.items()}
+        position = torch.arange(self.first, self.cache.length, device=ids.device)
+        growth = {logn: scale.index_select(2, position) for logn, scale in self.growth.items()}
+        self.growing = {logn: scale.transpose(0, 2) for logn, scale in growth.items()}
         x = F.embedding(ids, self.model.model.embed_tokens.weight)
-        for w, view in zip(self.layers, self.views):
-            q, k, v = self.before(x, w, cos, sin)
-            if w.logn:
-                q = q * growth[w.logn]
-            mix = look_up_each(q, k, v, view, where.start, masks[w.window])
-            x = self.after(x, mix, w)
+        for w, view, turns in zip(self.layers, self.views, self.turns(position)):
+            x = self.after(x, self.mix(x, w, view, turns), w)
         return x
+
+    def rows(self, position:torch.Tensor) -> torch.Tensor:
+        "Of the tables, one row a token: `(2, n, 1, head_dim)`."
+        return super().rows(position).transpose(1, 2)
+
+    def attend(self, q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, w:LayerWeights, view:tuple):
+        return look_up_each(q, k, v, view, self.first, self.open[w.window])
 
 # %% ../nbs/32_together.ipynb #f1d12f20
 FEW = 32  # tokens at once, at most, that are read by a lean check
@@ -97,7 +100,9 @@ class LeanReader(Reader):
         "As `Reader.read`."
         if len(ids) > FEW or not self.length:
             return super().read(ids, places)
-        self.check = self.check or LeanCheck(self.model, self.cache)
+        if self.check is None:
+            self.check = LeanCheck(self.model, self.cache)
+            self.model = self.check.model                # perhaps its copy in float32
         logits = self.check(torch.tensor(ids, device=self.device), places)
         refuse_nan(logits.isnan().any(), self.cache.kv.dtype)
         self.ids += ids

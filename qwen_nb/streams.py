@@ -93,7 +93,7 @@ class StreamBlock(nn.Module):
         if self.linear: self.linear_attn = config.delta_net(layer_idx)
         else: self.self_attn = config.attention(layer_idx)
         self.mlp = config.mlp(layer_idx)
-        self.ple = config.ngrams(layer_idx)           # None in most layers
+        self.ple = config.ngrams(layer_idx)           # per-layer embedding; None in most
         self.attn_hyper_connection = config.hyper_connection()
         self.mlp_hyper_connection = config.hyper_connection()
 
