@@ -71,7 +71,7 @@ def in_float32(model:nn.Module, cache:FixedCache) -> nn.Module:
         return model
     if any(hasattr(module, "bits") for module in model.modules()):     # codes: 31aa_coded
         return model
-    numbers = [*model.parameters(), *model.buffers()]
+    numbers = [t for t in model.state_dict().values() if torch.is_tensor(t)]
     in_bfloat16 = all(t.dtype == torch.bfloat16 for t in numbers)
     if not in_bfloat16 or 2 * sum(t.nbytes for t in numbers) >= FUSE_BELOW:
         return model
