@@ -51,6 +51,12 @@ def dense(tree):
     return found
 
 
+@each_notebook
+def test_no_cell_is_empty(path):
+    empty = [cell["number"] for cell in cells(path) if not cell["text"].strip()]
+    assert not empty, f"{path.name}: nothing stands in the cells {empty}"
+
+
 def test_dense_code_is_found():
     nested = "[[i for i in range(n)] for n in x]"
     walrus = "[y for x in z if (y := x)]"
