@@ -1,6 +1,7 @@
 "A page with a model in it: what is in it, and what is refused. (What it does: tests/browser.)"
 
 import base64
+import html
 import json
 import random
 import re
@@ -13,10 +14,13 @@ import torch
 from safetensors.torch import load
 from siblings import SIBLINGS
 
+from qwen_nb.ablation import LIVE_HEIGHTS, show_live
 from qwen_nb.durable import save_pretrained
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
-from qwen_nb.page import PICTURES, browser_file, fill, make_page, model_parts, script_json
+from qwen_nb.page import (
+    ON_THE_PAGE, PICTURES, browser_file, fill, make_page, model_parts, page_html, script_json,
+)
 from qwen_nb.prompt import encode_chat
 from qwen_nb.serve_command import run_page
 from qwen_nb.tokenizer import Tokenizer
@@ -100,6 +104,58 @@ def test_what_speaks_of_the_world_is_in_a_page_without_texts_of_its_own(tmp_path
     own = given(make_page(tmp_path / "page.html", texts=["Once upon a time"]))
     assert not own["isOfTheWorld"] and own["hybrid"] is None
     assert given(make_page(tmp_path / "page.html", packaged_model("qwen3_5")))["hybrid"] is None
+
+
+def test_a_page_of_one_picture(tmp_path):
+    assert re.findall(r'<section id="(\w+)"', browser_file("page.html")) == ON_THE_PAGE
+    whole = make_page(tmp_path / "whole.html")
+    for picture in ON_THE_PAGE:
+        page = make_page(tmp_path / "page.html", only=picture)
+        assert f'<body data-only="{picture}">' in page.read_text(encoding="utf-8")
+        assert (given(page)["hybrid"] is not None) == (picture == "memories")
+        rest = {name: part for name, part in given(whole).items() if name != "hybrid"}
+        assert given(page) | rest == given(page), picture
+    with pytest.raises(ValueError, match="no picture 'legs' on the page; there are ask, inside"):
+        page_html(only="legs")
+    with pytest.raises(ValueError, match="'ask' speaks of the made-up world"):
+        page_html(only="ask", texts=["Once upon a time"])
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    "What is displayed in a cell."
+    found = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: found.append(data))
+    return found
+
+
+@pytest.mark.parametrize("why", ["no notebook", "no kernel", "a test"])
+def test_a_live_picture_that_nobody_watches_is_one_line(monkeypatch, shown, capsys, why):
+    monkeypatch.delenv("IN_TEST", raising=False)
+    if why == "no kernel":  # as nbdev and tools/notebooks.py run notebooks
+        monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace())
+    if why == "a test":
+        monkeypatch.setenv("IN_TEST", "1")
+        monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=object()))
+    show_live("hands")
+    said = capsys.readouterr().out
+    assert not shown and said.count("\n") == 1 and "JupyterLab" in said
+
+
+def test_a_live_picture_is_the_page_in_a_frame(monkeypatch, shown):
+    assert [*LIVE_HEIGHTS] == ON_THE_PAGE
+    monkeypatch.delenv("IN_TEST", raising=False)
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=object()))
+    show_live("hands")
+    show_live("off", height=123)
+    frame, other = (data["text/html"] for data in shown)
+    assert f"height: {LIVE_HEIGHTS['hands']}px" in frame and "height: 123px" in other
+    tag, page = re.fullmatch(r'(<iframe .*)srcdoc="([^"]*)"></iframe>', frame, re.S).groups()
+    assert html.unescape(page) == page_html(only="hands")
+    assert "src" not in tag and not re.search(r"https?://(?!github.com/qwen-nb)", page)
+    assert len(frame) < 2_500_000
+    with pytest.raises(ValueError, match="no picture 'legs'"):
+        show_live("legs")
 
 
 def in_node(names, script, told):

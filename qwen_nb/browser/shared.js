@@ -191,10 +191,12 @@ for (const box of document.querySelectorAll(".shared")) {
 }
 setText($("text").value);
 
-// `page.html?only=hands` shows one picture alone, to stand in another page.
-const wanted = new URLSearchParams(location.search).get("only");
+// `page.html?only=hands`, or the wish written into the page, shows one picture alone, to stand in
+// another page.
+const wanted = new URLSearchParams(location.search).get("only") ?? document.body.dataset.only;
 const only = [...document.querySelectorAll("main > section")].find(({ id }) => id === wanted);
 if (only) {
   document.body.classList.add("only");
   only.classList.add("chosen");
+  document.head.append(element("base", "", { target: "_blank" })); // a lesson opens beside it
 }

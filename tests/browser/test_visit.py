@@ -5,6 +5,7 @@ import os
 import pytest
 from conftest import SHOTS
 
+from qwen_nb.ablation import live_frame
 from qwen_nb.inspect import packaged_model
 from qwen_nb.page import make_page
 
@@ -35,6 +36,10 @@ WATCH = """new MutationObserver(() => {
     if (isDrawn) window.firstPicture ??= performance.now();
 }).observe(document, { subtree: true, childList: true })"""
 PLACES = "ask inside off hands memories break".split()
+DRAWN = {  # what is there once a picture is drawn
+    "ask": "#log .verdict", "inside": "#next .bar", "off": "#asked button",
+    "hands": "#dials figure", "memories": "#growth polyline", "break": "#depth polyline",
+}  # fmt: skip
 FOUND = "document.getElementById('found').textContent.startsWith('The whole')"
 
 
@@ -68,11 +73,7 @@ def first(page):
 def show(page, place):
     "Scrolls to a picture, and waits until it is drawn."
     page.evaluate(f"document.getElementById('{place}').scrollIntoView()")
-    drawn = dict(
-        ask="#log .verdict", inside="#next .bar", off="#asked button", hands="#dials figure",
-        memories="#growth polyline", break_="#depth polyline",
-    )  # fmt: skip
-    page.wait_for_selector(drawn.get(place, drawn["break_"]), state="attached")
+    page.wait_for_selector(DRAWN[place], state="attached")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -288,6 +289,28 @@ def test_it_stands_in_another_page(visit, tmp_path):
     inner.locator("#distance").fill("20")
     assert inner.locator("#score-now").inner_text() != before
     page.locator("iframe").screenshot(path=SHOTS / "embedded.png")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_it_lives_in_a_cell(page, tmp_path, place):
+    "The frame of a notebook, as wide as a cell of JupyterLab: it is drawn, and need not scroll."
+    cell = f"<!doctype html><h1>A cell</h1><div style='width: 840px'>{live_frame(place)}</div>"
+    (tmp_path / "cell.html").write_text(cell, encoding="utf-8")
+    page.goto((tmp_path / "cell.html").as_uri())
+    page.locator("iframe").scroll_into_view_if_needed()
+    inner = page.frame_locator("iframe")
+    inner.locator(DRAWN[place]).first.wait_for(state="attached")
+    page.wait_for_timeout(500)
+    sizes = "({ scrollWidth, scrollHeight }) => [scrollWidth, scrollHeight]"
+    width, height = inner.locator("html").evaluate(sizes)
+    frame = page.locator("iframe").bounding_box()
+    page.locator("iframe").screenshot(path=SHOTS / f"cell_{place}.png")
+    print(place, width, height, frame["height"])
+    assert width <= 840 and height <= frame["height"] < height + 150
+    assert inner.locator("base").get_attribute("target") == "_blank", "links would fill the frame"
+    if place == "break":
+        inner.locator("#bug").select_option("eps outside the root")
+        inner.locator("#wrong", has_text="(the same text)").wait_for()
 
 
 def test_nothing_serious_for_those_who_do_not_see_it(visit):
