@@ -15,6 +15,8 @@ from reference import exported_names, label, module_of, module_pages
 from terms import named_terms, terms
 from write import write, written
 
+from qwen_nb.ablation import LIVE_HEIGHTS
+
 
 def address(path):
     "A file of the repository, on the web."
@@ -74,6 +76,14 @@ def drawn_words(out):
     return "A drawing with the words: " + html.unescape(" ".join(words)) if words else ""
 
 
+def live_output(picture):
+    "In place of the line that a notebook prints where nobody can play: the picture, in a frame."
+    style = f"width: 100%; height: {LIVE_HEIGHTS[picture]}px; border: 0"
+    frame = f'<iframe src="../live.html?only={picture}" title="{picture}, live" loading="lazy"'
+    html = {"text/html": f'{frame} style="{style}"></iframe>'}
+    return dict(output_type="display_data", metadata={}, data=html)
+
+
 def code_cell(cell):
     "A code cell: nbdev's lines go, a title becomes the label of the fold, pictures get alt text."
     source, mystnb = cell["source"], {}
@@ -85,6 +95,8 @@ def code_cell(cell):
         imports = "What the module imports" if "#| export" in source else "Set-up"
         label = title[1] if title else imports
         mystnb |= dict(code_prompt_show=label, code_prompt_hide=label)
+    if live := re.fullmatch(r'show_live\("(\w+)"\)', cell["source"]):
+        cell["outputs"] = [live_output(live[1])]
     for out in cell.get("outputs", []):
         if "text" in out:  # an escape that begins no colour is a byte that the model wrote
             out["text"] = re.sub(r"\x1b(?!\[)", "␛", "".join(out["text"]))

@@ -127,6 +127,19 @@ def test_pictures_of_the_live_page_are_there(pages):
     assert [place for place in places if f'id="{place}"' not in live] == []
 
 
+def test_a_live_picture_stands_in_its_lesson(pages):
+    found = []
+    for path in sorted(pages[""].glob("nbs/*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["source"].startswith("show_live("):
+                (out,) = cell["outputs"]
+                html = out["data"]["text/html"]
+                (place,) = re.findall(r'<iframe src="../live.html\?only=(\w+)"', html)
+                assert f'"{place}"' in cell["source"], path.stem
+                found.append((path.stem, place))
+    assert ("05_rope", "hands") in found and len(found) == len({place for _, place in found}) == 6
+
+
 def test_links_that_lead_out_are_listed():
     listed = (ROOT / "site/links.txt").read_text(encoding="utf-8")
     assert listed == links.listed(), "site/links.txt is out of date: run python tools/links.py"
