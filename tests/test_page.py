@@ -19,7 +19,14 @@ from qwen_nb.durable import save_pretrained
 from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen, QwenConfig
 from qwen_nb.page import (
-    ON_THE_PAGE, PICTURES, browser_file, fill, make_page, model_parts, page_html, script_json,
+    ON_THE_PAGE,
+    PICTURES,
+    browser_file,
+    fill,
+    make_page,
+    model_parts,
+    page_html,
+    script_json,
 )
 from qwen_nb.prompt import encode_chat
 from qwen_nb.serve_command import run_page
@@ -153,7 +160,7 @@ def test_a_live_picture_is_the_page_in_a_frame(monkeypatch, shown):
     tag, page = re.fullmatch(r'(<iframe .*)srcdoc="([^"]*)"></iframe>', frame, re.S).groups()
     assert html.unescape(page) == page_html(only="hands")
     assert "src" not in tag and not re.search(r"https?://(?!github.com/qwen-nb)", page)
-    assert len(frame) < 2_500_000
+    assert len(frame) < 3_500_000
     with pytest.raises(ValueError, match="no picture 'legs'"):
         show_live("legs")
 

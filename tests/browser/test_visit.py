@@ -5,7 +5,7 @@ import os
 import pytest
 from conftest import SHOTS
 
-from qwen_nb.ablation import live_frame
+from qwen_nb.ablation import LIVE_HEIGHTS, live_frame
 from qwen_nb.inspect import packaged_model
 from qwen_nb.page import make_page
 
@@ -301,12 +301,11 @@ def test_it_lives_in_a_cell(page, tmp_path, place):
     inner = page.frame_locator("iframe")
     inner.locator(DRAWN[place]).first.wait_for(state="attached")
     page.wait_for_timeout(500)
-    sizes = "({ scrollWidth, scrollHeight }) => [scrollWidth, scrollHeight]"
-    width, height = inner.locator("html").evaluate(sizes)
-    frame = page.locator("iframe").bounding_box()
+    sizes = "body => [body.scrollWidth, body.offsetHeight]"
+    width, height = inner.locator("body").evaluate(sizes)
     page.locator("iframe").screenshot(path=SHOTS / f"cell_{place}.png")
-    print(place, width, height, frame["height"])
-    assert width <= 840 and height <= frame["height"] < height + 150
+    room = LIVE_HEIGHTS[place] - height
+    assert width <= 840 and 0 <= room < 200, f"{width} x {height}, {room} pixels left"
     assert inner.locator("base").get_attribute("target") == "_blank", "links would fill the frame"
     if place == "break":
         inner.locator("#bug").select_option("eps outside the root")
