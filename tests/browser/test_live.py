@@ -24,4 +24,3 @@ def test_the_hands_turn_below_a_cell(page, lab):
         base.press("ArrowLeft")
     wait(page, lambda: score.inner_text() != before, 5, "base moved, and the score is the same")
     page.screenshot(path=SHOTS / "live-after.png")
-    frame.screenshot(path=SHOTS / "live-frame.png")
