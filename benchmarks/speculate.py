@@ -10,8 +10,8 @@ orders. In float32 the ids have to be the same, or the script ends with an error
 rounding may choose otherwise where two tokens are equally likely; how many texts are the same is
 printed.) A pass is one call of the model: plain writing takes one for each token. The ratio is that
 of the times, its median and range over the runs; the last column compares with plain steps
-(`fast=False`). The packaged Qwen2 is as large as the model that
-it guesses for, so it cannot pay: it is there to show that.
+(`fast=False`). The packaged Qwen2 is as large as the model that it guesses for, so it cannot pay:
+it is there to show that.
 """
 
 import argparse
