@@ -9,6 +9,7 @@ __all__ = ['FEW', 'check_mask', 'look_up_each', 'LeanCheck', 'LeanReader', 'read
 import torch
 from torch.nn import functional as F
 
+from .cache import KVCache
 from .fast import why_plain
 from .fixed import FixedCache, LayerWeights, scaled
 from .lean import LeanLayers, look_up
@@ -111,6 +112,6 @@ class LeanReader(Reader):
 def reader_for(model:torch.nn.Module, room:int) -> Reader:
     "A `LeanReader` where its logits are sure to be the model's, else a `Reader`."
     reader = Reader(model, room)
-    if reader.recurrent or why_plain(model):
+    if not isinstance(reader.cache, KVCache) or why_plain(model):
         return reader
     return LeanReader(model, room)

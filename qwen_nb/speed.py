@@ -169,6 +169,7 @@ def plot_roofline(
         texts[name] = f"{name}, {speed / allowed:.0%}"
     ax.axvline(peak / bandwidth, color=QUIET, lw=1, ls="--")
     for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
     label_points(ax, points, texts, colours)
