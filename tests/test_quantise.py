@@ -17,11 +17,12 @@ from qwen_nb import packed
 from qwen_nb.cli import main
 from qwen_nb.coded import QuantisedEmbedding, QuantisedLinear, QuantisedMatrix
 from qwen_nb.fast import why_plain
-from qwen_nb.fixed import FixedCache, LeanStep
+from qwen_nb.fixed import FixedCache
 from qwen_nb.generation import generate
 from qwen_nb.gptq import as_stored, gptq, gptq_codes
 from qwen_nb.hub import find_model, read_json
 from qwen_nb.inspect import packaged_model
+from qwen_nb.lean import LeanStep
 from qwen_nb.model import Qwen
 from qwen_nb.packed import KERNELS, digits_of, pack_nibbles, unpack_nibbles, works
 from qwen_nb.quantise import from_codes, from_codes_with_zero, to_codes, to_codes_with_zero
@@ -339,6 +340,7 @@ def test_the_command(tmp_path, capsys):
 PEAK = """
 import sys, torch
 from pathlib import Path
+from qwen_nb.lean import LeanStep
 from qwen_nb.model import Qwen
 from qwen_nb.quantised_model import held_bytes
 Qwen.from_pretrained(None, quantize=sys.argv[2])   # all modules are there, all kernels tried
