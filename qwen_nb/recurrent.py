@@ -113,16 +113,16 @@ class DeltaWeights(NamedTuple):
     @classmethod
     def of(cls, block:nn.Module, fuse:bool):
         m, columns = block.linear_attn, None
-        if fuse:
-            unit = torch.eye(m.out_proj.out_features, dtype=m.out_proj.weight.dtype,
-                             device=m.out_proj.weight.device)
+        weight = m.out_proj.weight
+        if fuse and torch.is_tensor(weight):              # codes (31aa_coded) stay by themselves
+            unit = torch.eye(m.out_proj.out_features, dtype=weight.dtype, device=weight.device)
             columns = torch.cat(m.project(unit), -1)      # (hidden_size, all)
         key_dim = m.dims[0]
         lengths = torch.full((2 * m.key_heads, 1), key_dim**-0.5, device=m.A_log.device)
         lengths[:m.key_heads] = 1 / key_dim               # queries are divided once more
         return cls(
             centred(block.input_layernorm), m, columns, m.conv1d.weight[:, 0],
-            -m.A_log.float().exp(), lengths, m.norm.weight.repeat(2), m.out_proj.weight.t(), None,
+            -m.A_log.float().exp(), lengths, m.norm.weight.repeat(2), weight.t(), None,
             centred(block.post_attention_layernorm), mlp_weights(block.mlp, fuse), m.norm.eps)
 
 # %% ../nbs/30a_recurrent.ipynb #rc0delta1
