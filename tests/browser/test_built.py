@@ -131,7 +131,7 @@ def test_next_follows_the_course(visitor, stick):
 
 def test_from_a_lesson_to_the_reference_and_back(visitor, stick):
     visitor.goto(f"{stick}/nbs/04_rmsnorm.html")
-    visitor.click(".exported a")
+    visitor.click('.exported a[href$="#qwen_nb.norm.RMSNorm"]')
     assert visitor.url.endswith("api/norm.html#qwen_nb.norm.RMSNorm")
     visitor.click(".built a")
     assert "nbs/04_rmsnorm.html#build-qwen" in visitor.url
