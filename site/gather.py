@@ -100,6 +100,9 @@ def code_cell(cell):
     for out in cell.get("outputs", []):
         if "text" in out:  # an escape that begins no colour is a byte that the model wrote
             out["text"] = re.sub(r"\x1b(?!\[)", "␛", "".join(out["text"]))
+        if "text/markdown" in out.get("data", {}):  # Sphinx does not follow links in an output
+            shown = "".join(out["data"]["text/markdown"])
+            out["data"]["text/markdown"] = re.sub(r"(\]\(\w+)\.ipynb", r"\1.html", shown)
         alt = out.get("metadata", {}).get("image/png", {}).get("alt") or drawn_words(out)
         if alt:
             mystnb["image"] = dict(alt=alt)
