@@ -15,6 +15,7 @@ The sections:
     training  tokens a second, forward, back and AdamW, at the packaged size
     memory    the peak of a load that quantises
     dtype     products with bfloat16 weights, with and without instructions for them
+    bands     products of few rows in float32, as they stand and with the weight in bands
 
 All ways of a section get the same files and the same prompt, write greedily and do not stop, and
 are asked in turn; the first round does not count. The clock stands where a user's would: at the
@@ -57,7 +58,7 @@ from qwen_nb.log import measure_peak  # noqa: E402
 from qwen_nb.model import Qwen, QwenConfig  # noqa: E402
 from qwen_nb.speed import measure_bandwidth, pass_of  # noqa: E402
 
-SECTIONS = "real", "packaged", "training", "memory", "dtype"
+SECTIONS = "real", "packaged", "training", "memory", "dtype", "bands"
 HAS_FAST = "fast" in inspect.signature(generate).parameters
 HAS_QUANTIZE = "quantize" in inspect.signature(Qwen.from_pretrained).parameters
 FAST = {"plain": False, "fast": True, "compiled": "compile"}
@@ -479,7 +480,38 @@ def dtype_(args, folder, machine):
     return rows
 
 
-RUN = dict(real=real, packaged=packaged, training=training, memory=memory_, dtype=dtype_)
+@torch.no_grad()
+def bands(args, folder, machine):
+    "Products of 1 to 128 rows with weights that no cache holds; with one core, and with all."
+    from torch.nn import functional as F
+
+    from qwen_nb.bands import in_bands
+
+    rows, threads = [1, 2, 4, 8, 16, 32, 64, 128], torch.get_num_threads()
+    weights = [torch.randn(4096, 1024) for _ in range(4 if args.tiny else 24)]
+    ways = {
+        "as it stands, one core": (F.linear, 1),
+        "as it stands": (F.linear, threads),
+        "in bands": (in_bands, threads),
+    }
+    found = dict(rows=rows, bytes=weights[0].nbytes) | {way: [] for way in ways}
+    for n in rows:
+        x = torch.randn(n, 1024)
+        for way, (product, cores) in ways.items():
+            torch.set_num_threads(cores)
+            seconds = best_of(lambda: [product(x, weight) for weight in weights])
+            found[way].append(seconds / len(weights))
+    torch.set_num_threads(threads)
+    print("\nproducts in float32 with weights of 4096 × 1024 numbers, GB of weights a second")
+    print(f"  {'rows':>22}" + "".join(f"{n:8}" for n in rows))
+    for way in ways:
+        print(f"  {way:>22}" + "".join(f"{found['bytes'] / s / 1e9:8.1f}" for s in found[way]))
+    return found
+
+
+RUN = dict(
+    real=real, packaged=packaged, training=training, memory=memory_, dtype=dtype_, bands=bands
+)
 CHILDREN = dict(memory=child_memory, dtype=child_dtype)
 
 

@@ -9,7 +9,6 @@ __all__ = ['KNOWN', 'CACHES', 'PLAIN_WAY', 'HOMES', 'LOOK', 'is_shipped', 'odd_m
 # %% ../nbs/30aa_fast.ipynb #fy0imp00
 import importlib
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
+from .bands import few_rows
 from .cache import KVCache
 from .deltanet import GatedDeltaNet, GatedRMSNorm
 from .gqa import Attention
@@ -174,9 +174,9 @@ class Rows:
 
 # %% ../nbs/30aa_fast.ipynb #fy0wide00
 def wide(model:nn.Module):
-    "Around the reading of a prompt: products as the machine does them fastest (30_width)."
+    "Around the reading of a prompt: products as this machine does them fastest."
     on_cpu = model.device.type == "cpu" and model.dtype == torch.bfloat16
-    return wide_products() if on_cpu else nullcontext()
+    return wide_products() if on_cpu else few_rows(model)
 
 # %% ../nbs/30aa_fast.ipynb #fy0write0
 def numbers(tensors:list) -> list:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .bands import few_rows
 from .cache import one_row_kernels
 from qwen_nb.fixed import (
     FUSE_BELOW,
@@ -111,6 +112,8 @@ class LeanState(LeanWeights):
         cache.position.fill_(cache.length)
         in_bfloat16 = cache.kv.device.type == "cpu" and cache.kv.dtype == torch.bfloat16
         self.one_row = in_bfloat16 and cache.kv.shape[2] == 1
+        is_compiled = self.before is not before_attention
+        self.few_rows = nullcontext() if is_compiled else few_rows(self.model)
         self.make_ready(cache.length + 1)
 
     def make_ready(self, length:int):
@@ -167,7 +170,7 @@ class LeanStep(LeanLayers):
     Ids `(batch,)` in, logits `(batch, vocab_size)` in float32 out; the cache goes on by one."""
     def __call__(self, ids:torch.Tensor) -> torch.Tensor:
         self.go_on()
-        with one_row_kernels() if self.one_row else nullcontext():
+        with one_row_kernels() if self.one_row else self.few_rows:
             return self.step(ids)
 
     def next(self, ids:torch.Tensor, choice:object) -> tuple:
