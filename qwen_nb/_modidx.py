@@ -1701,6 +1701,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qwen_nb.speed.Pass.bytes': ('speed.html#pass.bytes', 'qwen_nb/speed.py'),
                                'qwen_nb.speed.Pass.intensity': ('speed.html#pass.intensity', 'qwen_nb/speed.py'),
                                'qwen_nb.speed.apart': ('speed.html#apart', 'qwen_nb/speed.py'),
+                               'qwen_nb.speed.calls_in': ('speed.html#calls_in', 'qwen_nb/speed.py'),
                                'qwen_nb.speed.calls_of': ('speed.html#calls_of', 'qwen_nb/speed.py'),
                                'qwen_nb.speed.label_points': ('speed.html#label_points', 'qwen_nb/speed.py'),
                                'qwen_nb.speed.least_seconds': ('speed.html#least_seconds', 'qwen_nb/speed.py'),
