@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_WORK', 'weights_read', 'Pass', 'pass_of', 'measure_bandwidth', 'least_seconds', 'roof', 'apart', 'label_points',
-           'plot_roofline', 'Calls', 'calls_of']
+           'plot_roofline', 'Calls', 'calls_of', 'calls_in']
 
 # %% ../nbs/30_speed.ipynb #8ee8a1c9
 import math
@@ -179,13 +179,15 @@ NO_WORK = "empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsaf
 
 class Calls(TorchDispatchMode):
     "Inside, `found` counts the calls that do work, by name. Views and empty tensors do none."
-    def __init__(self):
+    def __init__(self,
+                 views:bool=False):  # whether what does no work is counted too
         super().__init__()
-        self.found = Counter()
+        self.views, self.found = views, Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func).split(".")[1]                   # of "aten.mul.Tensor"
-        if not func.is_view and name not in NO_WORK:
+        does_work = not func.is_view and name not in NO_WORK
+        if does_work or self.views:
             self.found[name] += 1
         return func(*args, **kwargs or {})
 
@@ -200,4 +202,10 @@ def calls_of(
     ids = ids.to(next(model.parameters()).device)
     if past: context.read(ids[:, :past])
     with Calls() as calls: context.read(ids[:, past:])
+    return calls.found
+
+@torch.inference_mode()
+def calls_in(function:object, *args, **kw) -> Counter:
+    "All that one call of a function asks PyTorch for, by name, views and empty tensors too."
+    with Calls(views=True) as calls: function(*args, **kw)
     return calls.found

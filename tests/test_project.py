@@ -139,6 +139,14 @@ def test_the_index_names_every_notebook():
     assert [p.name for p in LESSONS if f"({p.name})" not in index] == []
 
 
+def test_the_stated_time_is_about_right(monkeypatch):
+    "As it is estimated by words and cells, within a factor of 1.5 either way."
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import course
+
+    assert not course.far_off(), "name → (stated, estimated), from tools/course.py --times"
+
+
 # modules
 
 

@@ -113,6 +113,23 @@ def test_every_picture_has_alt_text(path):
                 assert len(alt) >= 30, f"cell {cell['number']} needs a line `#| fig-alt: …`"
 
 
+@each_notebook
+def test_no_cell_ends_in_a_bare_truth(path):
+    "`try_answer(…)` prints how it went; without a semicolon a False stands below that."
+    for cell in cells(path, "code"):
+        for out in cell["outputs"]:
+            shown = "".join(out.get("data", {}).get("text/plain", "")).strip()
+            bare = out["output_type"] == "execute_result" and shown in ("True", "False", "None")
+            last = cell["text"].rstrip().splitlines()[-1]
+            assert not bare, f"cell {cell['number']} shows {shown}: end it with `{last};`"
+
+
+@each_notebook
+def test_one_cell_installs(path):
+    found = [c["number"] for c in cells(path, "code") if "google.colab" in c["text"]]
+    assert found == [1], f"{path.name} installs in the cells {found}; expected the second alone"
+
+
 @each_lesson
 def test_first_screen(path):
     "Title, question and picture; what is needed to run comes after, folded."

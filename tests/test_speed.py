@@ -139,6 +139,18 @@ def test_calls_do_not_depend_on_the_size():
     assert not {"view", "t", "_unsafe_view", "empty", "transpose"} & one.keys()
 
 
+def test_all_calls_are_counted_with_the_views():
+    x = torch.ones(2, 3)
+
+    def add():
+        return x.t() + 1
+
+    assert speed.calls_in(add) == {"t": 1, "add": 1}
+    with speed.Calls() as calls:
+        add()
+    assert calls.found == {"add": 1}
+
+
 # in which dtype
 
 

@@ -3,7 +3,8 @@
 
 Pages of mistakes that follow each other share a row.
 
-`--check` only says whether it is out of date.
+`--check` only says whether it is out of date. `--times` lists the lessons whose stated time is far
+from the estimate: 200 words a minute, and a minute for each open cell of code.
 """
 
 import json
@@ -35,6 +36,45 @@ HARD = (
     "03c_special 05a_yarn 06b_heads 10b_prompt 11a_long 14b_balance 15_delta 15a_deltanet "
     "15d_qwen3_next 21b_durable 21e_resume 21g_parallel 22b_preference"
 ).split()
+
+
+# Their time cannot be told from what stands open in them.
+UNTOLD = {
+    "10h_cases": "its cases stand in folded cells",
+    "10h_hunt": "its cells are the hunt, which has a time of its own",
+}
+
+
+def estimate(name, cells):
+    """Minutes to read a lesson: 200 words a minute, and a minute for each open cell of code.
+
+    On a page of mistakes an open cell is one line, and what it prints is read."""
+    words = opened = printed = 0
+    for cell in cells:
+        text = "".join(cell["source"])
+        folded = cell["metadata"].get("jupyter", {}).get("source_hidden")
+        if cell["cell_type"] == "markdown":
+            facts = r"\*\*(?:Time|You need|Next):\*\*[^\n]*|\[!\[Open[^\n]*|\]\([^)]*\)"
+            words += len(re.sub(facts, "", text).split())
+        elif text.strip() and not folded:
+            opened += 1
+            for out in cell["outputs"]:
+                shown = out.get("text") or out.get("data", {}).get("text/plain", "")
+                printed += len("".join(shown).split())
+    if name.endswith("_mistakes"):
+        return (words + printed) / 200
+    return words / 200 + opened
+
+
+def far_off(most=1.5):
+    "Lessons whose stated time is more than so many times the estimate, or less: name → both."
+    found = {}
+    for name, _, _, minutes in lessons():
+        nb = json.loads((ROOT / f"nbs/{name}.ipynb").read_text(encoding="utf-8"))
+        about = estimate(name, nb["cells"])
+        if name not in UNTOLD and not 1 / most <= minutes / about <= most:
+            found[name] = minutes, round(about)
+    return found
 
 
 def lessons():
@@ -97,6 +137,10 @@ def table():
 
 
 def main():
+    if "--times" in sys.argv[1:]:
+        for name, (minutes, about) in far_off().items():
+            print(f"{name:22} says {minutes}, the estimate is {about}")
+        return
     nb = json.loads(INDEX.read_text(encoding="utf-8"))
     (cell,) = [c for c in nb["cells"] if BEGIN.splitlines()[0] in "".join(c["source"])]
     text = "".join(cell["source"])
