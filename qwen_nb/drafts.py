@@ -16,7 +16,7 @@ from .generation import TextStream, check_prompt, max_positions, stream, text_pi
 from .model import Qwen
 from .mtp import MTPHead
 from .sampling import sampling_for
-from .several import reader_for
+from .way_back import reader_for
 from .speculation import Draft, TokenChoice, write_ahead
 
 # %% ../nbs/32a_drafts.ipynb #183909c8
