@@ -96,14 +96,14 @@ class LeanReader(Reader):
         self.cache = self.cache_kind(model.config, 1, room, dtype, self.device)
         self.check = None
 
-    def is_long(self, ids:list) -> bool:
+    def is_long(self, ids:list, places:int) -> bool:
         "Whether the model itself reads these."
         return len(ids) > FEW or not self.length
 
     @torch.no_grad()
     def read(self, ids:list, places:int=1) -> torch.Tensor:
         "As `Reader.read`."
-        if self.is_long(ids):
+        if self.is_long(ids, places):
             return super().read(ids, places)
         if self.check is None:
             self.check = self.check_kind(self.model, self.cache)

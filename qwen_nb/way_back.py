@@ -6,7 +6,7 @@
 __all__ = ['summed_state', 'rule_together', 'conv_together', 'LayerWrites', 'remember_all', 'HybridCheck', 'HybridReader',
            'reader_for']
 
-# %% ../nbs/32_turned_back.ipynb #8bb5ca93
+# %% ../nbs/32_turned_back.ipynb #90e213c2
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from .recurrent import DeltaWeights, FixedStates, HybridStep, entering, leaving,
 from .several import FEW, LeanCheck, LeanReader
 from .speculation import Reader
 
-# %% ../nbs/32_turned_back.ipynb #6e3832bb
+# %% ../nbs/32_turned_back.ipynb #da813aeb
 def summed_state(
     n:int, state:torch.Tensor, fading:torch.Tensor,
     keys:torch.Tensor, changes:torch.Tensor,     # as in the exercise
@@ -30,7 +30,7 @@ def summed_state(
     faded = state * end.exp()[..., None]
     return torch.baddbmm(faded, (keys[:, :n] * left[..., None]).mT, changes[:, :n])
 
-# %% ../nbs/32_turned_back.ipynb #e0f43ff6
+# %% ../nbs/32_turned_back.ipynb #3e2f4aaf
 def rule_together(
     q:torch.Tensor, k:torch.Tensor,     # (heads, n, key dim)
     v:torch.Tensor,                     # (heads, n, value dim)
@@ -51,7 +51,7 @@ def rule_together(
     read = torch.baddbmm(from_state, D * torch.bmm(q, k.mT), changes)
     return read, fading, changes
 
-# %% ../nbs/32_turned_back.ipynb #c65d29f3
+# %% ../nbs/32_turned_back.ipynb #1d606170
 def conv_together(
     x:torch.Tensor,       # (n, channels), the new inputs of one text
     recent:torch.Tensor,  # (1, channels, kernel - 1), the inputs before them; stays as it is
@@ -62,7 +62,7 @@ def conv_together(
     seen = inputs[0].unfold(-1, weight.shape[1], 1)          # (channels, n, kernel)
     return (seen * weight[:, None]).sum(-1).t(), inputs
 
-# %% ../nbs/32_turned_back.ipynb #978119cb
+# %% ../nbs/32_turned_back.ipynb #52dd97f2
 class LayerWrites(NamedTuple):
     "What a layer with a state did in one check: enough for its memory after any of the n tokens."
     inputs:torch.Tensor    # of the convolution, old and new: (1, channels, kernel - 1 + n)
@@ -89,7 +89,7 @@ def remember_all(x:torch.Tensor, w:DeltaWeights, recent:torch.Tensor, state:torc
     read, fading, changes = rule_together(q, k, v, g.t(), b.sigmoid().float().t(), state[0])
     return leaving(read.transpose(0, 1), z, w), LayerWrites(inputs, state[0], fading, k, changes)
 
-# %% ../nbs/32_turned_back.ipynb #65f9647d
+# %% ../nbs/32_turned_back.ipynb #97c495e5
 class HybridCheck(LeanCheck, HybridStep):
     "A `LeanCheck` for hybrids, with a `FixedStates`, and with a way back."
     def __init__(self, model:torch.nn.Module, cache:FixedStates):
@@ -127,7 +127,7 @@ class HybridCheck(LeanCheck, HybridStep):
                             for i, (recent, state) in cache.states.items()}
         cache.length = length
 
-# %% ../nbs/32_turned_back.ipynb #4da030bd
+# %% ../nbs/32_turned_back.ipynb #6160f631
 class HybridReader(LeanReader):
     "A `LeanReader` for hybrids. It goes back exactly, to where its first short pass began."
     cache_kind, check_kind = FixedStates, HybridCheck
@@ -138,12 +138,13 @@ class HybridReader(LeanReader):
         self.check = self.check_kind(model, self.cache)
         self.model = self.check.model            # perhaps its copy in float32
 
-    def is_long(self, ids:list) -> bool:
-        return len(ids) > FEW
+    def is_long(self, ids:list, places:int) -> bool:
+        "Guesses never are: they may have to go."
+        return len(ids) > FEW and places == 1
 
     def read(self, ids:list, places:int=1) -> torch.Tensor:
         "As `Reader.read`."
-        if self.is_long(ids):
+        if self.is_long(ids, places):
             self.check.settle()
             self.check.checks = []
         return super().read(ids, places)
