@@ -4,6 +4,7 @@ run.
 
     python benchmarks/speculate.py             # the packaged Qwen3 and Qwen3.5
     python benchmarks/speculate.py --model DIR --draft DIR   # your own, beside lookup
+    python benchmarks/speculate.py --wide      # what a check costs in wide layers
 
 Both write the same stories on, greedily, and do not stop; each way is asked in turn, in both
 orders. In float32 the ids have to be the same, or the script ends with an error. (In bfloat16
@@ -11,7 +12,8 @@ rounding may choose otherwise where two tokens are equally likely; how many text
 printed.) A pass is one call of the model: plain writing takes one for each token. The ratio is that
 of the times, its median and range over the runs; the last column compares with plain steps
 (`fast=False`). The packaged Qwen2 is as large as the model that it guesses for, so it cannot pay:
-it is there to show that.
+it is there to show that. `--wide` takes no text: it makes eight layers with random weights, as wide
+as those of Qwen3.5-0.8B, and tells what a check of so many tokens takes, a lean step being 1.
 """
 
 import argparse
@@ -83,6 +85,49 @@ def measure(name, model, draft, k, prompts, new, runs):
     )
 
 
+def fastest(run, times=7):
+    best = float("inf")
+    for _ in range(times):
+        start = clock()
+        run()
+        best = min(best, clock() - start)
+    return best
+
+
+def measure_wide(dtype, device, runs):
+    "What checks take, lean and plain, in lean steps, for a wide hybrid."
+    from qwen_nb.model import Qwen
+    from qwen_nb.qwen3_5 import HybridConfig
+    from qwen_nb.recurrent import fixed_cache, step_for
+    from qwen_nb.speculation import Reader
+    from qwen_nb.way_back import reader_for
+
+    torch.manual_seed(0)
+    config = HybridConfig(vocab_size=4000, num_hidden_layers=8)
+    model = Qwen(config).eval().requires_grad_(False).to(device, getattr(torch, dtype))
+    ids = torch.randint(0, config.vocab_size, (60,)).tolist()
+    cache = fixed_cache(model, 1, 200, model.dtype, device)
+    readers = {"lean": reader_for(model, 200), "plain": Reader(model, 200)}
+    with torch.no_grad():
+        model(torch.tensor([ids[:42]], device=device), cache=cache, last_only=True)
+        step, token = step_for(model)(model, cache), torch.tensor([3], device=device)
+        for reader in readers.values():
+            reader.read(ids[:40])
+            reader.read(ids[40:42])
+
+        def check(reader, n):
+            reader.read(ids[42 : 42 + n], n).sum().item()
+            reader.go_back(42)
+
+        for _ in range(runs):
+            one = fastest(lambda: step(token).sum().item())
+            words = [f"a lean step {one * 1e3:.1f} ms; in lean steps"]
+            for n in (1, 4, 7, 8, 11):
+                lean, plain = (fastest(lambda r=r: check(r, n)) / one for r in readers.values())
+                words.append(f"{n} tokens {lean:.2f} (plain {plain:.2f})")
+            print(", ".join(words), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -99,6 +144,7 @@ def main():
     parser.add_argument(
         "--busy", action="store_true", help="one thread, and its processor time for the clock"
     )
+    parser.add_argument("--wide", action="store_true", help="only what a check costs in a wide one")
     args = parser.parse_args()
     if args.busy:
         global clock
@@ -110,6 +156,8 @@ def main():
     def open_model(folder):
         return Qwen.from_pretrained(folder, args.dtype, args.device)
 
+    if args.wide:
+        return measure_wide(args.dtype, args.device, args.runs)
     folders = [Path(args.model)] if args.model else [packaged_model(), packaged_model("qwen3_5")]
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}, {args.dtype}"

@@ -16,8 +16,8 @@ from .generation import TextStream, check_prompt, max_positions, stream, text_pi
 from .model import Qwen
 from .mtp import MTPHead
 from .sampling import sampling_for
-from .several import reader_for
 from .speculation import Draft, TokenChoice, write_ahead
+from .way_back import reader_for
 
 # %% ../nbs/32a_drafts.ipynb #183909c8
 class Lookup(Draft):

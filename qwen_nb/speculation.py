@@ -165,7 +165,7 @@ def write_ahead(
     seed:int=None,           # of the draws; None: PyTorch's own generator
     prefill_chunk:int=None,  # read the prompt in pieces of this length, to save memory
     trace:list=None,         # gets (guessed ids, how many were accepted) for each pass
-    make_reader:type=Reader, # what reads; `reader_for`, in the next lesson, is quicker
+    make_reader:type=Reader, # what reads; `reader_for` (32_turned_back) is quicker
 ):
     "The loop: yields the new ids, each an int. `speculate` (32a_drafts) checks first."
     ids, device = input_ids[0].tolist(), input_ids.device

@@ -8,9 +8,8 @@ from test_fast import HYBRIDS, KINDS, random_model
 
 from qwen_nb import several
 from qwen_nb.drafts import pieces_limit
-from qwen_nb.inspect import packaged_model
 from qwen_nb.model import Qwen
-from qwen_nb.several import LeanReader, check_mask, reader_for
+from qwen_nb.several import LeanReader, check_mask
 from qwen_nb.speculation import Reader
 
 
@@ -70,16 +69,6 @@ def test_positions_of_the_first_for_all_are_seen(monkeypatch):
 
     monkeypatch.setattr(several, "look_up_each", one_place)
     assert max(walk(random_model("qwen3", seed)[0], seed) for seed in range(6)) > 1e-2
-
-
-def test_who_gets_which_reader():
-    model = Qwen.from_pretrained(None)
-    assert isinstance(reader_for(model, 20), LeanReader)
-    handle = model.model.register_forward_hook(lambda *args: None)
-    assert type(reader_for(model, 20)) is Reader, "a hook would see nothing"
-    handle.remove()
-    hybrid = Qwen.from_pretrained(packaged_model("qwen3_5"))
-    assert type(reader_for(hybrid, 20)) is Reader, "its state cannot be cut"
 
 
 def test_nan_is_refused():

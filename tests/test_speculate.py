@@ -18,6 +18,7 @@ from qwen_nb.mtp import MTPHead
 from qwen_nb.qwen1 import Qwen1Config
 from qwen_nb.sampling import Sampling, keep, marks, penalize
 from qwen_nb.speculation import Draft, Reader, TokenChoice, accept_guesses, write_ahead
+from qwen_nb.way_back import HybridReader
 
 GREEDY = dict(temperature=0.0, stop_ids=())
 SIZES = dict(
@@ -119,16 +120,27 @@ def test_greedy_ids_of_200_random_models():
     assert not failed, f"{len(failed)} of 200\n" + "\n".join(failed)
 
 
-@pytest.mark.parametrize("family", ["Qwen3ForCausalLM", "Qwen3_5ForCausalLM"])
-def test_the_comparison_sees_a_cache_that_is_not_turned_back(family, monkeypatch):
-    monkeypatch.setattr(Reader, "go_back", lambda self, length: None)
+@pytest.mark.parametrize(
+    "family, reader", [("Qwen3ForCausalLM", Reader), ("Qwen3_5ForCausalLM", HybridReader)]
+)
+def test_the_comparison_sees_a_cache_that_is_not_turned_back(family, reader, monkeypatch):
+    monkeypatch.setattr(reader, "go_back", lambda self, length: None)
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
         for seed in range(3):
             same_ids(family, seed)
 
 
+@pytest.mark.parametrize("family", ["Qwen3_5ForCausalLM", "Qwen3NextForCausalLM"])
+def test_hybrids_that_are_read_by_plain_passes(family, monkeypatch):
+    "As where a hook watches: by bookmarks, some tokens are read again."
+    monkeypatch.setattr(drafts, "reader_for", Reader)
+    for seed in range(3):
+        same_ids(family, seed)
+
+
 def test_the_comparison_sees_a_state_that_is_not_turned_back(monkeypatch):
     "The length alone is not enough for a hybrid."
+    monkeypatch.setattr(drafts, "reader_for", Reader)
     monkeypatch.setattr(
         speculation, "turn_back", lambda cache, mark: setattr(cache, "length", mark[0])
     )
