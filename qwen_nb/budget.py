@@ -97,7 +97,7 @@ def attend_blocks(
     size:int=64,                     # queries in a block
     longest:int=512,  # positions; a longer text goes through `attend`, which keeps no weights
 ) -> torch.Tensor:
-    """`attend`, faster in bfloat16 training on a CPU. Shaped like `q`.
+    """`attend`, faster in training on a CPU. Shaped like `q`.
 
     Blocks of queries, each with the keys up to its own end, as plain products."""
     kv_heads, end, head_dim = k.shape[1:]

@@ -27,7 +27,7 @@ class Attention(nn.Module):
     """Causal grouped-query attention with RoPE: `(batch, seq, hidden_size)` in and out.
 
     ValueError: see `check_sharing`. Source: Qwen3Attention and Qwen2Attention in transformers."""
-    training_mix = staticmethod(attend)    # for bfloat16 in training, see `which_mix`
+    training_mix = staticmethod(attend)    # for training, see `which_mix`
 
     def __init__(self, hidden_size:int,    # width of the residual stream
                  num_attention_heads:int,  # query heads
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def which_mix(self, v:torch.Tensor, cache):  # `attend`; in training perhaps a faster one
-        in_training = self.training and cache is None and v.dtype == torch.bfloat16
+        in_training = self.training and cache is None
         return self.training_mix if in_training else attend
 
     def forward(self, x:torch.Tensor,                # (batch, seq, hidden_size)

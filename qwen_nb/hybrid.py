@@ -85,7 +85,7 @@ class GatedAttention(Attention):
         "`attend`, or in training its faster way. Rows of the mask without a key see everything."
         if mask is not None:  # no row may be empty; what padding sees, nobody reads
             mask = mask | ~mask.any(-1, keepdim=True)
-        in_training = self.training and cache is None and v.dtype == torch.bfloat16
+        in_training = self.training and cache is None
         mix = self.training_mix if in_training else attend
         return mix(q, k, v, mask)
 
