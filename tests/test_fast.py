@@ -27,13 +27,19 @@ from qwen_nb.qwen3_5 import LAYER_KINDS, HybridConfig
 from qwen_nb.qwen3_5_moe import MoEHybridConfig
 from qwen_nb.qwen3_next import NextConfig
 from qwen_nb.qwen4_exp import StreamConfig
-from qwen_nb.recurrent import FixedStates, HybridStep, fixed_cache, step_for
+from qwen_nb.recurrent import FixedStates
 from qwen_nb.sampling import Sampling, choose
+from qwen_nb.streamed import StreamStep, fixed_cache, step_for
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.windows import WindowConfig
 from qwen_nb.writing import Context, write
 
-HYBRIDS = {"qwen3_5": HybridConfig, "qwen3_next": NextConfig, "qwen3_5_moe": MoEHybridConfig}
+HYBRIDS = {
+    "qwen3_5": HybridConfig,
+    "qwen3_next": NextConfig,
+    "qwen3_5_moe": MoEHybridConfig,
+    "qwen4_exp": StreamConfig,
+}
 KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows", "mixture", "shared", *HYBRIDS]
 
 
@@ -58,7 +64,36 @@ def hybrid_sizes(kind, rng, sizes):
         experts = rng.randint(2, 5)
         more |= dict(num_experts=experts, num_experts_per_tok=rng.randint(1, experts))
         more |= dict(moe_intermediate_size=8, shared_expert_intermediate_size=rng.randint(4, 12))
+    if kind == "qwen4_exp":
+        more |= stream_sizes(rng, more)
     return sizes | more
+
+
+def stream_sizes(rng, sizes):
+    "And those that a Qwen4-exp has beside a hybrid's."
+    kinds = sizes["layer_types"]
+    turned = int(sizes["head_dim"] * sizes["partial_rotary_factor"])
+    lengths, heads, block = rng.randint(2, 4), rng.choice([1, 2]), rng.choice([1, 2, 4])
+    return dict(
+        output_gate_type=rng.choice(["sigmoid", "silu"]),
+        hc_count=rng.randint(2, 4),
+        hc_lowrank=rng.randint(1, 9),
+        indexer_n_heads=rng.randint(1, 3),
+        indexer_head_dim=turned + 2 * rng.randint(0, 4),
+        indexer_compress_ratio=block,
+        indexer_budget=block * rng.randint(1, 12),  # reached early, late, or never
+        ple_layer_ids=[
+            i + 1 for i, kind in enumerate(kinds) if kind == LAYER_KINDS[0] and rng.random() < 0.7
+        ],
+        ple_embed_dim=(lengths - 1) * heads * rng.randint(2, 8),
+        ple_conv_kernel_size=rng.choice([1, 2, 4]),
+        ngram_size=lengths,
+        heads_per_ngram=heads,
+        ngram_vocab_size_base=rng.randint(20, 60),
+        make_ngram_vocab_size_divisible_by=8,
+        split_ngram_parts=rng.choice([1, 3]),
+        eos_token_id=rng.randrange(20),  # ends a text again and again
+    )
 
 
 def random_config(kind, rng):
