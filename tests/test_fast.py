@@ -14,7 +14,7 @@ from torch import nn
 
 from qwen_nb import fast as fast_module
 from qwen_nb.cache import KVCache, count_rows
-from qwen_nb.captured import CapturedHybridStep, CapturedStep, stepper_for
+from qwen_nb.captured import CAPTURED, CapturedStep, stepper_for
 from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
 from qwen_nb.fixed import FixedCache, before_attention, open_columns
 from qwen_nb.generation import generate, stream
@@ -27,9 +27,8 @@ from qwen_nb.qwen3_5 import LAYER_KINDS, HybridConfig
 from qwen_nb.qwen3_5_moe import MoEHybridConfig
 from qwen_nb.qwen3_next import NextConfig
 from qwen_nb.qwen4_exp import StreamConfig
-from qwen_nb.recurrent import FixedStates
 from qwen_nb.sampling import Sampling, choose
-from qwen_nb.streamed import StreamStep, fixed_cache, step_for
+from qwen_nb.streamed import fixed_cache, step_for
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.windows import WindowConfig
 from qwen_nb.writing import Context, write
@@ -228,7 +227,7 @@ def test_bfloat16_differs_in_ties_alone(kind, small, monkeypatch):
         assert not nearly_best(model, worst, mask, ids.shape[1], 0.05), "the worst token is seen"
 
 
-@pytest.mark.parametrize("name", [None, "qwen1", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("name", [None, "qwen1", "qwen2", "qwen3_moe", "qwen4_exp"])
 def test_packaged_models(name):
     folder = packaged_model(name) if name else packaged_model()
     model = Qwen.from_pretrained(folder, dtype=torch.float32)
@@ -463,33 +462,13 @@ def test_a_piece_in_use_is_seen():
     assert why_plain(model) is None
 
 
-def test_other_families_step_aside():
-    config = StreamConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        linear_num_key_heads=1,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=8,
-        shared_expert_intermediate_size=8,
-        hc_count=2,
-        hc_lowrank=4,
-        indexer_n_heads=1,
-        indexer_head_dim=8,
-        indexer_budget=8,
-        indexer_compress_ratio=4,
-        ple_layer_ids=(),
-    )
-    model = Qwen(config).eval()
-    assert "whose work it does not know" in why_plain(model)
+def test_a_table_in_another_dtype_steps_aside():
+    "As a large one is, which stays in its file."
+    model = Qwen.from_pretrained(packaged_model("qwen4_exp"), dtype=torch.float32)
+    assert why_plain(model) is None
+    table = model.model.layers[1].ple.ple_embedding.ngram_embedding
+    table.bfloat16()
+    assert "differ in dtype" in why_plain(model)
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(generate(model, ids, 5), generate(model, ids, 5, fast=False))
 
@@ -567,23 +546,30 @@ def test_large_hybrids_are_not_copied(kind, monkeypatch):
     for seed in range(8):
         same_in_float32(kind, seed)
     model, _ = random_model(kind, 0)
-    step = HybridStep(model, FixedStates(model.config, 1, 10))
+    cache = fixed_cache(model, 1, 10, torch.float32, "cpu")
+    model(torch.tensor([[1, 2]]), cache=cache)
+    step = step_for(model)(model, cache)
     for w in step.layers:
         assert getattr(w, "columns", None) is None, "a matrix was copied"
+    own = {p.data_ptr() for p in model.parameters()}
+    for ngrams, *mixers in getattr(step, "around", ()):
+        assert ngrams is None or ngrams.table is None, "a table was copied"
+        weights = [weight for w in mixers for weight in (*w.first[0], w.up)]
+        assert all(weight.data_ptr() in own for weight in weights), "a mixer was copied"
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_states_stay_where_they_are(kind):
     for seed in range(4):
         model, _ = random_model(kind, seed)
-        cache = FixedStates(model.config, 2, 80)
+        cache = fixed_cache(model, 2, 80, torch.float32, "cpu")
         places = [t.data_ptr() for pair in cache.states.values() for t in pair]
         plain, ids = model.config.cache(model.config, 2, 80), torch.randint(0, 30, (2, 10))
         with torch.inference_mode():
             for part in ids.split(6, 1):  # the prompt in two pieces
                 ours, theirs = (model(part, cache=c, last_only=True)[:, -1] for c in (cache, plain))
                 assert torch.equal(ours, theirs) and cache.length == plain.length
-            step = HybridStep(model, cache)
+            step = step_for(model)(model, cache)
             for _ in range(60):
                 step(torch.tensor([1, 2]))
         assert places == [t.data_ptr() for pair in cache.states.values() for t in pair]
@@ -660,7 +646,7 @@ def test_the_captured_step(kind):
         settings = Sampling(temperature=seed / 2, repetition_penalty=1.2)
         for look in (1, 8):
             plain = list(write(model, ids, 30, settings, mask, seed=3))
-            step = CapturedHybridStep if kind in HYBRIDS else CapturedStep
+            step = CAPTURED[step_for(model)]
             ours = list(write_fast(model, ids, 30, settings, mask, 3, look=look, stepper=step))
             assert torch.equal(torch.stack(plain), torch.stack(ours))
 
