@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from qwen_nb.fixed import (
     FixedCache,
-    LayerWeights,
     MixtureWeights,
     both_signs,
     gated,
@@ -34,7 +33,6 @@ from qwen_nb.recurrent import (
     HybridStep,
     gated_layer,
     gated_qkv,
-    partners,
     remember,
 )
 from .sparse import Chooser, Places, turning_norms
@@ -54,8 +52,9 @@ class MixerWeights(NamedTuple):
         matrices = [m.input_mix_weight_down]
         if isinstance(m, HyperConnection):
             matrices.append(m.block_inject_weight)
-        return cls(scales(m.hc_norm, m.streams) / m.streams, together(matrices, fuse),
-                   m.input_mix_weight_up.weight, m.input_mix_weight_down.out_features, m.hc_norm.eps)
+        up, rank = m.input_mix_weight_up.weight, m.input_mix_weight_down.out_features
+        scale = scales(m.hc_norm, m.streams) / m.streams
+        return cls(scale, together(matrices, fuse), up, rank, m.hc_norm.eps)
 
 def scales(norm:nn.Module, streams:int) -> torch.Tensor:
     "What a `StreamNorm` multiplies by, `(streams, hidden_size)`, in float32."
