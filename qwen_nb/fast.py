@@ -65,6 +65,14 @@ deltanet.DeltaNetWeights.project deltanet.causal_conv deltanet.log_decay deltane
 deltanet.GatedRMSNorm.forward deltanet.delta_rule deltanet.l2_norm deltanet.repeat_kv
 deltanet.each_alone deltanet.real_and_first qwen3_next.NextDeltaNet.project
 qwen3_next.NextDeltaNet.by_kind
+cache.KVCache.update cache.KVCache.place writing.Context.read writing.write writing.end_rows
+writing.generator_for writing.longer_mask writing.choose writing.penalize writing.marks
+sampling.keep sampling.keep_top_k sampling.keep_top_p sampling.keep_min_p
+sampling.penalize_repetition sampling.penalize_presence
+""".split()  # functions whose work the fast way does, each where the plain way looks for it
+
+# %% ../nbs/30aa_fast.ipynb #fy0know1
+PLAIN_WAY += """
 streams.StreamNorm.forward streams.StreamMixer.forward streams.StreamMixer.mix
 streams.HyperConnection.forward streams.add_to_streams streams.StreamBlock.forward
 streams.StreamDecoder.forward indexer.cut_into_blocks indexer.pool indexer.best_blocks
@@ -75,11 +83,7 @@ ngram.looked_back ngram.ngram_rows ngram.ShardedTable.forward ngram.NgramEmbeddi
 ngram.NgramLayer.gate ngram.NgramLayer.near ngram.NgramLayer.forward ngram.each_alone
 ngram.real_and_first qwen4_exp.SigmoidRMSNorm.forward qwen4_exp.StreamCache.grow
 qwen4_exp.StreamCache.swap
-cache.KVCache.update cache.KVCache.place writing.Context.read writing.write writing.end_rows
-writing.generator_for writing.longer_mask writing.choose writing.penalize writing.marks
-sampling.keep sampling.keep_top_k sampling.keep_top_p sampling.keep_min_p
-sampling.penalize_repetition sampling.penalize_presence
-""".split()  # functions whose work the fast way does, each where the plain way looks for it
+""".split()  # those of Qwen4-exp
 
 # %% ../nbs/30aa_fast.ipynb #fy0ship0
 HOMES = tuple(str(Path(file).parent) for file in (Qwen.forward.__code__.co_filename,

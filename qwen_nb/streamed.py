@@ -14,15 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qwen_nb.fixed import (
-    FixedCache,
-    MixtureWeights,
-    both_signs,
-    gated,
-    mixed,
-    products,
-    together,
-)
+from .fixed import FixedCache, MixtureWeights, both_signs, gated, mixed, products, together
 from .hybrid import HybridBlock
 from .lean import LeanStep
 from .model import Block
@@ -35,7 +27,7 @@ from qwen_nb.recurrent import (
     gated_qkv,
     remember,
 )
-from .sparse import Chooser, Places, turning_norms
+from .sparse import BlockChooser, Places, turning_norms
 from .streams import HyperConnection, StreamBlock
 
 # %% ../nbs/30a_streamed.ipynb #sd0mix00
@@ -189,7 +181,7 @@ class StreamWeights(HybridStep):
         if block.linear:
             gate = torch.sigmoid if type(block.linear_attn) is SigmoidDeltaNet else F.silu
             return DeltaWeights.of(block, fuse, None, None)._replace(gate=gate)
-        self.choosers[layer] = Chooser(block.self_attn.indexer, kept["index"])
+        self.choosers[layer] = BlockChooser(block.self_attn.indexer, kept["index"])
         return gated_layer(block, fuse, None, None)
 
     def norm_of(self, decoder:nn.Module):
