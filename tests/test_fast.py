@@ -18,6 +18,7 @@ from qwen_nb.captured import CAPTURED, CapturedStep, stepper_for
 from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
 from qwen_nb.fixed import FixedCache, before_attention, open_columns
 from qwen_nb.generation import generate, stream
+from qwen_nb.indexer import best_blocks
 from qwen_nb.inspect import packaged_model
 from qwen_nb.lean import LeanStep, after_attention
 from qwen_nb.mixture import MoEConfig
@@ -28,6 +29,7 @@ from qwen_nb.qwen3_5_moe import MoEHybridConfig
 from qwen_nb.qwen3_next import NextConfig
 from qwen_nb.qwen4_exp import StreamConfig
 from qwen_nb.sampling import Sampling, choose
+from qwen_nb.sparse import closed_blocks
 from qwen_nb.streamed import fixed_cache, step_for
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.windows import WindowConfig
@@ -577,6 +579,45 @@ def test_states_stay_where_they_are(kind):
         for i, (recent, state) in cache.states.items():
             assert recent.abs().sum() > 0 or not recent.numel(), f"layer {i} keeps no inputs"
             assert state.abs().sum() > 0, f"layer {i} has an empty state"
+
+
+def test_of_equal_blocks_those_of_the_plain_indexer_are_chosen():
+    "Many scores are 0: which of them is chosen is `topk`'s own affair, asked the same way."
+    torch.manual_seed(0)
+    for k in (1, 3, 8):
+        scores = torch.randn(4, 1, 12).relu()
+        numbers = [2, 7, 9, 12]  # of complete blocks, a row
+        complete = torch.arange(12) < torch.tensor(numbers)[:, None, None]
+        want = best_blocks(scores, complete, k) | ~complete
+        alone = [([row], n) for row, n in enumerate(numbers)]
+        assert torch.equal(closed_blocks(scores[:, 0], alone, k) == 0, want[:, 0])
+        every = [(slice(None), 12)]
+        want = best_blocks(scores, torch.ones_like(complete), k)
+        assert torch.equal(closed_blocks(scores[:, 0], every, k) == 0, want[:, 0])
+
+
+def test_the_model_reads_on_where_lean_steps_ended():
+    "What they keep beside keys and values is what the model would have kept."
+    for seed in range(12):
+        model, _ = random_model("qwen4_exp", seed)
+        ids = torch.randint(0, 30, (2, 100))
+        cache = fixed_cache(model, 2, 100, torch.float32, "cpu")
+        with torch.inference_mode():
+            model(ids[:, :10], cache=cache)
+            step = step_for(model)(model, cache)
+            for new in ids[:, 10:80].T:
+                step(new)
+            found, wanted = model(ids[:, 80:], cache=cache), model(ids)[:, 80:]
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max(), f"seed {seed}"
+
+
+def test_streams_are_neither_compiled_nor_captured():
+    model, _ = random_model("qwen4_exp", 0)
+    with pytest.raises(ValueError, match="does not know the layers of this family"):
+        generate(model, torch.tensor([[1]]), 3, fast="compile")
+    step = step_for(model)
+    assert step_for(random_model("qwen3_5", 0)[0]).same_shapes and not step.same_shapes
+    assert issubclass(CAPTURED[step], step)
 
 
 @pytest.mark.parametrize("last", LAYER_KINDS)
