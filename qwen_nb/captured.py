@@ -58,8 +58,8 @@ class CapturedStep(LeanStep):
 
     The first step runs as it is, so that everything is warm; the second is captured in a CUDA
     graph, and replayed from then on, until more positions are made ready and it is captured
-    anew. On a CPU, for a mixture, whose experts are chosen on the host, and where shapes change,
-    there is no graph: the same function runs."""
+    anew. On a CPU, for a mixture, whose experts the host may have to choose, and where shapes
+    change, there is no graph: the same function runs."""
     def __init__(self, model:nn.Module, *args, **kw):      # as `LeanStep`
         super().__init__(model, *args, **kw)
         mixture = any(isinstance(w.mlp, MixtureWeights) for w in self.layers)
