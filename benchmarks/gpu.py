@@ -141,7 +141,7 @@ class Bench:
 
 
 def ways_of_ours(model):
-    "Name → way. Where there is no fast way (hybrids), the plain one alone."
+    "Name → way. Where there is no fast way, the plain one alone."
 
     def plain(ids, new):
         return generate(model, ids, new, **GREEDY, fast=False)

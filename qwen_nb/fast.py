@@ -21,14 +21,18 @@ from .cache import KVCache
 from .deltanet import GatedDeltaNet, GatedRMSNorm
 from .gqa import Attention
 from .hybrid import GatedAttention, HybridBlock, MixedCache, ZeroCentredRMSNorm
+from .indexer import Indexer, SparseAttention
 from .mlp import SwiGLU
 from .model import Block, Decoder, Qwen
 from .moe import SparseMLP
+from .ngram import NgramEmbedding, NgramLayer, ShardedTable
 from .norm import RMSNorm
 from .qwen1 import LogNAttention, NTKCache, NTKRotary
 from .qwen3_next import NextDeltaNet
-from .recurrent import fixed_cache, step_for
+from .qwen4_exp import SigmoidDeltaNet, SigmoidRMSNorm, StreamCache
 from .sampling import Sampling, keep, marks, penalize
+from .streamed import fixed_cache, step_for
+from .streams import HyperConnection, StreamBlock, StreamDecoder, StreamMixer, StreamNorm
 from .width import wide_products
 from .windows import WindowAttention
 from .writing import Context, generator_for, refuse_nan, write
@@ -39,8 +43,10 @@ KNOWN = {
     Qwen, Decoder, Block, nn.ModuleList, nn.Embedding, nn.Linear, nn.Identity, RMSNorm, SwiGLU,
     SparseMLP, Attention, LogNAttention, WindowAttention, NTKRotary, HybridBlock, GatedAttention,
     GatedDeltaNet, NextDeltaNet, GatedRMSNorm, ZeroCentredRMSNorm, nn.Conv1d,
+    StreamDecoder, StreamBlock, StreamNorm, StreamMixer, HyperConnection, SparseAttention, Indexer,
+    NgramLayer, NgramEmbedding, ShardedTable, SigmoidDeltaNet, SigmoidRMSNorm,
 }  # what a `LeanStep` does the work of; a class that extends one of them is not known
-CACHES = {KVCache, NTKCache, MixedCache}
+CACHES = {KVCache, NTKCache, MixedCache, StreamCache}
 PLAIN_WAY = """
 model.Qwen.forward model.Qwen.head model.Decoder.forward model.Block.forward model.positions
 model.causal_mask gqa.Attention.forward gqa.Attention.qkv gqa.Attention.split_heads
@@ -64,6 +70,20 @@ writing.generator_for writing.longer_mask writing.choose writing.penalize writin
 sampling.keep sampling.keep_top_k sampling.keep_top_p sampling.keep_min_p
 sampling.penalize_repetition sampling.penalize_presence
 """.split()  # functions whose work the fast way does, each where the plain way looks for it
+
+# %% ../nbs/30aa_fast.ipynb #fy0know1
+PLAIN_WAY += """
+streams.StreamNorm.forward streams.StreamMixer.forward streams.StreamMixer.mix
+streams.HyperConnection.forward streams.add_to_streams streams.StreamBlock.forward
+streams.StreamDecoder.forward indexer.cut_into_blocks indexer.pool indexer.best_blocks
+indexer.sum_of_blocks indexer.real_keys indexer.IndexKeys.project indexer.IndexKeys.block_keys
+indexer.Indexer.score indexer.Indexer.forward indexer.causal_mask indexer.apply_partial_rope
+indexer.SparseAttention.forward indexer.SparseAttention.mix_values ngram.since_end
+ngram.looked_back ngram.ngram_rows ngram.ShardedTable.forward ngram.NgramEmbedding.forward
+ngram.NgramLayer.gate ngram.NgramLayer.near ngram.NgramLayer.forward ngram.each_alone
+ngram.real_and_first qwen4_exp.SigmoidRMSNorm.forward qwen4_exp.StreamCache.grow
+qwen4_exp.StreamCache.swap
+""".split()  # those of Qwen4-exp
 
 # %% ../nbs/30aa_fast.ipynb #fy0ship0
 HOMES = tuple(str(Path(file).parent) for file in (Qwen.forward.__code__.co_filename,

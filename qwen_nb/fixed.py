@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READY', 'FUSE_BELOW', 'FixedCache', 'open_columns', 'turning_tables', 'both_signs', 'scaled', 'turn',
-           'turning_weights', 'turns_of', 'together', 'products', 'gated_weights', 'gated', 'MixtureWeights',
-           'mlp_weights', 'mixed', 'LayerWeights', 'before_attention']
+           'turning_weights', 'turns_of', 'together', 'products', 'gated_weights', 'gated', 'MixtureWeights', 'stacked',
+           'mlp_weights', 'mixed_stacks', 'mixed', 'LayerWeights', 'before_attention']
 
 # %% ../nbs/30a_fixed.ipynb #fx0imp00
 from typing import NamedTuple
@@ -155,18 +155,46 @@ def gated(x:torch.Tensor, weights:tuple, start:torch.Tensor) -> torch.Tensor:
 class MixtureWeights(NamedTuple):
     "What a step needs of a `SparseMLP`."
     module:nn.Module
-    experts:list                               # `gated_weights` of each
+    experts:list                               # `gated_weights` of each; None: stacked
+    stacks:tuple                               # gates and ups, downs, of all experts; or None
+    shared:tuple                               # `gated_weights` of the shared expert, or None
+
+def stacked(experts:list) -> tuple:
+    "Gates and ups `(experts, 2 * units, hidden_size)`, downs `(experts, units, hidden_size)`."
+    gate_up = [torch.cat((e.gate_proj.weight, e.up_proj.weight)) for e in experts]
+    return torch.stack(gate_up), torch.stack([e.down_proj.weight.t() for e in experts])
+
 def mlp_weights(mlp:nn.Module, fuse:bool):
     "Of a `SwiGLU` or a `SparseMLP`."
-    if type(mlp) is SparseMLP:
-        return MixtureWeights(mlp, [gated_weights(expert, fuse) for expert in mlp.experts])
-    return gated_weights(mlp, fuse)
+    if type(mlp) is not SparseMLP:
+        return gated_weights(mlp, fuse)
+    codes = any(hasattr(module, "bits") for module in mlp.experts.modules())      # 31aa_coded
+    if codes or not fuse:
+        return MixtureWeights(mlp, [gated_weights(e, fuse) for e in mlp.experts], None, None)
+    shared = mlp.shared_expert and gated_weights(mlp.shared_expert, fuse)
+    return MixtureWeights(mlp, None, stacked(mlp.experts), shared)
+
+# %% ../nbs/30a_fixed.ipynb #fx0mixed1
+def mixed_stacks(x:torch.Tensor, w:MixtureWeights, start:torch.Tensor) -> torch.Tensor:
+    "`mixed` for one row and stacked experts: the chosen ones as one with more units."
+    mlp = w.module
+    weights, chosen = route(mlp.gate(x), mlp.k, mlp.norm_topk_prob)      # (1, k) each
+    gate_up, down = (stack.index_select(0, chosen[0]).flatten(0, 1) for stack in w.stacks)
+    gate, up = F.linear(x, gate_up).view(mlp.k, 2, -1).unbind(1)         # (k, units)
+    units = F.silu(gate) * up * weights.t()
+    start = torch.addmm(start, units.view(1, -1), down)
+    if w.shared is None:
+        return start
+    gate, up = products(x, *w.shared[0]).chunk(2, -1)
+    return torch.addmm(start, F.silu(gate) * up * mlp.shared_expert_gate(x).sigmoid(), w.shared[1])
 
 def mixed(x:torch.Tensor, w:MixtureWeights, start:torch.Tensor) -> torch.Tensor:
-    "start + what a `SparseMLP` makes of x. One row asks only its own experts, one by one."
+    "start + what a `SparseMLP` makes of x. One row asks only its own experts."
     mlp = w.module
     if len(x) > 1:
         return start + mlp(x)
+    if w.stacks is not None:
+        return mixed_stacks(x, w, start)
     weights, chosen = route(mlp.gate(x), mlp.k, mlp.norm_topk_prob)
     zero = torch.zeros_like(x)
     answers = [gated(x, w.experts[e], zero) for e in chosen[0].tolist()]

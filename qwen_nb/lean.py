@@ -98,10 +98,10 @@ class LeanWeights:
         self.masks = {window: open_columns(cache, real, window) for window in windows}
         self.logn = {w.logn for w in self.looking} - {0}
         self.turning = self.turning_of([w.qk_norm for w in self.looking])
-        self.last_norm = self.norm_of(self.model.model.norm)
+        self.last_norm = self.norm_of(self.model.model)
 
     def weights_of(self, block:nn.Module, fuse:bool): return LayerWeights.of(block, fuse)
-    def norm_of(self, norm:nn.Module): return norm.weight.repeat(2)
+    def norm_of(self, decoder:nn.Module): return decoder.norm.weight.repeat(2)
     def turning_of(self, norms:list): return turning_weights(norms)
 
 # %% ../nbs/30a_lean.ipynb #lx0lean02
@@ -154,20 +154,38 @@ class LeanLayers(LeanState):
             q = q * self.growing[w.logn]
         return self.attend(q, k, v, w, view)
 
-    def attend(self, q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, w:LayerWeights, view:tuple):
+    def attend(self, q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, w:LayerWeights, view:tuple,
+               mask:torch.Tensor=None):                   # None: the one of this layer's window
         "Write keys and values where the position says, look everywhere: `(batch, heads * d)`."
         all_keys, all_values, keys, values = view
         all_keys.index_copy_(2, self.cache.position, k)
         all_values.index_copy_(2, self.cache.position, v)
         batch, d = len(q), q.shape[-1]
         q = q.reshape(len(keys), -1, d)                   # heads ask as several tokens would
-        return look_up(q, keys, values, self.seen[w.window]).view(batch, -1)
+        mask = self.seen[w.window] if mask is None else mask
+        return look_up(q, keys, values, mask).view(batch, -1)
+
+    def begin(self, ids:torch.Tensor) -> torch.Tensor:
+        "What goes into the first layer."
+        return F.embedding(ids, self.model.model.embed_tokens.weight)
+
+    def layer(self, i:int, x:torch.Tensor, turns:tuple) -> torch.Tensor:
+        "One layer, from what goes in to what comes out."
+        w = self.layers[i]
+        return self.after(x, self.mix(x, w, self.views[i], turns), w)
+
+    def last(self, x:torch.Tensor) -> torch.Tensor:
+        "Of what the last layer gave, what the head reads: `(batch, hidden_size)`."
+        return scaled(x, self.last_norm, self.model.model.norm.eps)
 
 # %% ../nbs/30a_lean.ipynb #lx0lean01
 class LeanStep(LeanLayers):
     """One token for each row, through a whole model of dense or sparse blocks, by few calls.
 
     Ids `(batch,)` in, logits `(batch, vocab_size)` in float32 out; the cache goes on by one."""
+    same_shapes = True      # whether all tokens ask for the same shapes, so it can be captured
+    compiles = True         # whether it uses the `halves` that it is given
+
     def __call__(self, ids:torch.Tensor) -> torch.Tensor:
         self.go_on()
         with one_row_kernels() if self.one_row else self.few_rows:
@@ -180,14 +198,14 @@ class LeanStep(LeanLayers):
 
     def step(self, ids:torch.Tensor) -> torch.Tensor:
         "What runs for each token: nothing here waits for a number, or depends on one."
-        position, model = self.cache.position, self.model
+        position = self.cache.position
         for window, mask in self.masks.items():
             mask.index_fill_(2, position + window if window else position, 0)
             if window:
                 mask.index_fill_(2, position, -torch.inf)     # `window` columns before it
         self.growing = {n: scale.index_select(2, position) for n, scale in self.growth.items()}
-        x = F.embedding(ids, model.model.embed_tokens.weight)
-        for w, view, turns in zip(self.layers, self.views, self.turns(position)):
-            x = self.after(x, self.mix(x, w, view, turns), w)
+        x = self.begin(ids)
+        for i, turns in enumerate(self.turns(position)):
+            x = self.layer(i, x, turns)
         position += 1
-        return model.head(scaled(x, self.last_norm, model.model.norm.eps)).float()
+        return self.model.head(self.last(x)).float()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FixedStates', 'conv_step', 'rule_step', 'centred', 'DeltaWeights', 'unit_heads', 'entering', 'leaving', 'remember',
-           'gated_layer', 'partners', 'gated_qkv', 'HybridStep', 'is_hybrid', 'step_for', 'fixed_cache']
+           'gated_layer', 'partners', 'gated_qkv', 'HybridStep']
 
 # %% ../nbs/30a_recurrent.ipynb #rc0imp00
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from qwen_nb.fixed import (
     scaled,
     together,
 )
-from .hybrid import HybridBlock, memory_shapes
+from .hybrid import memory_shapes
 from .lean import LeanStep
 
 # %% ../nbs/30a_recurrent.ipynb #rc0cache0
@@ -97,7 +97,7 @@ def centred(norm:nn.Module) -> torch.Tensor:
 
 class DeltaWeights(NamedTuple):
     "What a step needs of a `HybridBlock` with a `GatedDeltaNet`."
-    before:torch.Tensor                        # of the norm, from `centred`
+    before:torch.Tensor                        # of the norm, from `centred`; None: there is none
     module:nn.Module                           # the `GatedDeltaNet`
     columns:torch.Tensor                       # its projections as one matrix; None: as they are
     conv:torch.Tensor                          # (channels, kernel)
@@ -109,9 +109,10 @@ class DeltaWeights(NamedTuple):
     after:torch.Tensor                         # of the norm before the MLP, from `centred`
     mlp:tuple                                  # from `mlp_weights`
     eps:float                                  # of the norms
+    gate:object = F.silu                       # what z goes through
 
     @classmethod
-    def of(cls, block:nn.Module, fuse:bool):
+    def of(cls, block:nn.Module, fuse:bool, before:torch.Tensor, after:torch.Tensor):
         m, columns = block.linear_attn, None
         weight = m.out_proj.weight
         if fuse and torch.is_tensor(weight):              # codes (31aa_coded) stay by themselves
@@ -120,10 +121,9 @@ class DeltaWeights(NamedTuple):
         key_dim = m.dims[0]
         lengths = torch.full((2 * m.key_heads, 1), key_dim**-0.5, device=m.A_log.device)
         lengths[:m.key_heads] = 1 / key_dim               # queries are divided once more
-        return cls(
-            centred(block.input_layernorm), m, columns, m.conv1d.weight[:, 0],
-            -m.A_log.float().exp(), lengths, m.norm.weight.repeat(2), weight.t(), None,
-            centred(block.post_attention_layernorm), mlp_weights(block.mlp, fuse), m.norm.eps)
+        return cls(before, m, columns, m.conv1d.weight[:, 0], -m.A_log.float().exp(), lengths,
+                   m.norm.weight.repeat(2), weight.t(), None, after,
+                   mlp_weights(block.mlp, fuse), m.norm.eps)
 
 # %% ../nbs/30a_recurrent.ipynb #rc0delta1
 def unit_heads(qk:torch.Tensor, w:DeltaWeights) -> tuple:
@@ -138,10 +138,11 @@ def unit_heads(qk:torch.Tensor, w:DeltaWeights) -> tuple:
     q, k = by_head.chunk(2, 1)
     return q.reshape(-1, 1, dim), k.reshape(-1, 1, dim)
 
-def entering(x:torch.Tensor, w:DeltaWeights) -> tuple:
-    """What the rows of x `(batch, hidden_size)` become before the convolution: queries, keys and
-    values side by side, the gate, and of each head beta and the decay, before their curves."""
-    m, h = w.module, scaled(x, w.before, w.eps)
+def entering(h:torch.Tensor, w:DeltaWeights) -> tuple:
+    """What the rows of h `(batch, hidden_size)`, normed, become before the convolution: queries,
+    keys and values side by side, the gate, and of each head beta and the decay, before their
+    curves."""
+    m = w.module
     if w.columns is None:
         return m.project(h)
     keys, _, values = m.sizes
@@ -150,16 +151,16 @@ def entering(x:torch.Tensor, w:DeltaWeights) -> tuple:
 
 def leaving(read:torch.Tensor, z:torch.Tensor, w:DeltaWeights) -> torch.Tensor:
     "What was read, `(batch, heads, value dim)`, normed, and times its gate: `(batch, values)`."
-    gate = F.silu(z.float()).view(read.shape)
+    gate = w.gate(z.float()).view(read.shape)
     normed = scaled(read.to(z.dtype), w.gate_norm, w.eps)
     return (normed * gate).to(z.dtype).flatten(1)
 
-def remember(x:torch.Tensor, w:DeltaWeights, recent:torch.Tensor, state:torch.Tensor):
-    """A `GatedDeltaNet` for one token, up to its last product: x `(batch, hidden_size)` →
+def remember(h:torch.Tensor, w:DeltaWeights, recent:torch.Tensor, state:torch.Tensor):
+    """A `GatedDeltaNet` for one token, up to its last product: h `(batch, hidden_size)`, normed →
     `(batch, values)`. What it keeps moves on in place."""
     m = w.module
     dim, heads = m.dims[2], m.value_heads
-    mixed, z, b, a = entering(x, w)
+    mixed, z, b, a = entering(h, w)
     qk, v = F.silu(conv_step(mixed, recent, w.conv)).tensor_split((2 * m.sizes[0],), 1)
     q, k = unit_heads(qk, w)
     decay = (w.rate * F.softplus(a.float() + m.dt_bias)).exp()
@@ -169,16 +170,15 @@ def remember(x:torch.Tensor, w:DeltaWeights, recent:torch.Tensor, state:torch.Te
     return leaving(read.view(-1, heads, dim), z, w)
 
 # %% ../nbs/30a_recurrent.ipynb #rc0gated0
-def gated_layer(block:nn.Module, fuse:bool) -> LayerWeights:
-    "The `LayerWeights` of a `HybridBlock` with `GatedAttention`."
+def gated_layer(block:nn.Module, fuse:bool, before:torch.Tensor, after:torch.Tensor):
+    "The `LayerWeights` of a block with `GatedAttention`; `before` and `after` are its norms'."
     a, d = block.self_attn, block.self_attn.head_dim
     n, n_kv = a.o_proj.in_features // d, a.k_proj.out_features // d
     qk_norm = [centred(a.q_norm)[:d].expand(n, d), centred(a.k_norm)[:d].expand(n_kv, d)]
     return LayerWeights(
-        centred(block.input_layernorm), together([a.q_proj, a.k_proj, a.v_proj], fuse),
-        torch.cat(qk_norm), a.o_proj.weight.t(), a.o_proj.bias,
-        centred(block.post_attention_layernorm), mlp_weights(block.mlp, fuse), (n, n_kv, d),
-        block.input_layernorm.eps, 0, 0)
+        before, together([a.q_proj, a.k_proj, a.v_proj], fuse), torch.cat(qk_norm),
+        a.o_proj.weight.t(), a.o_proj.bias, after, mlp_weights(block.mlp, fuse), (n, n_kv, d),
+        a.q_norm.eps, 0, 0)
 
 def partners(turned:int, head_dim:int) -> torch.Tensor:
     "Where, in `both_signs` of a head, the partners of its channels are: of the first `turned`."
@@ -187,17 +187,18 @@ def partners(turned:int, head_dim:int) -> torch.Tensor:
     places[:half], places[half:turned] = places[half:turned].clone(), head_dim + places[:half]
     return places
 
-def gated_qkv(x:torch.Tensor, w:LayerWeights, cos:torch.Tensor, sin:torch.Tensor,
+def gated_qkv(h:torch.Tensor, w:LayerWeights, cos:torch.Tensor, sin:torch.Tensor,
               places:torch.Tensor):
-    "Queries, keys and values `(batch, heads, 1, head_dim)`, and the gate, `(batch, heads * d)`."
+    """Of h `(batch, hidden_size)`, normed: queries, keys and values `(batch, heads, 1, head_dim)`,
+    and the gate, `(batch, heads * d)`."""
     n, n_kv, d = w.heads
-    found = products(scaled(x, w.before, w.eps), *w.qkv).view(len(x), -1, 1, d)
+    found = products(h, *w.qkv).view(len(h), -1, 1, d)
     queries, k, v = found.tensor_split((2 * n, 2 * n + n_kv), 1)
-    queries = queries.view(len(x), n, 1, 2 * d)
+    queries = queries.view(len(h), n, 1, 2 * d)
     both = both_signs(torch.cat((queries[..., :d], k), 1))
     both = torch.layer_norm(both, (2 * d,), None, None, w.eps)
     partner = both.index_select(-1, places)
-    qk = torch.addcmul(both[..., :d] * cos, partner, sin, value=-1).to(x.dtype)
+    qk = torch.addcmul(both[..., :d] * cos, partner, sin, value=-1).to(h.dtype)
     q, k = qk.tensor_split((n,), 1)
     return q, k, v, queries[..., d:].flatten(1)
 
@@ -205,10 +206,11 @@ def gated_qkv(x:torch.Tensor, w:LayerWeights, cos:torch.Tensor, sin:torch.Tensor
 class HybridStep(LeanStep):
     "A `LeanStep` for hybrids, with a `FixedStates`."
     def weights_of(self, block:nn.Module, fuse:bool):
-        return (DeltaWeights.of if block.linear else gated_layer)(block, fuse)
+        norms = centred(block.input_layernorm), centred(block.post_attention_layernorm)
+        return (DeltaWeights.of if block.linear else gated_layer)(block, fuse, *norms)
 
-    def norm_of(self, norm:nn.Module):
-        return centred(norm)
+    def norm_of(self, decoder:nn.Module):
+        return centred(decoder.norm)
 
     def turning_of(self, norms:list):
         config = self.model.config
@@ -225,20 +227,8 @@ class HybridStep(LeanStep):
         self.tables = torch.stack([F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))])
 
     def mix(self, x:torch.Tensor, w:object, view:tuple, turns:tuple) -> torch.Tensor:
+        h = scaled(x, w.before, w.eps)
         if turns is None:
-            return remember(x, w, *view)
-        q, k, v, gate = gated_qkv(x, w, *turns, self.places)
+            return remember(h, w, *view)
+        q, k, v, gate = gated_qkv(h, w, *turns, self.places)
         return self.attend(q, k, v, w, view) * gate.sigmoid()
-
-# %% ../nbs/30a_recurrent.ipynb #rc0which0
-def is_hybrid(model:nn.Module) -> bool:
-    return isinstance(model.model.layers[0], HybridBlock)
-
-def step_for(model:nn.Module) -> type:
-    "What makes the lean steps of this model."
-    return HybridStep if is_hybrid(model) else LeanStep
-
-def fixed_cache(model:nn.Module, batch:int, max_length:int, dtype:torch.dtype, device:object):
-    "The cache of fixed size that this model's lean steps want."
-    kind = FixedStates if is_hybrid(model) else FixedCache
-    return kind(model.config, batch, max_length, dtype, device)

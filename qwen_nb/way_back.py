@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .cache import KVCache
 from .fast import why_plain
 from .hybrid import MixedCache
+from .fixed import scaled
 from .recurrent import DeltaWeights, FixedStates, HybridStep, entering, leaving, unit_heads
 from .several import FEW, LeanCheck, LeanReader
 from .speculation import Reader
@@ -76,11 +77,12 @@ class LayerWrites(NamedTuple):
         recent = self.inputs.shape[-1] - self.keys.shape[1]
         return self.inputs[..., n:n + recent], summed_state(n, *self[1:])[None]
 
-def remember_all(x:torch.Tensor, w:DeltaWeights, recent:torch.Tensor, state:torch.Tensor) -> tuple:
-    """`remember` for n tokens of one text: `(n, hidden_size)` → `(n, values)` and `LayerWrites`.
+def remember_all(h:torch.Tensor, w:DeltaWeights, recent:torch.Tensor, state:torch.Tensor) -> tuple:
+    """`remember` for n tokens of one text: h `(n, hidden_size)`, normed → `(n, values)` and
+    `LayerWrites`.
     Last inputs and state, from a `FixedStates`, stay as they are."""
-    m, n = w.module, len(x)
-    mixed, z, b, a = entering(x, w)
+    m, n = w.module, len(h)
+    mixed, z, b, a = entering(h, w)
     mixed, inputs = conv_together(mixed, recent, w.conv)
     qk, v = F.silu(mixed).tensor_split((2 * m.sizes[0],), 1)
     q, k, v = (t.float().reshape(n, m.value_heads, -1).transpose(0, 1)
@@ -112,7 +114,8 @@ class HybridCheck(LeanCheck, HybridStep):
         if turns is not None:
             return super().mix(x, w, view, turns)
         layer = w.module.layer_idx
-        found, self.checks[-1][1][layer] = remember_all(x, w, *self.cache.states[layer])
+        h = scaled(x, w.before, w.eps)
+        found, self.checks[-1][1][layer] = remember_all(h, w, *self.cache.states[layer])
         return found
 
     def go_back(self, length:int):

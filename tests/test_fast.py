@@ -14,10 +14,11 @@ from torch import nn
 
 from qwen_nb import fast as fast_module
 from qwen_nb.cache import KVCache, count_rows
-from qwen_nb.captured import CapturedHybridStep, CapturedStep, stepper_for
+from qwen_nb.captured import CAPTURED, CapturedStep, stepper_for
 from qwen_nb.fast import PLAIN_WAY, draw, is_shipped, loop_for, why_plain, write_fast
 from qwen_nb.fixed import FixedCache, before_attention, open_columns
 from qwen_nb.generation import generate, stream
+from qwen_nb.indexer import best_blocks
 from qwen_nb.inspect import packaged_model
 from qwen_nb.lean import LeanStep, after_attention
 from qwen_nb.mixture import MoEConfig
@@ -27,13 +28,19 @@ from qwen_nb.qwen3_5 import LAYER_KINDS, HybridConfig
 from qwen_nb.qwen3_5_moe import MoEHybridConfig
 from qwen_nb.qwen3_next import NextConfig
 from qwen_nb.qwen4_exp import StreamConfig
-from qwen_nb.recurrent import FixedStates, HybridStep, fixed_cache, step_for
 from qwen_nb.sampling import Sampling, choose
+from qwen_nb.sparse import closed_blocks
+from qwen_nb.streamed import fixed_cache, step_for
 from qwen_nb.tokenizer import Tokenizer
 from qwen_nb.windows import WindowConfig
 from qwen_nb.writing import Context, write
 
-HYBRIDS = {"qwen3_5": HybridConfig, "qwen3_next": NextConfig, "qwen3_5_moe": MoEHybridConfig}
+HYBRIDS = {
+    "qwen3_5": HybridConfig,
+    "qwen3_next": NextConfig,
+    "qwen3_5_moe": MoEHybridConfig,
+    "qwen4_exp": StreamConfig,
+}
 KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows", "mixture", "shared", *HYBRIDS]
 
 
@@ -58,7 +65,36 @@ def hybrid_sizes(kind, rng, sizes):
         experts = rng.randint(2, 5)
         more |= dict(num_experts=experts, num_experts_per_tok=rng.randint(1, experts))
         more |= dict(moe_intermediate_size=8, shared_expert_intermediate_size=rng.randint(4, 12))
+    if kind == "qwen4_exp":
+        more |= stream_sizes(rng, more)
     return sizes | more
+
+
+def stream_sizes(rng, sizes):
+    "And those that a Qwen4-exp has beside a hybrid's."
+    kinds = sizes["layer_types"]
+    turned = int(sizes["head_dim"] * sizes["partial_rotary_factor"])
+    lengths, heads, block = rng.randint(2, 4), rng.choice([1, 2]), rng.choice([1, 2, 4])
+    return dict(
+        output_gate_type=rng.choice(["sigmoid", "silu"]),
+        hc_count=rng.randint(2, 4),
+        hc_lowrank=rng.randint(1, 9),
+        indexer_n_heads=rng.randint(1, 3),
+        indexer_head_dim=turned + 2 * rng.randint(0, 4),
+        indexer_compress_ratio=block,
+        indexer_budget=block * rng.randint(1, 12),  # reached early, late, or never
+        ple_layer_ids=[
+            i + 1 for i, kind in enumerate(kinds) if kind == LAYER_KINDS[0] and rng.random() < 0.7
+        ],
+        ple_embed_dim=(lengths - 1) * heads * rng.randint(2, 8),
+        ple_conv_kernel_size=rng.choice([1, 2, 4]),
+        ngram_size=lengths,
+        heads_per_ngram=heads,
+        ngram_vocab_size_base=rng.randint(20, 60),
+        make_ngram_vocab_size_divisible_by=8,
+        split_ngram_parts=rng.choice([1, 3]),
+        eos_token_id=rng.randrange(20),  # ends a text again and again
+    )
 
 
 def random_config(kind, rng):
@@ -193,7 +229,7 @@ def test_bfloat16_differs_in_ties_alone(kind, small, monkeypatch):
         assert not nearly_best(model, worst, mask, ids.shape[1], 0.05), "the worst token is seen"
 
 
-@pytest.mark.parametrize("name", [None, "qwen1", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("name", [None, "qwen1", "qwen2", "qwen3_moe", "qwen4_exp"])
 def test_packaged_models(name):
     folder = packaged_model(name) if name else packaged_model()
     model = Qwen.from_pretrained(folder, dtype=torch.float32)
@@ -428,33 +464,13 @@ def test_a_piece_in_use_is_seen():
     assert why_plain(model) is None
 
 
-def test_other_families_step_aside():
-    config = StreamConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        linear_num_key_heads=1,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=8,
-        shared_expert_intermediate_size=8,
-        hc_count=2,
-        hc_lowrank=4,
-        indexer_n_heads=1,
-        indexer_head_dim=8,
-        indexer_budget=8,
-        indexer_compress_ratio=4,
-        ple_layer_ids=(),
-    )
-    model = Qwen(config).eval()
-    assert "whose work it does not know" in why_plain(model)
+def test_a_table_in_another_dtype_steps_aside():
+    "As a large one is, which stays in its file."
+    model = Qwen.from_pretrained(packaged_model("qwen4_exp"), dtype=torch.float32)
+    assert why_plain(model) is None
+    table = model.model.layers[1].ple.ple_embedding.ngram_embedding
+    table.bfloat16()
+    assert "differ in dtype" in why_plain(model)
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(generate(model, ids, 5), generate(model, ids, 5, fast=False))
 
@@ -532,23 +548,30 @@ def test_large_hybrids_are_not_copied(kind, monkeypatch):
     for seed in range(8):
         same_in_float32(kind, seed)
     model, _ = random_model(kind, 0)
-    step = HybridStep(model, FixedStates(model.config, 1, 10))
+    cache = fixed_cache(model, 1, 10, torch.float32, "cpu")
+    model(torch.tensor([[1, 2]]), cache=cache)
+    step = step_for(model)(model, cache)
     for w in step.layers:
         assert getattr(w, "columns", None) is None, "a matrix was copied"
+    own = {p.data_ptr() for p in model.parameters()}
+    for ngrams, *mixers in getattr(step, "around", ()):
+        assert ngrams is None or ngrams.table is None, "a table was copied"
+        weights = [weight for w in mixers for weight in (*w.first[0], w.up)]
+        assert all(weight.data_ptr() in own for weight in weights), "a mixer was copied"
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_states_stay_where_they_are(kind):
     for seed in range(4):
         model, _ = random_model(kind, seed)
-        cache = FixedStates(model.config, 2, 80)
+        cache = fixed_cache(model, 2, 80, torch.float32, "cpu")
         places = [t.data_ptr() for pair in cache.states.values() for t in pair]
         plain, ids = model.config.cache(model.config, 2, 80), torch.randint(0, 30, (2, 10))
         with torch.inference_mode():
             for part in ids.split(6, 1):  # the prompt in two pieces
                 ours, theirs = (model(part, cache=c, last_only=True)[:, -1] for c in (cache, plain))
                 assert torch.equal(ours, theirs) and cache.length == plain.length
-            step = HybridStep(model, cache)
+            step = step_for(model)(model, cache)
             for _ in range(60):
                 step(torch.tensor([1, 2]))
         assert places == [t.data_ptr() for pair in cache.states.values() for t in pair]
@@ -556,6 +579,45 @@ def test_states_stay_where_they_are(kind):
         for i, (recent, state) in cache.states.items():
             assert recent.abs().sum() > 0 or not recent.numel(), f"layer {i} keeps no inputs"
             assert state.abs().sum() > 0, f"layer {i} has an empty state"
+
+
+def test_of_equal_blocks_those_of_the_plain_indexer_are_chosen():
+    "Many scores are 0: which of them is chosen is `topk`'s own affair, asked the same way."
+    torch.manual_seed(0)
+    for k in (1, 3, 8):
+        scores = torch.randn(4, 1, 12).relu()
+        numbers = [2, 7, 9, 12]  # of complete blocks, a row
+        complete = torch.arange(12) < torch.tensor(numbers)[:, None, None]
+        want = best_blocks(scores, complete, k) | ~complete
+        alone = [([row], n) for row, n in enumerate(numbers)]
+        assert torch.equal(closed_blocks(scores[:, 0], alone, k) == 0, want[:, 0])
+        every = [(slice(None), 12)]
+        want = best_blocks(scores, torch.ones_like(complete), k)
+        assert torch.equal(closed_blocks(scores[:, 0], every, k) == 0, want[:, 0])
+
+
+def test_the_model_reads_on_where_lean_steps_ended():
+    "What they keep beside keys and values is what the model would have kept."
+    for seed in range(12):
+        model, _ = random_model("qwen4_exp", seed)
+        ids = torch.randint(0, 30, (2, 100))
+        cache = fixed_cache(model, 2, 100, torch.float32, "cpu")
+        with torch.inference_mode():
+            model(ids[:, :10], cache=cache)
+            step = step_for(model)(model, cache)
+            for new in ids[:, 10:80].T:
+                step(new)
+            found, wanted = model(ids[:, 80:], cache=cache), model(ids)[:, 80:]
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max(), f"seed {seed}"
+
+
+def test_streams_are_neither_compiled_nor_captured():
+    model, _ = random_model("qwen4_exp", 0)
+    with pytest.raises(ValueError, match="does not know the layers of this family"):
+        generate(model, torch.tensor([[1]]), 3, fast="compile")
+    step = step_for(model)
+    assert step_for(random_model("qwen3_5", 0)[0]).same_shapes and not step.same_shapes
+    assert issubclass(CAPTURED[step], step)
 
 
 @pytest.mark.parametrize("last", LAYER_KINDS)
@@ -625,7 +687,7 @@ def test_the_captured_step(kind):
         settings = Sampling(temperature=seed / 2, repetition_penalty=1.2)
         for look in (1, 8):
             plain = list(write(model, ids, 30, settings, mask, seed=3))
-            step = CapturedHybridStep if kind in HYBRIDS else CapturedStep
+            step = CAPTURED[step_for(model)]
             ours = list(write_fast(model, ids, 30, settings, mask, 3, look=look, stepper=step))
             assert torch.equal(torch.stack(plain), torch.stack(ours))
 

@@ -413,7 +413,9 @@ def test_peak_memory_of_a_load(tmp_path, quantize):
 # ---- the fast way
 
 
-FAST_KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows", "mixture", "shared"]
+FAST_KINDS = ["qwen1", "qwen2", "qwen3", "yarn", "linear", "windows"]
+FAST_KINDS += ["mixture", "shared", "qwen4_exp"]
+MIXTURES = ("mixture", "shared", "qwen4_exp")
 
 
 def random_codes(kind, seed, bits, dtype=torch.float32):
@@ -423,7 +425,9 @@ def random_codes(kind, seed, bits, dtype=torch.float32):
     rng = random.Random(f"codes {kind} {seed}")
     torch.manual_seed(seed)
     config = random_config(kind, rng)
-    if seed % 3:  # the kernel for 4 bits wants groups of 32 inputs and 16 outputs
+    if kind == "qwen4_exp":  # its other sizes hang on these
+        config.hidden_size = config.hidden_size if seed % 3 == 0 else 64
+    elif seed % 3:  # the kernel for 4 bits wants groups of 32 inputs and 16 outputs
         config.hidden_size = 64
         config.intermediate_size = rng.choice([64, 96])
         config.num_attention_heads = config.num_key_value_heads = 2
@@ -462,7 +466,7 @@ def test_where_inputs_are_rounded_the_fast_way_differs_in_ties_alone(kind):
     for seed in range(4):
         model, ids, mask = random_codes(kind, seed, 4)
         fast = generate(model, ids, 30, mask, stop_ids=(), fast=True)
-        if kind in ("mixture", "shared"):  # a tie between experts changes more than a rounding
+        if kind in MIXTURES:  # a tie between experts changes more than a rounding
             assert fast.shape == (len(ids), ids.shape[1] + 30)
             continue
         assert nearly_best(model, fast, mask, ids.shape[1], 0.02), f"{kind}, seed {seed}"
@@ -495,7 +499,7 @@ def errors_in_bfloat16(kind, seed, bits, hurt=None):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("kind", [k for k in FAST_KINDS if k not in ("mixture", "shared")])
+@pytest.mark.parametrize("kind", [k for k in FAST_KINDS if k not in MIXTURES])
 @torch.inference_mode()
 def test_in_bfloat16_lean_steps_are_as_near_the_weights_as_plain_ones(kind, bits):
     "Both round; neither is the other's measure. Over four seeds the lean one loses no more."
