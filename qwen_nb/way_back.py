@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from .cache import KVCache
 from .fast import why_plain
-from .hybrid import MixedCache
 from .fixed import scaled
+from .hybrid import MixedCache
 from .recurrent import DeltaWeights, FixedStates, HybridStep, entering, leaving, unit_heads
 from .several import FEW, LeanCheck, LeanReader
 from .speculation import Reader
