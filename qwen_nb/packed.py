@@ -69,7 +69,11 @@ class ThreeDigits:
         zeros = torch.zeros(len(codes), dtype=torch.long)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")              # that these will be gone some day
-            q = torch._make_per_channel_quantized_tensor(codes, scales[:, 0].double(), zeros, 0)
+            q = torch._empty_per_channel_affine_quantized(
+                (len(codes), 1), scales=scales[:, 0].double(), zero_points=zeros, axis=0,
+                dtype=torch.qint8)
+        place = codes.untyped_storage(), codes.storage_offset()
+        q.set_(*place, codes.shape, codes.stride())      # the codes where they lie, not a copy
         self.layout = torch.ops.quantized.linear_prepack(q, None)
         self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
         self.parts = torch.tensor([1 / HALF / BASE**i for i in range(3)])
