@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASE', 'HALF', 'MANY', 'EVEN', 'UP_TO', 'APART', 'OPEN_FROM', 'KERNELS', 'pack_nibbles', 'unpack_nibbles',
            'digits_of', 'enough_digits', 'ThreeDigits', 'in_blocks', 'out_of_blocks', 'block_size', 'block_of',
-           'codes_by_asking', 'opening_pays', 'FourBits', 'FourBitsGPU', 'works', 'find_kernel']
+           'rows_of_blocks', 'codes_by_asking', 'opening_pays', 'FourBits', 'FourBitsGPU', 'works', 'find_kernel']
 
 # %% ../nbs/31a_packed.ipynb #q3aimp00
 import functools
@@ -125,6 +125,19 @@ def block_size() -> int:
 def block_of(packed:torch.Tensor) -> int:
     "The same for these codes: 1 if they do not fill all blocks, as the last is laid otherwise."
     return 1 if len(packed) % block_size() else block_size()
+
+# %% ../nbs/31a_packed.ipynb #q3ablok1
+def rows_of_blocks(
+    layout:torch.Tensor,  # from `in_blocks`
+    block:int,
+    rows:torch.Tensor,    # numbers of outputs, (n,)
+) -> torch.Tensor:
+    "The codes of these outputs, `(n, inputs)` int8."
+    half, place = block // 2, rows % block
+    tall = layout.view(-1, 2 * layout.shape[1], half)    # (blocks, inputs, block / 2)
+    pairs = tall[rows // block, :, place % half]         # (n, inputs): each byte holds two outputs
+    codes = torch.where(place[:, None] < half, pairs & 15, pairs >> 4)
+    return codes.view(torch.int8) - 8
 
 # %% ../nbs/31a_packed.ipynb #q3aask00
 def codes_by_asking(kernel:object) -> torch.Tensor:

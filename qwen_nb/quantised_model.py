@@ -75,9 +75,11 @@ def put_codes(
 
     old, (parent, _, last) = model.get_submodule(name), name.rpartition(".")
     if isinstance(old, nn.Embedding):
-        new = QuantisedEmbedding(codes, scales, dtype)   # rows are looked up in plain codes
+        new = QuantisedEmbedding(codes, scales, dtype)
         if model.config.tie_word_embeddings:
-            model.lm_head = arranged(QuantisedLinear(codes, scales))
+            head = QuantisedLinear(codes, scales)
+            head.also = [new]                            # a list: it is no part of the head
+            model.lm_head = arranged(head)
             model.config = copy.copy(model.config)
             model.config.tie_word_embeddings = False     # the head is on its own now
             model.head_is_embedding = True
@@ -108,7 +110,8 @@ def held_bytes(
     tensors = [*model.parameters(), *model.buffers()]
     matrices = [m for m in model.modules() if isinstance(m, QuantisedMatrix)]
     shared = {t.data_ptr(): t.nbytes for t in tensors}   # the same codes in two layers count once
-    return sum(shared.values()) + sum(m.kernel.nbytes for m in matrices if m.kernel)
+    kernels = {m.kernel for m in matrices if m.kernel}
+    return sum(shared.values()) + sum(kernel.nbytes for kernel in kernels)
 
 # %% ../nbs/31aa_opened.ipynb #q3bgive0
 @functools.cache
