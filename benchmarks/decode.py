@@ -396,12 +396,15 @@ class Peak:
 
 
 def child_memory(folder, kind):
-    "Open once, and say what the process grew by over the bytes that stay."
+    """Open once, and say what the process grew by over the bytes that stay: what two layers share
+    counts once."""
+    from qwen_nb.quantised_model import held_bytes
+
     start = time.perf_counter()
     with Peak() as peak:
         model = open_ours(folder, kind)
     took, peak = time.perf_counter() - start, peak.most
-    stays = sum(t.nbytes for t in model.state_dict().values() if torch.is_tensor(t))
+    stays = held_bytes(model)
     return dict(kind=kind, seconds=took, peak=peak, stays=stays)
 
 

@@ -129,11 +129,11 @@ def give_back():
 def largest_first(
     weights:dict,  # name → a tensor, or `(words, scales)`
 ) -> list:
-    "The pairs of name and weight, the largest weights first; equal ones in their order."
+    "The pairs of name and weight, the largest first; of equal ones the later, so heads lead."
     def size(pair):
         weight = pair[1]
         return weight.nbytes if isinstance(weight, torch.Tensor) else weight[0].nbytes
-    return sorted(weights.items(), key=size, reverse=True)
+    return sorted(weights.items(), key=size)[::-1]
 
 # %% ../nbs/31aa_opened.ipynb #q3bform0
 def to_words(
