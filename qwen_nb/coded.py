@@ -23,9 +23,9 @@ PACKING = threading.Lock()   # two threads may use a layer first; in between it 
 class QuantisedMatrix(nn.Module):
     """A matrix `(outputs, inputs)` of codes: int8, or with 4 bits uint8 from `pack_nibbles`.
 
-    `scales` is `(outputs, groups)`. `kernel` is None, or holds both; `waits`: will, when used.
-    `also`: the embedding, if this is the head and they have the same codes."""
-    kernel, waits, also = None, False, ()
+    `scales` is `(outputs, groups)`. `kernel` is None, or holds both; `waits`: will, when used."""
+    kernel, waits = None, False
+    also = ()                                             # an embedding, if it has the same codes
 
     def __init__(self, codes:torch.Tensor, scales:torch.Tensor):  # as above
         super().__init__()
@@ -58,8 +58,7 @@ class QuantisedMatrix(nn.Module):
         return self
 
     @property
-    def weight(self):
-        return CodedWeight([self])                           # see below
+    def weight(self): return CodedWeight([self])             # see below
 
     def _apply(self, fn:object, recurse:bool=True):
         packed = self.kernel is not None
