@@ -24,8 +24,7 @@ class QuantisedMatrix(nn.Module):
     """A matrix `(outputs, inputs)` of codes: int8, or with 4 bits uint8 from `pack_nibbles`.
 
     `scales` is `(outputs, groups)`. `kernel` is None, or holds both; `waits`: will, when used."""
-    kernel, waits = None, False
-    also = ()                                             # an embedding, if it has the same codes
+    kernel, waits, also = None, False, ()                    # also: an embedding of the same codes
 
     def __init__(self, codes:torch.Tensor, scales:torch.Tensor):  # as above
         super().__init__()
