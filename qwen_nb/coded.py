@@ -39,9 +39,8 @@ class QuantisedMatrix(nn.Module):
 
     def plain_weight(self, rows:object=slice(None)):  # or a tensor of row numbers
         "The weight that the codes stand for, or some rows of it, float32."
-        codes, scales = self.stored()
-        codes = codes[rows] if self.bits == 8 else unpack_nibbles(codes[rows])
-        return from_codes(codes, scales[rows])
+        codes, scales = (t[rows] for t in self.stored())
+        return from_codes(codes if self.bits == 8 else unpack_nibbles(codes), scales)
 
     def pack(self):
         "Into the layout of a kernel, if one fits and works on this machine."
