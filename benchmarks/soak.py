@@ -189,10 +189,8 @@ def main():
     print(f"{args.clients} clients, {args.seconds:.0f} s")
     print(f"requests       {sum(count.values()):,}, of these lost: {count['LOST']}")
     print(f"memory         {memory[-1]:.0f} MB, {growth:+.0f} MB in the last two thirds")
-    print(
-        f"engine         {left['tokens_written']:,} tokens; at the end {left['running']} run, "
-        f"{left['waiting']} wait"
-    )
+    print(f"engine         {left['tokens_written']:,} tokens; at the end {left['running']} run, "
+          f"{left['waiting']} wait")
     print(f"the server     ended with status {process.returncode}, saying {rest.strip()!r}")
     fine = not count["LOST"] and not left["running"] and not left["waiting"]
     return 0 if fine and process.returncode == 0 and "Traceback" not in rest else 1
