@@ -217,8 +217,12 @@ def open_ways(folder, kind, room, compare=("transformers", "llama.cpp")):
         for name, fast in FAST.items() if HAS_FAST else [("plain", None)]:
             way = way_of_ours(ours, **(dict(fast=fast) if HAS_FAST else {}))
             try:
-                way(torch.zeros(1, 2).long(), 1)
+                begin = time.perf_counter()
+                way(torch.zeros(1, 2).long(), 2)  # what compiles does it at the first step
                 ways[f"ours, {name}"] = way
+                if name == "compiled":
+                    took = time.perf_counter() - begin
+                    print(f"  ours, compiled, {kind}: ready to write after {took:.1f} s")
             except (ValueError, RuntimeError) as error:
                 said_once(f"ours, {name}, {kind}: {str(error).splitlines()[0]}")
     if "transformers" in compare and kind in ("float32", "bfloat16"):
@@ -397,12 +401,15 @@ class Peak:
 
 
 def child_memory(folder, kind):
-    "Open once, and say what the process grew by over the bytes that stay."
+    """Open once, and say what the process grew by over the bytes that stay: what two layers share
+    counts once."""
+    from qwen_nb.quantised_model import held_bytes
+
     start = time.perf_counter()
     with Peak() as peak:
         model = open_ours(folder, kind)
     took, peak = time.perf_counter() - start, peak.most
-    stays = sum(t.nbytes for t in model.state_dict().values() if torch.is_tensor(t))
+    stays = held_bytes(model)
     return dict(kind=kind, seconds=took, peak=peak, stays=stays)
 
 

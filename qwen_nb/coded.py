@@ -13,18 +13,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from .fast import KNOWN, PLAIN_WAY
-from .packed import find_kernel, unpack_nibbles
+from .packed import find_kernel, rows_of_blocks, unpack_nibbles
 from .quantise import from_codes
 
 # %% ../nbs/31aa_coded.ipynb #q3clock0
-PACKING = threading.Lock()   # two threads may use a layer first
+PACKING = threading.Lock()   # two threads may use a layer first; in between it has neither form
 
 # %% ../nbs/31aa_coded.ipynb #q3cmod01
 class QuantisedMatrix(nn.Module):
     """A matrix `(outputs, inputs)` of codes: int8, or with 4 bits uint8 from `pack_nibbles`.
 
     `scales` is `(outputs, groups)`. `kernel` is None, or holds both; `waits`: will, when used."""
-    kernel, waits = None, False
+    kernel, waits, also = None, False, ()                    # also: an embedding of the same codes
 
     def __init__(self, codes:torch.Tensor, scales:torch.Tensor):  # as above
         super().__init__()
@@ -34,19 +34,20 @@ class QuantisedMatrix(nn.Module):
 
     def stored(self):
         "Codes and scales, out of the kernel's layout if need be."
-        return self.kernel.unpack() if self.kernel else (self.codes, self.scales)
+        with PACKING: kernel, own = self.kernel, (self.codes, self.scales)
+        return kernel.unpack() if kernel else own
 
     def plain_weight(self, rows:object=slice(None)):  # or a tensor of row numbers
         "The weight that the codes stand for, or some rows of it, float32."
-        codes, scales = self.stored()
-        codes = codes[rows] if self.bits == 8 else unpack_nibbles(codes[rows])
-        return from_codes(codes, scales[rows])
+        codes, scales = (t[rows] for t in self.stored())
+        return from_codes(codes if self.bits == 8 else unpack_nibbles(codes), scales)
 
     def pack(self):
         "Into the layout of a kernel, if one fits and works on this machine."
         with PACKING, torch.inference_mode(False):
             self.kernel, self.waits = self.kernel or find_kernel(self.codes, self.scales), False
             if self.kernel: self.codes = self.scales = None  # they are in the kernel
+            for embedding in self.also: embedding.share(self.kernel)
         return self
 
     def unpack(self):
@@ -55,8 +56,7 @@ class QuantisedMatrix(nn.Module):
         return self
 
     @property
-    def weight(self):
-        return CodedWeight([self])                           # see below
+    def weight(self): return CodedWeight([self])             # see below
 
     def _apply(self, fn:object, recurse:bool=True):
         packed = self.kernel is not None
@@ -95,11 +95,23 @@ class QuantisedEmbedding(QuantisedMatrix):
         self.num_embeddings, self.embedding_dim = self.shape
         self.dtype = dtype                                   # of what comes out
 
+    def share(self, kernel:object):
+        "The head's kernel in the place of own codes, if its layout says where a row is."
+        if getattr(kernel, "block", 1) > 1:
+            self.kernel, self.codes, self.scales = kernel, None, None
+
+    def look_up(self, rows:torch.Tensor):                    # numbers of rows, (n,)
+        "These rows of the plain weight, `(n, embedding_dim)` float32."
+        kernel = self.kernel
+        if kernel is None: return self.plain_weight(rows)
+        codes = rows_of_blocks(kernel.layout, kernel.block, rows)
+        return from_codes(codes, kernel.scales[:, rows, 0].T)
+
     def forward(self, ids:torch.Tensor):
-        rows = self.plain_weight(ids.flatten())
+        rows = self.look_up(ids.flatten())
         return rows.view(*ids.shape, -1).to(self.dtype)
 
-    def pack(self): return self                              # rows are looked up in plain codes
+    def pack(self): return self                              # it multiplies with nothing
 
 # %% ../nbs/31aa_coded.ipynb #q3cwei01
 class CodedWeight:
@@ -139,6 +151,7 @@ class CodedWeight:
 KNOWN.update({QuantisedLinear, QuantisedEmbedding})
 PLAIN_WAY.extend("""
 coded.QuantisedLinear.forward coded.QuantisedEmbedding.forward coded.QuantisedMatrix.plain_weight
+coded.QuantisedEmbedding.look_up packed.rows_of_blocks
 packed.digits_of packed.ThreeDigits.products packed.ThreeDigits.__call__
 packed.FourBits.products packed.FourBits.__call__
 """.split())

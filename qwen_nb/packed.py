@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BASE', 'HALF', 'MANY', 'EVEN', 'UP_TO', 'APART', 'OPEN_FROM', 'KERNELS', 'pack_nibbles', 'unpack_nibbles',
            'digits_of', 'enough_digits', 'ThreeDigits', 'in_blocks', 'out_of_blocks', 'block_size', 'block_of',
-           'codes_by_asking', 'opening_pays', 'FourBits', 'FourBitsGPU', 'works', 'find_kernel']
+           'rows_of_blocks', 'codes_by_asking', 'opening_pays', 'open_weight', 'FourBits', 'FourBitsGPU', 'works',
+           'find_kernel']
 
 # %% ../nbs/31a_packed.ipynb #q3aimp00
 import functools
@@ -44,7 +45,7 @@ def digits_of(
 ) -> tuple:
     "Digits, `(count, rows, inputs)`, whole numbers as floats; and the size of each row."
     x = x.float()
-    size = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).clamp_min_(1e-30)
+    size = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
     steps = (x * (UP_TO[:count] / size)).round_()        # all digits up to this one, as one number
     digits = APART[:count, :count] @ steps.flatten(1)    # each, less 126 times the one before
     return digits.view_as(steps), size
@@ -69,7 +70,11 @@ class ThreeDigits:
         zeros = torch.zeros(len(codes), dtype=torch.long)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")              # that these will be gone some day
-            q = torch._make_per_channel_quantized_tensor(codes, scales[:, 0].double(), zeros, 0)
+            q = torch._empty_per_channel_affine_quantized(
+                (len(codes), 1), scales=scales[:, 0].double(), zero_points=zeros, axis=0,
+                dtype=torch.qint8)
+        place = codes.untyped_storage(), codes.storage_offset()
+        q.set_(*place, codes.shape, codes.stride())      # the codes where they lie, not a copy
         self.layout = torch.ops.quantized.linear_prepack(q, None)
         self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
         self.parts = torch.tensor([1 / HALF / BASE**i for i in range(3)])
@@ -122,6 +127,19 @@ def block_of(packed:torch.Tensor) -> int:
     "The same for these codes: 1 if they do not fill all blocks, as the last is laid otherwise."
     return 1 if len(packed) % block_size() else block_size()
 
+# %% ../nbs/31a_packed.ipynb #q3ablok1
+def rows_of_blocks(
+    layout:torch.Tensor,  # from `in_blocks`
+    block:int,
+    rows:torch.Tensor,    # numbers of outputs, (n,)
+) -> torch.Tensor:
+    "The codes of these outputs, `(n, inputs)` int8."
+    half, place = block // 2, rows % block
+    tall = layout.view(-1, 2 * layout.shape[1], half)    # (blocks, inputs, block / 2)
+    pairs = tall[rows // block, :, place % half]         # (n, inputs): each byte holds two outputs
+    codes = torch.where(place[:, None] < half, pairs & 15, pairs >> 4)
+    return codes.view(torch.int8) - 8
+
 # %% ../nbs/31a_packed.ipynb #q3aask00
 def codes_by_asking(kernel:object) -> torch.Tensor:
     "The codes that a `FourBits` holds, `(outputs, inputs)` int8, in whatever order."
@@ -137,6 +155,17 @@ OPEN_FROM = 96                                           # rows
 def opening_pays() -> bool:
     "Whether this machine is faster in bfloat16 than in float32, so that opened weights pay."
     return faster_dtype(product_seconds(32, 1024, 3072)) == "bfloat16"
+
+def open_weight(kernel:object) -> torch.Tensor:
+    """The weight of a `FourBits` in bfloat16, turned, `(inputs, outputs)`, as its blocks lie: for
+    the moment that a product of many rows takes."""
+    layout, half = kernel.layout, kernel.block // 2
+    tall = layout.view(-1, kernel.width, half).transpose(0, 1)   # (inputs, blocks, half)
+    opened = kernel.scales.new_empty(kernel.width, tall.shape[1], 2, half)
+    for place, nibbles in zip(opened.unbind(2), (tall & 15, tall >> 4)):
+        place.copy_(nibbles.view(torch.int8).sub_(8))            # half of a block's outputs
+    scales = kernel.scales[:, None, :, 0].contiguous()           # (groups, 1, outputs)
+    return opened.view(-1, kernel.group, len(layout)).mul_(scales).flatten(0, 1)
 
 # %% ../nbs/31a_packed.ipynb #q3afour1
 class FourBits:
@@ -170,17 +199,12 @@ class FourBits:
     def product(self, x:torch.Tensor, scales:torch.Tensor):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.layout, self.group, scales)
 
-    def opened(self):
-        "The weight in bfloat16, for the moment that a product of many rows takes."
-        grouped = out_of_blocks(self.layout, self.block).unflatten(1, (-1, self.group))
-        return grouped.bfloat16().mul_(self.scales[..., 0].T.contiguous()[..., None]).flatten(1)
-
     @staticmethod
     def products(x:torch.Tensor, kernels:list):
         "x `(rows, inputs)` with several matrices, side by side."
         low = x.to(torch.bfloat16).contiguous()
         opens = len(x) >= OPEN_FROM and all(k.block > 1 for k in kernels) and opening_pays()
-        parts = [F.linear(low, k.opened()) if opens else k.product(low, k.scales) for k in kernels]
+        parts = [low @ open_weight(k) if opens else k.product(low, k.scales) for k in kernels]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(x.dtype)
 
     def __call__(self, x:torch.Tensor): return self.products(x, [self])

@@ -383,31 +383,69 @@ def big_checkpoint(folder, **sizes):
     return save_pretrained(model, folder)
 
 
+SIZES = {  # many matrices, whose working copies could leave holes; and two that are most of it all
+    "layers": dict(intermediate_size=2048, num_hidden_layers=24, vocab_size=4096),
+    "head": dict(
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        vocab_size=65536,
+        tie_word_embeddings=False,
+    ),
+}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_peak_memory_of_a_load(tmp_path, quantize):
-    folder = big_checkpoint(
-        tmp_path / "m",
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=24,
-        vocab_size=4096,
+def test_peak_memory_of_a_load(tmp_path, quantize, size):
+    """Some rows at work, and no more than one large matrix twice, while little else is there.
+
+    Where what was freed stays with the allocator, "layers" takes 1.1 to 1.3 times what it holds,
+    each time another; where a head comes last and is copied twice, "head" takes 1.5 to 1.9."""
+    folder = big_checkpoint(tmp_path / "m", hidden_size=512, **SIZES[size])
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder), quantize],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    peaks = []
-    for _ in range(3):  # what the allocator keeps differs from run to run
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(folder), quantize],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peak, held = map(int, done.stdout.split())
-        peaks.append(peak)
-        if peak < 1.1 * held + 25e6:
-            break
-    # one block of rows at work is 4 MB of floats, a few times: of a larger model nothing.
-    # (All of it as floats at once would be more than three times what is held.)
-    assert min(peaks) < 1.1 * held + 25e6, f"{peaks} bytes for a model that holds {held:,}"
+    peak, held = map(int, done.stdout.split())
+    assert peak < 1.1 * held, f"{peak:,} bytes for a model that holds {held:,}"
+
+
+@torch.no_grad()
+def test_an_embedding_that_is_the_head_has_no_codes_of_its_own_in_four_bits(tmp_path):
+    if not works(KERNELS[1]) or packed.block_size() == 1:
+        pytest.skip("the kernel, or its order, is not here")
+    plain = Qwen.from_pretrained(None, torch.float32)
+    apart = quantise_model(copy.deepcopy(plain), 4, packed=False)
+    model = quantise_model(plain, 4)
+    rows, head = model.model.embed_tokens, model.lm_head
+    assert rows.kernel is head.kernel is not None and rows.codes is rows.scales is None
+    each = torch.arange(rows.num_embeddings)
+    assert torch.equal(rows(each), apart.model.embed_tokens(each))
+    assert torch.equal(rows.plain_weight(), apart.model.embed_tokens.plain_weight())
+    found, codes = held_bytes(model), rows.stored()[0].nbytes
+    assert held_bytes(copy.deepcopy(model)) == found
+    low = copy.deepcopy(model).to(torch.bfloat16)  # opened and laid out again
+    assert low.model.embed_tokens.kernel is low.lm_head.kernel
+    for name, t in apart.state_dict().items():
+        assert torch.equal(model.state_dict()[name], t), name
+    again = Qwen.from_pretrained(save_quantized(model, tmp_path / "out"), torch.float32)
+    assert again.model.embed_tokens.codes is not None  # until the head is used
+    assert torch.equal(again(IDS), model(IDS))
+    assert again.model.embed_tokens.codes is None and held_bytes(again) == found
+    head.unpack()  # alone
+    assert torch.equal(rows(each), apart.model.embed_tokens(each))
+    assert held_bytes(model) > found + codes
+
+
+def test_rows_are_found_in_blocks():
+    for block in (32, 64):
+        codes = torch.randint(-8, 8, (3 * block, 10), dtype=torch.int8)
+        layout = packed.in_blocks(pack_nibbles(codes), block)
+        rows = torch.randint(0, 3 * block, (50,))
+        assert torch.equal(packed.rows_of_blocks(layout, block, rows), codes[rows])
 
 
 # ---- the fast way
@@ -593,7 +631,7 @@ def test_four_bits_opened_for_many_rows(group, monkeypatch):
     x, w = random_matrix(100, 256, 1).bfloat16(), layer.plain_weight()
     if not works(KERNELS[1]) or layer.pack().kernel.block == 1:
         pytest.skip("the kernel, or its order, is not here")
-    assert torch.equal(layer.kernel.opened(), w.bfloat16())
+    assert torch.equal(packed.open_weight(layer.kernel), w.bfloat16().T)
     for pays in (True, False):
         monkeypatch.setattr(packed, "opening_pays", lambda: pays)
         bound = (x.float().abs() @ w.abs().T) * 2.0**-7
