@@ -1611,6 +1611,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qwen_nb.serve.RequestWriter.idle': ('serve.html#requestwriter.idle', 'qwen_nb/serve.py'),
                                'qwen_nb.serve.check_request': ('serve.html#check_request', 'qwen_nb/serve.py'),
                                'qwen_nb.serve.choose_each': ('serve.html#choose_each', 'qwen_nb/serve.py'),
+                               'qwen_nb.serve.draw_each': ('serve.html#draw_each', 'qwen_nb/serve.py'),
                                'qwen_nb.serve.longest_text': ('serve.html#longest_text', 'qwen_nb/serve.py'),
                                'qwen_nb.serve.marks_of': ('serve.html#marks_of', 'qwen_nb/serve.py'),
                                'qwen_nb.serve.pages_that_fit': ('serve.html#pages_that_fit', 'qwen_nb/serve.py')},

@@ -25,7 +25,7 @@ class Places:
     order of the texts. `look`, of the kinds below, is attention."""
     def __init__(self, cache:PagedCache, texts:list, new:list, like:torch.Tensor, windows:list):
         self.device, self.size, self.heads = cache.kv.device, cache.page_size, cache.kv.shape[2]
-        self.seq, self.like = max(new), like             # masks are of the dtype of `like`
+        self.seq, number, self.like = max(new), sum(new), like    # masks: the dtype of `like`
         ends = [text.length + n for text, n in zip(texts, new)]
         used = [text.pages[:-(-end // self.size)] for text, end in zip(texts, ends)]
         self.pages = max(map(len, used))                 # of the longest text
@@ -34,7 +34,7 @@ class Places:
 
         self.last = new.cumsum(0) - 1                    # the last row of each text
         self.begins = ends - new                         # positions of the first rows
-        rows = torch.arange(int(self.last[-1]) + 1, device=self.device)
+        rows = torch.arange(number, device=self.device)
         self.text = torch.searchsorted(self.last, rows)  # of each row
         nth = rows - (self.last + 1 - new)[self.text]    # 0 for the first row of a text
         self.position = self.begins[self.text] + nth
@@ -206,18 +206,18 @@ def paged_step(model:torch.nn.Module, pages:PagedCache, kind:object=places_for) 
 # %% ../nbs/33_steps.ipynb #33stta2
 class LeanTexts(PagedTexts):
     "`PagedTexts` that read by lean passes where they are sure to be the same."
-    fast = step = None                        # fast=False: never
+    fast = lean = None                        # fast=False: never
 
     def renew(self):
         "The model may have changed: ask again, and make the step anew."
-        self.step = None
+        self.lean = None
 
     def one_pass(self, model:torch.nn.Module, texts:list, new:list) -> torch.Tensor:
         "As in `PagedTexts`."
-        if self.step is None:
+        if self.lean is None:
             plain = self.fast is False or why_plain(model)
-            self.step = False if plain else paged_step(model, self.cache)
+            self.lean = False if plain else paged_step(model, self.cache)
         by_model = self.cache.states and max(new) > 1    # a hybrid's prompt
-        if by_model or not self.step:
+        if by_model or not self.lean:
             return super().one_pass(model, texts, new)
-        return self.step(texts, new)
+        return self.lean(texts, new)
