@@ -41,7 +41,10 @@ class Places:
         page = self.table[self.text, self.position // self.size]
         self.slots = page * self.size + self.position % self.size
         self.in_batch = self.text * self.seq + nth       # its row in a padded batch
+        self.arrange()
         self.masks = {window: self.mask(window) for window in windows}
+
+    def arrange(self): pass                              # what a kind needs beside
 
     def tensor(self, numbers:list): return torch.tensor(numbers, device=self.device)
 
@@ -79,14 +82,15 @@ class Rectangle(Places):
 # %% ../nbs/33_steps.ipynb #33stby2
 class PageByPage(Places):
     "For one id of each text. Only pages that are used are gathered, only scores are padded."
+    def arrange(self):
+        first = torch.arange(self.pages, device=self.device) * self.size
+        is_used = first <= self.position[:, None]                    # (texts, pages)
+        self.where = is_used.flatten().nonzero()[:, 0]
+        self.used = self.table.flatten()[self.where]
+        self.owner = self.where // self.pages                        # the text of a used page
+
     def mask(self, window:int) -> torch.Tensor:
         "`(kv heads * used pages, 1, page_size)`"
-        if not hasattr(self, "used"):
-            is_used = torch.arange(self.pages, device=self.device) * self.size <= \
-                self.position[:, None]
-            self.where = is_used.flatten().nonzero()[:, 0]           # in (texts * pages)
-            self.used = self.table.flatten()[self.where]
-            self.owner = self.where // self.pages                    # the text of a used page
         first = self.where % self.pages * self.size                  # the page's first position
         column = first[:, None] + torch.arange(self.size, device=self.device)
         mask = self.closed(column, self.position[self.owner, None], window)
