@@ -14,7 +14,6 @@ from operator import attrgetter
 
 import torch
 
-from .fast import why_plain
 from .generation import max_positions
 from .hybrid import cache_parts
 from .paged import PagedText
@@ -60,6 +59,7 @@ def draw_each(sampling:Sampling, logits:torch.Tensor, generators:list) -> torch.
         row.exponential_(1, generator=generator)
     return (probs / chance).argmax(-1)
 
+# %% ../nbs/33a_serve.ipynb #33acho4
 def choose_each(
     requests:list,        # `Request`s
     logits:torch.Tensor,  # (requests, vocab_size)
@@ -90,6 +90,8 @@ class RequestQueue(LeanTexts):
     "Requests that wait and requests that run, each the oldest first."
     def admit(self):
         "Who waits gets a row and pages, in the order of coming, as long as there are any."
+        if not self.running:
+            self.renew()                               # the model may have changed
         while self.waiting and self.begin(self.waiting[0], spare=len(self.running)):
             request = self.waiting.popleft()
             self.pages_shared += len(request.names)
@@ -238,14 +240,12 @@ class Engine(RequestWriter):
                  max_waiting:int=1000,    # requests that may wait
                  prefill_every:int=4,     # steps that a prompt smaller than a piece waits at most
                  fast:bool=None):         # None: by lean passes where they are the same; or as said
-        if fast and (why := why_plain(model)):
-            raise ValueError(f"the fast way cannot be taken: {why}; leave out fast")
         weight = next(p for p in model.parameters() if p.is_floating_point())
         kind = weight.dtype, weight.device
         num_pages = num_pages or pages_that_fit(model.config, *kind, max_rows, page_size)
         super().__init__(model.config, num_pages, page_size, max_rows, *kind)
-        self.model, self.fast = model, fast
-        self.prefill_chunk, self.max_waiting = prefill_chunk, max_waiting
+        self.model, self.prefill_chunk, self.max_waiting = model, prefill_chunk, max_waiting
+        self.take_way(model, fast)
         self.prefill_every = self.steps_ago = prefill_every
         self.waiting, self.running = deque(), []
         self.tokens_read = self.tokens_written = self.pages_shared = 0
@@ -263,8 +263,6 @@ class Engine(RequestWriter):
 
     def step(self) -> list:
         "An id for each text that writes, then perhaps a piece of the prompts. Who got an id."
-        if not self.running:
-            self.renew()                                   # the model may have changed
         self.admit()
         writers = self.make_room([r for r in self.running if r.unread == 1])
         got = self.advance(writers, [1] * len(writers))

@@ -146,8 +146,8 @@ class OnePosition(PageByPage):
 
 
 class NoWindow(PageByPage):
-    def closed(self, column, position, window):
-        return super().closed(column, position, 0)
+    def mask(self, window):
+        return super().mask(0)
 
 
 class NextSlot(PageByPage):
