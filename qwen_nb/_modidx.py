@@ -1128,6 +1128,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'qwen_nb.paged_step.PageByPage.arrange': ('steps.html#pagebypage.arrange', 'qwen_nb/paged_step.py'),
                                     'qwen_nb.paged_step.PageByPage.look': ('steps.html#pagebypage.look', 'qwen_nb/paged_step.py'),
                                     'qwen_nb.paged_step.PageByPage.mask': ('steps.html#pagebypage.mask', 'qwen_nb/paged_step.py'),
+                                    'qwen_nb.paged_step.PageByPage.place': ('steps.html#pagebypage.place', 'qwen_nb/paged_step.py'),
                                     'qwen_nb.paged_step.PageByPage.softmax': ('steps.html#pagebypage.softmax', 'qwen_nb/paged_step.py'),
                                     'qwen_nb.paged_step.PagedHybridStep': ('steps.html#pagedhybridstep', 'qwen_nb/paged_step.py'),
                                     'qwen_nb.paged_step.PagedHybridStep.through_layers': ( 'steps.html#pagedhybridstep.through_layers',

@@ -99,7 +99,7 @@ class PageByPage(Places):
         is_used = first <= self.position[:, None]                    # (texts, pages)
         self.where = is_used.flatten().nonzero()[:, 0]
         self.used = self.table.flatten()[self.where]
-        self.owner = self.where // self.pages                        # the text of a used page
+        self.owner, self.kept = self.where // self.pages, None       # the text of a used page
 
     def mask(self, window:int) -> torch.Tensor:
         "`(kv heads * used pages, 1, page_size)`"
@@ -112,22 +112,31 @@ class PageByPage(Places):
         "As in `Rectangle`."
         n, d, used = len(q), q.shape[-1], len(self.used)
         keys, values = gather_pages(pool, self.used, self.size, q)   # (kv heads * used, size, d)
-        ask = q.view(n, self.heads, -1, d).index_select(0, self.owner).transpose(0, 1)
-        ask = ask.reshape(self.heads * used, -1, d)                  # (…, group, d)
+        ask = q.view(n, self.heads, -1, d).transpose(0, 1).index_select(1, self.owner)
+        ask = ask.view(self.heads * used, -1, d)                     # (…, group, d)
         scores = torch.baddbmm(self.masks[window], ask, keys.transpose(1, 2), alpha=d ** -0.5)
-        weights = self.softmax(scores.view(self.heads, used, -1), n)
-        found = torch.bmm(weights.view(scores.shape), values)
+        found = torch.bmm(self.softmax(scores, n), values)
         mix = found.new_zeros(self.heads, n, found.shape[1] * d)
         mix.index_add_(1, self.owner, found.view(self.heads, used, -1))
         return mix.transpose(0, 1).reshape(n, -1)
 
+    def place(self, group:int) -> torch.Tensor:
+        "Where a page's scores go, for each of `group` queries; the same in all layers."
+        if self.kept is None:
+            queries = self.owner[:, None] * group + torch.arange(group, device=self.device)
+            in_text = self.where % self.pages
+            self.kept = (queries * self.pages + in_text[:, None]).flatten()
+        return self.kept
+
     def softmax(self, scores:torch.Tensor, n:int) -> torch.Tensor:
-        "Over all pages of a text: `(kv heads, used pages, group * page_size)` in and out."
-        shape = self.heads, n * self.pages, scores.shape[-1]
-        padded = scores.new_full(shape, -torch.inf).index_copy_(1, self.where, scores)
-        by_query = padded.view(self.heads, n, self.pages, -1, self.size).transpose(2, 3)
-        weights = by_query.flatten(3).softmax(-1).view(by_query.shape)
-        return weights.transpose(2, 3).reshape(shape).index_select(1, self.where)
+        "Over all pages of a text: `(kv heads * used pages, group, page_size)` in and out."
+        group = scores.shape[1]
+        place = self.place(group)
+        padded = scores.new_full((self.heads, n * group * self.pages, self.size), -torch.inf)
+        padded.index_copy_(1, place, scores.view(self.heads, -1, self.size))
+        by_query = padded.view(self.heads, n * group, -1)            # all columns of a query
+        weights = by_query.softmax(-1).view(padded.shape)
+        return weights.index_select(1, place).view(scores.shape)
 
 # %% ../nbs/33_steps.ipynb #33stpi2
 class Pieces(Places):
