@@ -6,13 +6,14 @@
     python benchmarks/serve.py --busy        # one thread, its processor time in place of the clock:
                                              # for a machine that has other work
 
-Three ways, in turn, the same dtype, greedy, without stop ids, written tokens a second:
+The ways, in turn, the same dtype, greedy, without stop ids, written tokens a second:
 
 - one after the other: `generate` for each request by itself,
 - a fixed batch: `generate` for as many prompts as the engine has rows, all of the same length and
   with the same number of new tokens, so that nothing is wasted. No batch can do better,
 - the engine: requests of different lengths, four times as many as it has rows, until none waits any
   more. So all rows are under way, those that end are refilled, and prompts are read in between.
+  Once by plain passes of the model, once by lean ones.
 
 The last lines serve the same requests behind a beginning that all have, once in pages that are
 shared and once behind beginnings that differ in their first token. Medians over the runs.
@@ -56,8 +57,8 @@ def fixed_batch(model, rows, prompt, new):
     return rows * new
 
 
-def engine(model, requests, rows):
-    served = Engine(model, max_rows=rows, prefill_chunk=16 * rows)
+def engine(model, requests, rows, fast=None):
+    served = Engine(model, max_rows=rows, prefill_chunk=16 * rows, fast=fast)
     for ids, new in requests:
         served.add(ids, new, Sampling())
     while served.waiting:
@@ -105,6 +106,7 @@ def main():
     ways = {
         "one after the other": (one_after_the_other, requests[: max(4, rows // 8)]),
         f"fixed batch of {rows}": (fixed_batch, rows, args.prompt, args.new),
+        "engine, plain passes": (engine, requests, rows, False),
         f"engine, {rows} rows": (engine, requests, rows),
         "  a beginning shared": (engine, alike, rows),
         "  beginnings that differ": (engine, apart, rows),
@@ -116,10 +118,10 @@ def main():
     medians = {name: statistics.median(found[1:]) for name, found in rates.items()}
     for name, found in medians.items():
         print(f"{name:26} {found:9,.0f} tokens/s")
-    alone, fixed, ours = list(medians.values())[:3]
-    print(
-        f"engine / fixed batch {ours / fixed:.2f}, engine / one after the other {ours / alone:.1f}"
-    )
+    alone, fixed, plain, lean = list(medians.values())[:4]
+    for name, ours in (("plain", plain), ("lean", lean)):
+        ratios = f"{ours / fixed:.2f} of the fixed batch, {ours / alone:.1f} x one after the other"
+        print(f"engine by {name} passes: {ratios}")
 
 
 if __name__ == "__main__":

@@ -240,6 +240,14 @@ class PagedTexts(TextPool):
     @torch.no_grad()
     def read(self, model:torch.nn.Module, texts:list, new:list) -> torch.Tensor:
         "One pass: the next `new[i]` ids of each text → logits behind them, (texts, vocab_size)."
+        logits = self.one_pass(model, texts, new)
+        for text, n in zip(texts, new):
+            text.length += n
+            self.name_full_pages(text)
+        return logits
+
+    def one_pass(self, model:torch.nn.Module, texts:list, new:list) -> torch.Tensor:
+        "The logits of `read`, in float32."
         ends = [text.length + n for text, n in zip(texts, new)]
         tables, own_rows = [text.pages for text in texts], [text.row for text in texts]
         rows, seq, ids = PagedRows(self.cache, tables, ends, new, own_rows), max(new), []
@@ -248,7 +256,4 @@ class PagedTexts(TextPool):
             ids.append([0] * (seq - len(piece)) + piece)           # padding on the left
         ids = torch.tensor(ids, device=self.cache.kv.device)
         logits = model(ids, rows.mask, rows.position_ids, rows, last_only=True)
-        for text, end in zip(texts, ends):
-            text.length = end
-            self.name_full_pages(text)
         return logits[:, -1].float()

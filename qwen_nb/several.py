@@ -7,9 +7,8 @@ __all__ = ['FEW', 'check_mask', 'look_up_each', 'LeanCheck', 'LeanReader']
 
 # %% ../nbs/32_together.ipynb #b3ce313e
 import torch
-from torch.nn import functional as F
 
-from .fixed import FixedCache, LayerWeights, scaled
+from .fixed import FixedCache, LayerWeights
 from .lean import LeanLayers, look_up
 from .speculation import Reader
 from .writing import refuse_nan
@@ -62,18 +61,18 @@ class LeanCheck(LeanLayers):
         if cache.length > cache.ready:
             self.make_ready(cache.length)
         self.open = {window: check_mask(cache, self.first, n, window) for window in self.masks}
-        x = self.through_layers(ids)[-places:]
-        norm = self.model.model.norm
-        return self.model.head(scaled(x, self.last_norm, norm.eps)).float()
+        with self.few_rows:
+            x = self.through_layers(ids)[-places:]
+            return self.model.head(self.last(x)).float()
 
     def through_layers(self, ids:torch.Tensor) -> torch.Tensor:
         "Ids `(n,)` → hidden states `(n, hidden_size)` before the last norm."
         position = torch.arange(self.first, self.cache.length, device=ids.device)
         growth = {logn: scale.index_select(2, position) for logn, scale in self.growth.items()}
         self.growing = {logn: scale.transpose(0, 2) for logn, scale in growth.items()}
-        x = F.embedding(ids, self.model.model.embed_tokens.weight)
-        for w, view, turns in zip(self.layers, self.views, self.turns(position)):
-            x = self.after(x, self.mix(x, w, view, turns), w)
+        x = self.begin(ids)
+        for i, turns in enumerate(self.turns(position)):
+            x = self.layer(i, x, turns)
         return x
 
     def rows(self, position:torch.Tensor) -> torch.Tensor:
