@@ -2042,6 +2042,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'qwen_nb.width': { 'qwen_nb.width.WideProducts': ('width.html#wideproducts', 'qwen_nb/width.py'),
                                'qwen_nb.width.WideProducts.__torch_function__': ( 'width.html#wideproducts.__torch_function__',
                                                                                   'qwen_nb/width.py'),
+                               'qwen_nb.width.bfloat16_pays': ('width.html#bfloat16_pays', 'qwen_nb/width.py'),
                                'qwen_nb.width.by_way_of_float32': ('width.html#by_way_of_float32', 'qwen_nb/width.py'),
                                'qwen_nb.width.dtype_warning': ('width.html#dtype_warning', 'qwen_nb/width.py'),
                                'qwen_nb.width.faster_dtype': ('width.html#faster_dtype', 'qwen_nb/width.py'),

@@ -34,12 +34,12 @@ def bands_pay() -> bool:
     "Whether products of few rows leave cores idle: they are MKL's, and there are several cores."
     return torch.backends.mkl.is_available() and torch.get_num_threads() > 1
 
-def fits(x:torch.Tensor, weight:torch.Tensor) -> bool:
+def fits(x:torch.Tensor, weight:object) -> bool:
     "Whether a product is of the kind that is cut: few rows, a large weight, both in float32."
     if not torch.is_tensor(weight) or weight.device.type != "cpu": return False
     if not x.dtype == weight.dtype == torch.float32: return False
     large = weight.numel() >= LEAST and len(weight) % BANDS == 0 and weight.is_contiguous()
-    return large and x.shape[:-1].numel() <= MOST_ROWS
+    return large and x.dim() > 1 and x.shape[:-1].numel() <= MOST_ROWS
 
 # %% ../nbs/30a_bands.ipynb #bn0mode1
 class BandedProducts(TorchFunctionMode):

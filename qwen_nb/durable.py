@@ -213,10 +213,13 @@ def save_pretrained(
     """Write a model as a folder that `Qwen.from_pretrained`, `transformers` and vLLM open.
 
     The folder appears whole or not at all; an older one is replaced. ValueError for a model with
-    adapters, and what `write_folder` raises."""
+    adapters or a quantised one, and what `write_folder` raises."""
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model has LoRA adapters: bake_lora(model) makes it a plain model "
                          "again, save_lora saves the adapters alone")
+    if hasattr(model, "bits"):                           # 31_quantise
+        raise ValueError(f"the model's weights are codes of {model.bits} bits, and its numbers are "
+                         "gone: save_quantized(model, folder) saves the codes")
     weights = dict(model.named_parameters())
     files = model_files(weights, model.config, tokenizer_files(tokenizer), dtype)
     return write_folder(folder, files)

@@ -9,6 +9,7 @@ __all__ = ['KNOWN', 'CACHES', 'PLAIN_WAY', 'HOMES', 'LOOK', 'is_shipped', 'odd_m
 # %% ../nbs/30aa_fast.ipynb #fy0imp00
 import importlib
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from .qwen4_exp import SigmoidDeltaNet, SigmoidRMSNorm, StreamCache
 from .sampling import Sampling, keep, marks, penalize
 from .streamed import fixed_cache, step_for
 from .streams import HyperConnection, StreamBlock, StreamDecoder, StreamMixer, StreamNorm
-from .width import wide_products
+from .width import bfloat16_pays, wide_products
 from .windows import WindowAttention
 from .writing import Context, generator_for, refuse_nan, write
 from .yarn import Rotary
@@ -195,8 +196,9 @@ class Rows:
 # %% ../nbs/30aa_fast.ipynb #fy0wide00
 def wide(model:nn.Module):
     "Around the reading of a prompt: products as this machine does them fastest."
-    on_cpu = model.device.type == "cpu" and model.dtype == torch.bfloat16
-    return wide_products() if on_cpu else few_rows(model)
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        return nullcontext() if bfloat16_pays() else wide_products()
+    return few_rows(model)
 
 # %% ../nbs/30aa_fast.ipynb #fy0write0
 def numbers(tensors:list) -> list:

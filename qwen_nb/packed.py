@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from .quantise import from_codes, to_codes
-from .width import faster_dtype, product_seconds
+from .width import bfloat16_pays
 
 # %% ../nbs/31a_packed.ipynb #q3anibb1
 def pack_nibbles(
@@ -151,10 +151,9 @@ def codes_by_asking(kernel:object) -> torch.Tensor:
 # %% ../nbs/31a_packed.ipynb #q3aopen0
 OPEN_FROM = 96                                           # rows
 
-@functools.cache
 def opening_pays() -> bool:
     "Whether this machine is faster in bfloat16 than in float32, so that opened weights pay."
-    return faster_dtype(product_seconds(32, 1024, 3072)) == "bfloat16"
+    return bfloat16_pays()
 
 def open_weight(kernel:object) -> torch.Tensor:
     """The weight of a `FourBits` in bfloat16, turned, `(inputs, outputs)`, as its blocks lie: for

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_ROWS', 'MOST_ROWS', 'MOST_WIDE', 'by_way_of_float32', 'product_ways', 'product_seconds', 'faster_dtype', 'pays',
-           'WideProducts', 'wide_products', 'run_seconds', 'span', 'run_dtype', 'dtype_warning']
+           'WideProducts', 'wide_products', 'bfloat16_pays', 'run_seconds', 'span', 'run_dtype', 'dtype_warning']
 
 # %% ../nbs/30_width.ipynb #35d82e8b
 import json
@@ -100,6 +100,10 @@ def wide_products():
     float32 where this CPU is faster that way. A weight is cast as it is needed. Others, and
     products that a gradient is wanted of, stay as they are."""
     return WideProducts()
+
+def bfloat16_pays() -> bool:
+    "Whether this CPU multiplies some rows faster in bfloat16 than in float32; measured once."
+    return faster_dtype(product_seconds(MOST_ROWS, 1024, 3072)) == "bfloat16"
 
 # %% ../nbs/30_width.ipynb #7e3709fd
 def run_seconds(

@@ -664,10 +664,14 @@ def test_prompts_are_read_with_wide_products(monkeypatch):
         yield
 
     monkeypatch.setattr(fast_module, "wide_products", wide_products)
+    monkeypatch.setattr(fast_module, "bfloat16_pays", lambda: False)
     for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1)):
         model, _ = random_model("qwen3", 0, dtype)
         generate(model, torch.tensor([[1, 2]]), 3, stop_ids=(), fast=True)
         assert len(entered) == count
+    monkeypatch.setattr(fast_module, "bfloat16_pays", lambda: True)
+    generate(model, torch.tensor([[1, 2]]), 3, stop_ids=(), fast=True)
+    assert len(entered) == 1, "where bfloat16 is fast, nothing needs to look at each function"
 
 
 def test_draws_are_those_of_multinomial():

@@ -668,3 +668,12 @@ def test_a_stored_folder_waits_for_its_first_use(tmp_path):
         for name, t in waiting.state_dict().items():
             assert torch.equal(t, made.state_dict()[name]), name
         assert torch.equal(*(generate(m, IDS, 9, fast=True) for m in (waiting, made)))
+
+
+def test_a_quantised_model_is_not_saved_as_one_of_floats(tmp_path):
+    "Its norms alone would be written, and nobody could open them."
+    from qwen_nb.durable import save_pretrained
+
+    with pytest.raises(ValueError, match="codes of 8 bits.*save_quantized"):
+        save_pretrained(Qwen.from_pretrained(quantize="int8"), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
