@@ -121,10 +121,10 @@ def apart(
     heights:list,  # of labels above each other, in any order
     gap:float,     # the least distance of two
 ) -> list:
-    "The heights, moved up where two would overlap."
-    moved, low = list(heights), -math.inf
-    for i in sorted(range(len(heights)), key=heights.__getitem__):
-        low = moved[i] = max(heights[i], low + gap)
+    "The heights, moved down where two would overlap: away from the roof."
+    moved, above = list(heights), math.inf
+    for i in sorted(range(len(heights)), key=heights.__getitem__, reverse=True):
+        above = moved[i] = min(heights[i], above - gap)
     return moved
 
 def label_points(

@@ -126,8 +126,8 @@ def test_bandwidth_is_bytes_over_the_best_time():
 
 
 def test_labels_do_not_overlap():
-    assert speed.apart([0.5, 0.1, 0.12, 0.9], 0.05) == pytest.approx([0.5, 0.1, 0.15, 0.9])
-    assert speed.apart([0.2, 0.2, 0.2], 0.1) == pytest.approx([0.2, 0.3, 0.4])
+    assert speed.apart([0.5, 0.1, 0.12, 0.9], 0.05) == pytest.approx([0.5, 0.07, 0.12, 0.9])
+    assert speed.apart([0.4, 0.4, 0.4], 0.1) == pytest.approx([0.4, 0.3, 0.2])
 
 
 def test_calls_do_not_depend_on_the_size():
