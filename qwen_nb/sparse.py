@@ -22,7 +22,7 @@ class BlockChooser:
         self.raw = kept[..., :indexer.head_dim]
         norms = [indexer.q_layernorm] * (self.width // indexer.head_dim) + [indexer.k_layernorm]
         self.norms = torch.stack([1.0 + norm.weight.float() for norm in norms])  # (heads + 1, d)
-        self.block_keys = None                 # (batch, blocks, d); None: the budget holds all
+        self.block_keys = None                 # (batch, blocks, d); None while the budget holds all
 
     def read(self, h:torch.Tensor, position:torch.Tensor) -> torch.Tensor:
         "Keep a token's raw key; its queries, raw, `(batch, heads, d)`."
@@ -51,16 +51,16 @@ def turning_norms(choosers:list, config:object) -> torch.Tensor:
 
 # %% ../nbs/30a_sparse.ipynb #sp0best00
 def closed_blocks(scores:torch.Tensor, complete:list, k:int) -> torch.Tensor:
-    """0 for a block that a token may look at, else -inf, shaped like scores `(batch, blocks)`:
-    the k best of those that are complete, and all behind them.
+    """0 for a block that a token may look at, else -inf: `(batch, blocks)`, as the scores. It may
+    look at the k best of its complete blocks, and at all behind those.
 
     `complete` tells which rows have how many complete blocks: `[(rows, number), …]`."""
     closed = torch.zeros_like(scores)
     for rows, n in complete:
         if n > k:
-            part = scores[rows, :n]
-            closed[rows, :n] = torch.full_like(part, -torch.inf).scatter_(
-                1, part.topk(k, -1).indices, 0.0)
+            part = scores[rows, :n]                       # topk is given these and no others
+            best = part.topk(k, -1).indices
+            closed[rows, :n] = torch.full_like(part, -torch.inf).scatter_(1, best, 0.0)
     return closed
 
 # %% ../nbs/30a_sparse.ipynb #sp0place0
