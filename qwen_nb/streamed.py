@@ -27,7 +27,7 @@ from qwen_nb.recurrent import (
     gated_qkv,
     remember,
 )
-from .sparse import BlockChooser, Places, turning_norms
+from .sparse import BlockChooser, BlockPlaces, turning_norms
 from .streams import HyperConnection, StreamBlock
 
 # %% ../nbs/30a_streamed.ipynb #sd0mix00
@@ -198,7 +198,7 @@ class StreamWeights(HybridStep):
     def make_ready(self, length:int):
         super().make_ready(length)
         if self.choosers:
-            self.at = Places(self.model.config, self.cache, self.tables, self.missing)
+            self.at = BlockPlaces(self.model.config, self.cache, self.tables, self.missing)
         for chooser in self.choosers.values():
             self.at.prepare(chooser)
 
