@@ -27,13 +27,13 @@ from qwen_nb.recurrent import (
     gated_qkv,
     remember,
 )
-from .sparse import BlockChooser, Places, turning_norms
+from .sparse import BlockChooser, BlockPlaces, turning_norms
 from .streams import HyperConnection, StreamBlock
 
 # %% ../nbs/30a_streamed.ipynb #sd0mix00
 class MixerWeights(NamedTuple):
     "What a step needs of a `StreamMixer` or a `HyperConnection`."
-    scale:torch.Tensor                         # of the norm, (streams, hidden_size), / streams
+    scale:torch.Tensor                         # norm's weights / streams, (streams, hidden_size)
     first:tuple                                # from `together`: down, and strengths
     up:torch.Tensor                            # (streams * hidden_size, rank)
     rank:int
@@ -60,7 +60,7 @@ def unit_streams(x:torch.Tensor, eps:float) -> torch.Tensor:
 
 def connect(x:torch.Tensor, w:MixerWeights) -> tuple:
     """Of streams `(batch, streams, hidden_size)`: what goes into a layer, `(batch, hidden_size)`,
-    and half the strengths of its answer, `(batch, streams)`."""
+    and half the strengths of its answer, `(batch, streams)`; of a `StreamMixer` no strengths."""
     normed = (unit_streams(x, w.eps) * w.scale).to(x.dtype)
     few, strengths = products(normed.flatten(1), *w.first).tensor_split((w.rank,), 1)
     gates = F.linear(F.silu(few), w.up).sigmoid().view(normed.shape)
@@ -74,12 +74,12 @@ def answer_streams(x:torch.Tensor, answer:torch.Tensor, strengths:torch.Tensor) 
 class NgramNumbers(NamedTuple):
     "What a step needs of an `NgramLayer`."
     module:nn.Module
-    factors:torch.Tensor                       # (n,), the oldest token's first
+    factors:torch.Tensor                       # multipliers (n,), the oldest token's first
     sizes:torch.Tensor                         # rows of each head, (n - 1, heads of a length)
     starts:torch.Tensor                        # where they begin, likewise
     table:torch.Tensor                         # its parts as one; None: as they are
     key_value:tuple                            # from `together`
-    match:torch.Tensor                         # (streams, hidden_size), of both norms
+    match:torch.Tensor                         # (streams, hidden_size): both norms / width's root
     conv_scale:torch.Tensor                    # likewise, of the norm before the convolution
     taps:torch.Tensor                          # (kernel, streams * hidden_size)
 
@@ -109,9 +109,9 @@ def next_rows(ids:torch.Tensor, before:torch.Tensor, w:NgramNumbers) -> torch.Te
     wide = torch.cat((before, ids.unsqueeze(1)), 1)       # (batch, n), the oldest first
     end = w.module.ple_embedding.how.eos
     before.copy_(wide[:, 1:].masked_fill((ids == end).unsqueeze(1), end))
-    *older, mixed_ids = (wide * w.factors).unbind(1)
+    *older, mixed_ids = (wide * w.factors).unbind(1)      # the last product is the new token's
     found = []
-    for product in reversed(older):
+    for product in reversed(older):                       # the pair, then the triple
         mixed_ids = mixed_ids ^ product
         found.append(mixed_ids)
     return (torch.stack(found, 1).unsqueeze(-1) % w.sizes + w.starts).flatten(1)
@@ -159,12 +159,12 @@ class FixedStreams(FixedStates):
 class Around(NamedTuple):
     "What stands around the mixing of tokens in a `StreamBlock`."
     ngrams:NgramNumbers                        # or None
-    first:MixerWeights
-    second:MixerWeights
+    first:MixerWeights                         # before attention, or the state
+    second:MixerWeights                        # before the MLP
 
 class StreamWeights(HybridStep):
     "The weights of a `StreamStep`."
-    same_shapes = compiles = False
+    same_shapes = compiles = False             # neither captured nor compiled, see the end
 
     def __init__(self, model:nn.Module, cache:FixedStreams, *args, **kw):    # as there
         self.around, self.choosers = [], {}
@@ -172,8 +172,9 @@ class StreamWeights(HybridStep):
 
     def weights_of(self, block:nn.Module, fuse:bool):
         ngrams = block.ple and NgramNumbers.of(block.ple, fuse)
-        connections = block.attn_hyper_connection, block.mlp_hyper_connection
-        self.around.append(Around(ngrams, *(MixerWeights.of(m, fuse) for m in connections)))
+        first = MixerWeights.of(block.attn_hyper_connection, fuse)
+        second = MixerWeights.of(block.mlp_hyper_connection, fuse)
+        self.around.append(Around(ngrams, first, second))
         layer = len(self.around) - 1
         kept = self.cache.more[layer]
         if ngrams:
@@ -197,7 +198,7 @@ class StreamWeights(HybridStep):
     def make_ready(self, length:int):
         super().make_ready(length)
         if self.choosers:
-            self.at = Places(self.model.config, self.cache, self.tables, self.missing)
+            self.at = BlockPlaces(self.model.config, self.cache, self.tables, self.missing)
         for chooser in self.choosers.values():
             self.at.prepare(chooser)
 
@@ -208,7 +209,8 @@ class StreamStep(StreamWeights):
         self.new_ids, self.index_turns = ids, {}
         if self.choosers and self.at.chooses:
             self.index_turns = dict(zip(self.choosers, self.at.move(self.index_norms)))
-        return super().begin(ids).unsqueeze(1).expand(-1, self.model.config.hc_count, -1)
+        embedding = super().begin(ids)                    # (batch, hidden_size)
+        return embedding.unsqueeze(1).expand(-1, self.model.config.hc_count, -1)
 
     def choose(self, i:int, h:torch.Tensor) -> torch.Tensor:
         "The mask that a layer's indexer leaves; None while the budget holds everything."
@@ -221,7 +223,7 @@ class StreamStep(StreamWeights):
     def find(self, i:int, h:torch.Tensor, turns:tuple) -> torch.Tensor:
         "What a layer finds in the text, `(batch, hidden_size)`."
         w, view = self.layers[i], self.views[i]
-        if turns is None:
+        if turns is None:                                 # a layer with a state
             mix = remember(h, w, *view)
         else:
             q, k, v, gate = gated_qkv(h, w, *turns, self.places)
