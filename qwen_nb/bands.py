@@ -38,20 +38,21 @@ def fits(x:torch.Tensor, weight:object) -> bool:
     "Whether a product is of the kind that is cut: few rows, a large weight, both in float32."
     if not torch.is_tensor(weight) or weight.device.type != "cpu": return False
     if not x.dtype == weight.dtype == torch.float32: return False
-    large = weight.numel() >= LEAST and len(weight) % BANDS == 0 and weight.is_contiguous()
-    return large and x.dim() > 1 and x.shape[:-1].numel() <= MOST_ROWS
+    if not weight.is_contiguous() or len(weight) % BANDS: return False    # no equal bands
+    has_few_rows = x.dim() > 1 and x.shape[:-1].numel() <= MOST_ROWS
+    return has_few_rows and weight.numel() >= LEAST
 
 # %% ../nbs/30a_bands.ipynb #bn0mode1
 class BandedProducts(TorchFunctionMode):
     "Looks at every function of PyTorch that is called inside; see `few_rows`."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear and not kwargs and fits(*args[:2]):
-            x, weight, bias = (*args, None)[:3]
+            x, weight, bias = (*args, None)[:3]          # None where no bias was given
             y = in_bands(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
         if func is torch.addmm and not kwargs and fits(args[1], args[2].t()):
-            start, x, turned = args
-            return start + in_bands(x, turned.t())
+            start, x, transposed = args
+            return start + in_bands(x, transposed.t())
         return func(*args, **kwargs or {})
 
 def few_rows(

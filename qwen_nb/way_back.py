@@ -79,8 +79,7 @@ class LayerWrites(NamedTuple):
 
 def remember_all(h:torch.Tensor, w:DeltaWeights, recent:torch.Tensor, state:torch.Tensor) -> tuple:
     """`remember` for n tokens of one text: h `(n, hidden_size)`, normed → `(n, values)` and
-    `LayerWrites`.
-    Last inputs and state, from a `FixedStates`, stay as they are."""
+    `LayerWrites`. Last inputs and state, from a `FixedStates`, stay as they are."""
     m, n = w.module, len(h)
     mixed, z, b, a = entering(h, w)
     mixed, inputs = conv_together(mixed, recent, w.conv)
@@ -119,7 +118,7 @@ class HybridCheck(LeanCheck, HybridStep):
         return found
 
     def go_back(self, length:int):
-        "Forget what was read after so many tokens. Before the first check, forget everything."
+        "Forget what was read after so many tokens; all of it, if no check is kept from before."
         cache = self.cache
         self.checks = [each for each in self.checks if each[0] <= length][-1:]
         if length >= cache.length:
@@ -137,7 +136,7 @@ class HybridReader(LeanReader):
 
     def __init__(self, model:torch.nn.Module, room:int):
         super().__init__(model, room)
-        self.recurrent = False                   # no bookmarks
+        self.recurrent = False                   # `Reader` makes no bookmarks
         self.check = self.check_kind(model, self.cache)
         self.model = self.check.model            # perhaps its copy in float32
 
