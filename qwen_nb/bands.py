@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 # %% ../nbs/30a_bands.ipynb #bn0band0
-BANDS = 8    # a multiple of most numbers of cores
+BANDS = 8    # 2, 4 or 8 cores get equally many
 
 def in_bands(
     x:torch.Tensor,       # (rows, inputs)

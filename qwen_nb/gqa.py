@@ -57,7 +57,7 @@ class Attention(nn.Module):
         v = self.split_heads(self.v_proj(x)).transpose(1, 2)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def which_mix(self, v:torch.Tensor, cache):  # `attend`; in training perhaps a faster one
+    def which_mix(self, cache):      # `attend`; in training perhaps a faster one
         in_training = self.training and cache is None
         return self.training_mix if in_training else attend
 
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)
-        mix = self.which_mix(v, cache)(q, k, v, mask)    # (batch, heads, seq, head_dim)
+        mix = self.which_mix(cache)(q, k, v, mask)    # (batch, heads, seq, head_dim)
         return self.o_proj(mix.transpose(1, 2).flatten(-2))
 
 # %% ../nbs/06a_gqa.ipynb #0d7991ad

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['BASE', 'HALF', 'MANY', 'EVEN', 'UP_TO', 'APART', 'OPEN_FROM', 'KERNELS', 'pack_nibbles', 'unpack_nibbles',
            'digits_of', 'enough_digits', 'ThreeDigits', 'in_blocks', 'out_of_blocks', 'block_size', 'block_of',
-           'rows_of_blocks', 'codes_by_asking', 'opening_pays', 'open_weight', 'FourBits', 'FourBitsGPU', 'works',
-           'find_kernel']
+           'rows_of_blocks', 'codes_by_asking', 'open_weight', 'FourBits', 'FourBitsGPU', 'works', 'find_kernel']
 
 # %% ../nbs/31a_packed.ipynb #q3aimp00
 import functools
@@ -151,10 +150,6 @@ def codes_by_asking(kernel:object) -> torch.Tensor:
 # %% ../nbs/31a_packed.ipynb #q3aopen0
 OPEN_FROM = 96                                           # rows
 
-def opening_pays() -> bool:
-    "Whether this machine is faster in bfloat16 than in float32, so that opened weights pay."
-    return bfloat16_pays()
-
 def open_weight(kernel:object) -> torch.Tensor:
     """The weight of a `FourBits` in bfloat16, turned, `(inputs, outputs)`, as its blocks lie: for
     the moment that a product of many rows takes."""
@@ -202,7 +197,7 @@ class FourBits:
     def products(x:torch.Tensor, kernels:list):
         "x `(rows, inputs)` with several matrices, side by side."
         low = x.to(torch.bfloat16).contiguous()
-        opens = len(x) >= OPEN_FROM and all(k.block > 1 for k in kernels) and opening_pays()
+        opens = len(x) >= OPEN_FROM and all(k.block > 1 for k in kernels) and bfloat16_pays()
         parts = [low @ open_weight(k) if opens else k.product(low, k.scales) for k in kernels]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(x.dtype)
 

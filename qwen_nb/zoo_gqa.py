@@ -197,7 +197,7 @@ qkv_piece.mistake(
 module_piece = Piece(
     "gqa.Attention.forward", lesson="06a_gqa", minutes=15, level=2,
     task="The whole layer: `self.qkv`, the cache if there is one, the mix, and `self.o_proj`. "
-         "`self.which_mix(v, cache)` gives the function that mixes, `mix(q, k, v, mask)`.",
+         "`self.which_mix(cache)` gives the function that mixes, `mix(q, k, v, mask)`.",
     hints=(
         "The mix has its heads before its tokens; `o_proj` wants one row for each token.",
         "`cache.update` gives back old and new together. The mix gets the mask that you got.",

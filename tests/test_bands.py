@@ -72,16 +72,19 @@ def test_other_things_than_tensors_are_left_alone():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fast_ways_write_the_same_ids_in_bands(kind, small_ones_too):
-    cut = 0
+    prompts = steps = 0
     for seed in range(4):
         model, rng = random_model(kind, seed)
         ids, mask = random_prompts(model, rng)
         ask = dict(attention_mask=mask, temperature=0.0, stop_ids=())
         plain = generate(model, ids, 20, fast=False, **ask)
         assert not small_ones_too
+        generate(model, ids, 1, **ask)
+        of_the_prompt, small_ones_too[:] = len(small_ones_too), []
         assert torch.equal(generate(model, ids, 20, **ask), plain), f"{kind}, seed {seed}"
-        cut, small_ones_too[:] = cut + len(small_ones_too), []
-    assert cut, "no product was cut"
+        prompts, steps = prompts + of_the_prompt, steps + len(small_ones_too) - of_the_prompt
+        small_ones_too.clear()
+    assert prompts and steps, f"{prompts} products of prompts and {steps} of steps were cut"
 
 
 def test_a_check_of_several_tokens_is_cut_too(small_ones_too):

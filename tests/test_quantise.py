@@ -633,7 +633,7 @@ def test_four_bits_opened_for_many_rows(group, monkeypatch):
         pytest.skip("the kernel, or its order, is not here")
     assert torch.equal(packed.open_weight(layer.kernel), w.bfloat16().T)
     for pays in (True, False):
-        monkeypatch.setattr(packed, "opening_pays", lambda: pays)
+        monkeypatch.setattr(packed, "bfloat16_pays", lambda: pays)
         bound = (x.float().abs() @ w.abs().T) * 2.0**-7
         assert ((layer(x).float() - F.linear(x.float(), w)).abs() <= bound).all()
 
